@@ -1,0 +1,99 @@
+"""Put a Python server's machine code on huge pages and lock it in memory.
+
+>>> import logging, page_primer
+>>> report = page_primer.prime()
+>>> report.log(logging.getLogger())
+
+Importing this package loads no framework and starts no work.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from page_primer.options import Options
+from page_primer.report import Report
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from page_primer.apply import Process
+    from page_primer.options import OptionValues
+
+__all__ = ["Options", "Report", "prime", "restore"]
+
+
+def prime(options: Options | None = None, /, **values: Unpack[OptionValues]) -> Report:
+    """Bring this process to the primed state, and return what came of it.
+
+    Call it near the top of the process, before threads and forks. Calling it again is cheap and
+    handles only what is new: libraries loaded since, and in a forked child the locks, which are not
+    inherited. It may be called from any thread.
+
+    Args:
+        options: ready-made options; then `values` must be empty.
+        remap: move code onto huge pages.
+        mlock: lock what ELF objects have mapped, the hottest code first.
+        backing: "auto", or one of "image", "memfd", "anonymous", "hugetlb".
+        merge: let read-only data share a huge page with code, and so become executable. Without it,
+            only ranges of one protection are moved.
+        keep_profilers: leave on the original file what profilers need to see there.
+        include: only objects whose path or file name matches one of these patterns (fnmatch).
+        exclude: no objects whose path or file name matches one of these patterns.
+        limit: bytes to copy at most for other objects than the interpreter; "64M" and the like work.
+        image_dir: the directory for images, an absolute path; by default the first fitting one.
+
+    What is not given comes from the environment (`PAGE_PRIMER_REMAP` and so on), then from the
+    defaults. `PAGE_PRIMER=0` switches everything off.
+
+    Raises:
+        TypeError, ValueError: an option that is unknown or does not make sense; the message names
+            it. What the environment refuses is never an exception but an outcome in the report.
+    """
+    if options is None:
+        options = Options.load(values)
+    elif values:
+        raise TypeError("prime() takes either Options or keyword arguments")
+    if not options.enabled:
+        return Report(pid=os.getpid(), reason="switched off by PAGE_PRIMER=0")
+    return _on_process(lambda process: process.prime(options))
+
+
+def restore() -> Report:
+    """Put every moved range back on its original file and unlock what was locked.
+
+    Returns:
+        The report of the process as it then is.
+    """
+    return _on_process(lambda process: process.restore())
+
+
+def _on_process(action: Callable[[Process], Report]) -> Report:
+    reason = _unsupported()
+    if reason is None:
+        try:
+            from page_primer import apply
+        except ImportError as error:  # built without its C core
+            reason = f"not available here: {error}"
+        else:
+            # Whatever surprise the environment has, the server runs on.
+            try:
+                with apply.lock:
+                    return action(apply.process)
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}"
+    return Report(pid=os.getpid(), reason=reason)
+
+
+def _unsupported() -> str | None:
+    if sys.platform != "linux":
+        return f"not supported on {sys.platform}"
+    if sys.implementation.name != "cpython":
+        return f"not supported on {sys.implementation.name}"
+    machine = os.uname().machine
+    if machine not in ("x86_64", "aarch64") or sys.maxsize < 1 << 32:
+        return f"not supported on {machine}, {sys.maxsize.bit_length() + 1} bits"
+    return None

@@ -1,0 +1,748 @@
+/* page_primer._core: the mechanism, and the only code of page-primer that
+ * touches the address space.  It decides nothing: which ranges, in which
+ * order, from which memory, is the caller's business (plan.py, apply.py).
+ *
+ * Every failure of a system call is a page_primer._core.Error, an OSError
+ * that carries the errno, the step that failed and the address range it was
+ * working on, so that a report can say exactly what happened where.
+ */
+
+#define _GNU_SOURCE
+#ifndef Py_GIL_DISABLED
+#define Py_LIMITED_API 0x030A0000
+#endif
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <errno.h>
+#include <link.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/auxv.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+/* Numbers that the C library's headers may be too old to have. */
+#ifndef MADV_POPULATE_READ
+#define MADV_POPULATE_READ 22
+#endif
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23
+#endif
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE 25
+#endif
+#ifndef MLOCK_ONFAULT
+#define MLOCK_ONFAULT 1
+#endif
+#ifndef PR_GET_MDWE
+#define PR_GET_MDWE 66
+#endif
+
+typedef struct {
+    PyObject *error;            /* page_primer._core.Error */
+} core_state;
+
+/* ------------------------------------------------------------- errors --- */
+
+/* Set _core.Error(errno, "step at 0x..-0x..: strerror") with the attributes
+ * step, start and end; always returns NULL.
+ */
+static PyObject *
+fail(PyObject *module, int number, const char *step, uintptr_t start,
+     uintptr_t end)
+{
+    core_state *state = PyModule_GetState(module);
+    PyObject *text = NULL, *error = NULL, *value = NULL;
+
+    text = PyUnicode_FromFormat("%s %p-%p: %s", step, (void *)start,
+                                (void *)end, strerror(number));
+    if (text == NULL)
+        goto done;
+    error = PyObject_CallFunction(state->error, "iO", number, text);
+    if (error == NULL)
+        goto done;
+    value = PyUnicode_FromString(step);
+    if (value == NULL || PyObject_SetAttrString(error, "step", value) < 0)
+        goto done;
+    Py_DECREF(value);
+    value = PyLong_FromUnsignedLongLong(start);
+    if (value == NULL || PyObject_SetAttrString(error, "start", value) < 0)
+        goto done;
+    Py_DECREF(value);
+    value = PyLong_FromUnsignedLongLong(end);
+    if (value == NULL || PyObject_SetAttrString(error, "end", value) < 0)
+        goto done;
+    PyErr_SetObject(state->error, error);
+done:
+    Py_XDECREF(text);
+    Py_XDECREF(error);
+    Py_XDECREF(value);
+    return NULL;
+}
+
+/* --------------------------------------------- what the loader has mapped */
+
+typedef struct {
+    char *name;
+    uintptr_t base;
+    ElfW(Phdr) *headers;
+    size_t count;
+} found_object;
+
+typedef struct {
+    found_object *objects;
+    size_t count, room;
+    unsigned long long adds, subs;
+    uintptr_t vdso;
+    int failed;                 /* out of memory */
+} survey;
+
+/* Called with the loader's lock held: plain C, no Python, no allocation
+ * that could call back.  (malloc is what glibc itself calls there.)
+ */
+static int
+collect(struct dl_phdr_info *info, size_t size, void *data)
+{
+    survey *all = data;
+    found_object *object;
+    size_t bytes = info->dlpi_phnum * sizeof(ElfW(Phdr));
+
+    (void)size;
+    all->adds = info->dlpi_adds;
+    all->subs = info->dlpi_subs;
+    /* The vdso's program headers follow its ELF header, which is where
+     * AT_SYSINFO_EHDR points. */
+    if (all->vdso != 0 && (uintptr_t)info->dlpi_phdr >= all->vdso
+        && (uintptr_t)info->dlpi_phdr < all->vdso + 4096)
+        return 0;
+    if (all->count == all->room) {
+        size_t room = all->room ? 2 * all->room : 64;
+        found_object *more = realloc(all->objects, room * sizeof(*more));
+        if (more == NULL) {
+            all->failed = 1;
+            return 1;
+        }
+        all->objects = more;
+        all->room = room;
+    }
+    object = &all->objects[all->count];
+    object->base = info->dlpi_addr;
+    object->count = info->dlpi_phnum;
+    object->name = strdup(info->dlpi_name ? info->dlpi_name : "");
+    object->headers = malloc(bytes ? bytes : 1);
+    all->count++;
+    if (object->name == NULL || object->headers == NULL) {
+        all->failed = 1;
+        return 1;
+    }
+    memcpy(object->headers, info->dlpi_phdr, bytes);
+    return 0;
+}
+
+PyDoc_STRVAR(objects_doc,
+"objects() -> (adds, subs, [(name, base, headers), ...])\n\n"
+"List the ELF objects the dynamic loader has mapped, in its order, the\n"
+"main program first and the vdso left out: the name it was loaded by\n"
+"(bytes, empty for the main program), its load bias, and its program header\n"
+"table as bytes.  adds and subs count the loads and unloads so far\n"
+"(dl_iterate_phdr(3)).");
+
+static PyObject *
+core_objects(PyObject *module, PyObject *Py_UNUSED(ignored))
+{
+    survey all = {.vdso = getauxval(AT_SYSINFO_EHDR)};
+    PyObject *list = NULL, *result = NULL;
+
+    (void)module;
+    Py_BEGIN_ALLOW_THREADS
+    dl_iterate_phdr(collect, &all);
+    Py_END_ALLOW_THREADS
+    if (all.failed) {
+        PyErr_NoMemory();
+        goto done;
+    }
+    list = PyList_New(0);
+    if (list == NULL)
+        goto done;
+    for (size_t i = 0; i < all.count; i++) {
+        found_object *o = &all.objects[i];
+        PyObject *item = Py_BuildValue(
+            "(yKy#)", o->name, (unsigned long long)o->base,
+            (const char *)o->headers,
+            (Py_ssize_t)(o->count * sizeof(ElfW(Phdr))));
+        if (item == NULL || PyList_Append(list, item) < 0) {
+            Py_XDECREF(item);
+            goto done;
+        }
+        Py_DECREF(item);
+    }
+    result = Py_BuildValue("(KKO)", all.adds, all.subs, list);
+done:
+    Py_XDECREF(list);
+    for (size_t i = 0; i < all.count; i++) {
+        free(all.objects[i].name);
+        free(all.objects[i].headers);
+    }
+    free(all.objects);
+    return result;
+}
+
+static int
+count_loads(struct dl_phdr_info *info, size_t size, void *data)
+{
+    unsigned long long *counts = data;
+
+    (void)size;
+    counts[0] = info->dlpi_adds;
+    counts[1] = info->dlpi_subs;
+    return 1;
+}
+
+PyDoc_STRVAR(loads_doc,
+"loads() -> (adds, subs)\n\n"
+"The dynamic loader's counters of loads and unloads, the cheap way to know\n"
+"that no library came or went.");
+
+static PyObject *
+core_loads(PyObject *module, PyObject *Py_UNUSED(ignored))
+{
+    unsigned long long counts[2] = {0, 0};
+
+    (void)module;
+    Py_BEGIN_ALLOW_THREADS
+    dl_iterate_phdr(count_loads, counts);
+    Py_END_ALLOW_THREADS
+    return Py_BuildValue("(KK)", counts[0], counts[1]);
+}
+
+PyDoc_STRVAR(interpreter_doc,
+"interpreter_address() -> int\n\n"
+"An address inside the code of the running interpreter: that of a C-API\n"
+"function, wherever it was linked.");
+
+static PyObject *
+core_interpreter_address(PyObject *module, PyObject *Py_UNUSED(ignored))
+{
+    (void)module;
+    return PyLong_FromUnsignedLongLong((uintptr_t)&PyObject_GetAttr);
+}
+
+PyDoc_STRVAR(threads_doc,
+"threads() -> int\n\n"
+"The number of threads of this process: the link count of /proc/self/task\n"
+"less \".\" and \"..\" (proc(5)).");
+
+static PyObject *
+core_threads(PyObject *module, PyObject *Py_UNUSED(ignored))
+{
+    struct stat st;
+
+    if (stat("/proc/self/task", &st) < 0)
+        return fail(module, errno, "threads", 0, 0);
+    return PyLong_FromUnsignedLong(st.st_nlink - 2);
+}
+
+/* -------------------------------------------- preparing memory elsewhere */
+
+PyDoc_STRVAR(reserve_doc,
+"reserve(length, alignment, like) -> address\n\n"
+"Reserve address space that nothing uses, PROT_NONE, at an address equal to\n"
+"`like` modulo `alignment` (a power of two).");
+
+static PyObject *
+core_reserve(PyObject *module, PyObject *args)
+{
+    unsigned long long length, alignment, like;
+    uintptr_t area, start;
+    void *got;
+
+    if (!PyArg_ParseTuple(args, "KKK:reserve", &length, &alignment, &like))
+        return NULL;
+    got = mmap(NULL, length + alignment, PROT_NONE,
+               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (got == MAP_FAILED)
+        return fail(module, errno, "reserve", 0, length + alignment);
+    area = (uintptr_t)got;
+    start = area + ((like - area) & (alignment - 1));
+    if (start > area)
+        munmap((void *)area, start - area);
+    if (area + alignment > start)
+        munmap((void *)(start + length), area + alignment - start);
+    return PyLong_FromUnsignedLongLong(start);
+}
+
+PyDoc_STRVAR(map_doc,
+"map(address, length, protection, flags, fd, offset) -> None\n\n"
+"mmap(2) with MAP_FIXED at an address that reserve() gave.");
+
+static PyObject *
+core_map(PyObject *module, PyObject *args)
+{
+    unsigned long long address, length, offset;
+    int protection, flags, fd, number = 0;
+
+    if (!PyArg_ParseTuple(args, "KKiiiK:map", &address, &length, &protection,
+                          &flags, &fd, &offset))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    if (mmap((void *)(uintptr_t)address, length, protection,
+             flags | MAP_FIXED, fd, (off_t)offset) == MAP_FAILED)
+        number = errno;
+    Py_END_ALLOW_THREADS
+    if (number)
+        return fail(module, number, "map", address, address + length);
+    Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(fill_doc,
+"fill(address, length, fd, offset) -> None\n\n"
+"Read `length` bytes of a file into memory that map() made writable; what\n"
+"lies beyond the end of the file stays as it is.");
+
+static PyObject *
+core_fill(PyObject *module, PyObject *args)
+{
+    unsigned long long address, length, offset;
+    size_t done = 0;
+    int fd, number = 0;
+
+    if (!PyArg_ParseTuple(args, "KKiK:fill", &address, &length, &fd,
+                          &offset))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    while (done < length) {
+        ssize_t n = pread(fd, (char *)(uintptr_t)address + done,
+                          length - done, (off_t)(offset + done));
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n < 0)
+            number = errno;
+        if (n <= 0)
+            break;
+        done += n;
+    }
+    Py_END_ALLOW_THREADS
+    if (number)
+        return fail(module, number, "fill", address, address + length);
+    Py_RETURN_NONE;
+}
+
+/* The calls that take a range and answer 0 or -1 differ only in the call. */
+#define RANGE_CALL(name, step, call)                                        \
+static PyObject *                                                           \
+name(PyObject *module, PyObject *args)                                      \
+{                                                                           \
+    unsigned long long address, length;                                     \
+    int option = 0, number = 0;                                             \
+                                                                            \
+    if (!PyArg_ParseTuple(args, "KK|i:" step, &address, &length, &option))  \
+        return NULL;                                                        \
+    Py_BEGIN_ALLOW_THREADS                                                  \
+    if ((call) != 0)                                                        \
+        number = errno;                                                     \
+    Py_END_ALLOW_THREADS                                                    \
+    (void)option;                                                           \
+    if (number)                                                             \
+        return fail(module, number, step, address, address + length);       \
+    Py_RETURN_NONE;                                                         \
+}
+#define RANGE (void *)(uintptr_t)address, length
+
+/* MADV_POPULATE_READ answers with an error where a plain read would end in
+ * SIGBUS (a file cut short, a bad disk, a huge page refused by a cgroup).
+ * Kernels before 5.14 do not know it: there the pages are read one by one.
+ */
+static int
+populate(void *address, size_t length)
+{
+    size_t page = (size_t)sysconf(_SC_PAGESIZE);
+
+    for (int tries = 0; tries < 8; tries++) {
+        if (madvise(address, length, MADV_POPULATE_READ) == 0)
+            return 0;
+        if (errno != EAGAIN && errno != EINTR)
+            break;
+    }
+    if (errno != EINVAL)
+        return -1;
+    for (size_t i = 0; i < length; i += page)
+        (void)*((volatile char *)address + i);
+    return 0;
+}
+
+PyDoc_STRVAR(unmap_doc, "unmap(address, length) -> None: munmap(2).");
+RANGE_CALL(core_unmap, "unmap", munmap(RANGE))
+PyDoc_STRVAR(protect_doc,
+"protect(address, length, protection) -> None: mprotect(2).");
+RANGE_CALL(core_protect, "protect", mprotect(RANGE, option))
+PyDoc_STRVAR(advise_doc,
+"advise(address, length, advice) -> None: madvise(2).");
+RANGE_CALL(core_advise, "advise", madvise(RANGE, option))
+PyDoc_STRVAR(populate_doc,
+"populate(address, length) -> None\n\n"
+"Fault the pages in for reading: MADV_POPULATE_READ, or a read of every page\n"
+"before Linux 5.14.");
+RANGE_CALL(core_populate, "populate", populate(RANGE))
+PyDoc_STRVAR(lock_doc,
+"lock(address, length, flags=0) -> None\n\n"
+"mlock(2), or mlock2(2) with flags (MLOCK_ONFAULT).");
+RANGE_CALL(core_lock, "lock",
+           option ? syscall(SYS_mlock2, (void *)(uintptr_t)address,
+                            (size_t)length, option)
+                  : mlock(RANGE))
+PyDoc_STRVAR(unlock_doc, "unlock(address, length) -> None: munlock(2).");
+RANGE_CALL(core_unlock, "unlock", munlock(RANGE))
+
+/* ------------------------------------------------------------- the swap --- */
+
+/* One contiguous range with one protection. */
+typedef struct {
+    uintptr_t target;           /* the live range */
+    size_t length;
+    int protection;
+    uintptr_t source;           /* where the replacement is mapped already */
+    int fd;                     /* map this file, or -1: move the source */
+    off_t offset;
+} piece;
+
+typedef struct {
+    uintptr_t base;
+    const char *headers;
+    size_t headers_size;
+    piece *pieces, *undo;
+    size_t count, undo_count;
+    /* the outcome */
+    int found, number, broken;
+    const char *step;
+    uintptr_t start, end;
+} swap;
+
+/* The offset of the first byte that differs, or -1. */
+static ssize_t
+difference(const char *a, const char *b, size_t length)
+{
+    const size_t block = 4096;
+
+    for (size_t i = 0; i < length; i += block) {
+        size_t n = length - i < block ? length - i : block;
+        if (memcmp(a + i, b + i, n) != 0) {
+            while (a[i] == b[i])
+                i++;
+            return (ssize_t)i;
+        }
+    }
+    return -1;
+}
+
+static void
+swap_failed(swap *s, int number, const char *step, uintptr_t start,
+            uintptr_t end)
+{
+    s->number = number;
+    s->step = step;
+    s->start = start;
+    s->end = end;
+}
+
+/* Map everything as it was again.  A hole in running code is the one thing that cannot be left behind, so
+ * this tries for as long as memory for a mapping may still turn up.
+ */
+static int
+put_back(swap *s)
+{
+    for (size_t i = 0; i < s->undo_count; i++) {
+        piece *u = &s->undo[i];
+        int tries = 0;
+        while (mmap((void *)u->target, u->length, u->protection,
+                    MAP_PRIVATE | MAP_FIXED, u->fd, u->offset) == MAP_FAILED)
+            if (++tries == 1000)
+                return errno;
+            else
+                usleep(100);
+    }
+    return 0;
+}
+
+static int
+swap_object(struct dl_phdr_info *info, size_t size, void *data)
+{
+    swap *s = data;
+
+    (void)size;
+    /* 1. The object is the one that was surveyed. */
+    if (info->dlpi_addr != s->base
+        || info->dlpi_phnum * sizeof(ElfW(Phdr)) != s->headers_size
+        || memcmp(info->dlpi_phdr, s->headers, s->headers_size) != 0)
+        return 0;
+    s->found = 1;
+
+    /* 2. The replacement is what is in memory, byte for byte.  Both sides
+     * are faulted in first, so that an unreadable page is an error here and
+     * not a signal. */
+    for (size_t i = 0; i < s->count; i++) {
+        piece *p = &s->pieces[i];
+        ssize_t at;
+        if (populate((void *)p->target, p->length) < 0
+            || populate((void *)p->source, p->length) < 0) {
+            swap_failed(s, errno, "populate", p->target,
+                        p->target + p->length);
+            return 1;
+        }
+        at = difference((const char *)p->target, (const char *)p->source,
+                        p->length);
+        if (at >= 0) {
+            swap_failed(s, EILSEQ, "compare", p->target + at,
+                        p->target + p->length);
+            return 1;
+        }
+    }
+
+    /* 3. Replace, one system call a piece: the kernel holds the address
+     * space's lock from taking the old mapping out to putting the new one
+     * in, so a thread that executes there waits and never sees a hole. */
+    for (size_t i = 0; i < s->count; i++) {
+        piece *p = &s->pieces[i];
+        void *got;
+        if (p->fd >= 0)
+            got = mmap((void *)p->target, p->length, p->protection,
+                       MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE, p->fd,
+                       p->offset);
+        else
+            got = mremap((void *)p->source, p->length, p->length,
+                         MREMAP_MAYMOVE | MREMAP_FIXED, (void *)p->target);
+        if (got == MAP_FAILED) {
+            swap_failed(s, errno, "replace", p->target,
+                        p->target + p->length);
+            s->broken = put_back(s);
+            return 1;
+        }
+    }
+    return 1;
+}
+
+static int
+parse_pieces(PyObject *sequence, piece **pieces, size_t *count)
+{
+    Py_ssize_t n = PySequence_Size(sequence);
+
+    if (n < 0)
+        return -1;
+    *pieces = calloc(n ? (size_t)n : 1, sizeof(piece));
+    if (*pieces == NULL) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    *count = (size_t)n;
+    for (Py_ssize_t i = 0; i < n; i++) {
+        unsigned long long target, length, source, offset;
+        int protection, fd, ok;
+        PyObject *item = PySequence_GetItem(sequence, i);
+        if (item == NULL)
+            return -1;
+        ok = PyArg_ParseTuple(item, "KKiKiK", &target, &length, &protection,
+                              &source, &fd, &offset);
+        Py_DECREF(item);
+        if (!ok)
+            return -1;
+        (*pieces)[i] = (piece){target, length, protection, source, fd,
+                               (off_t)offset};
+    }
+    return 0;
+}
+
+PyDoc_STRVAR(swap_doc,
+"swap(base, headers, pieces, undo) -> None\n\n"
+"Replace ranges of one loaded object by identical memory, inside\n"
+"dl_iterate_phdr's callback, so that nobody can unload the object meanwhile.\n"
+"base and headers are what objects() said of it.  A piece is (target, length,\n"
+"protection, source, fd, offset): the live range, and where its replacement\n"
+"is mapped for comparison; it is then mapped from fd at offset (MAP_PRIVATE),\n"
+"or with fd -1 the source itself is moved.  undo has the same form (source is\n"
+"not used): mappings that put the object back as it was, made should a\n"
+"replacement fail.\n\n"
+"Error.step says how far it came: 'check' (object gone or another), 'populate'\n"
+"(unreadable), 'compare' (differs at Error.start), 'replace' (put back), in\n"
+"all of which the object is as it was; 'undo' (could not be put back).");
+
+static PyObject *
+core_swap(PyObject *module, PyObject *args)
+{
+    swap s = {0};
+    unsigned long long base;
+    Py_ssize_t headers_size;
+    PyObject *pieces, *undo, *result = NULL;
+
+    if (!PyArg_ParseTuple(args, "Ky#OO:swap", &base, &s.headers,
+                          &headers_size, &pieces, &undo))
+        return NULL;
+    s.base = base;
+    s.headers_size = (size_t)headers_size;
+    if (parse_pieces(pieces, &s.pieces, &s.count) < 0
+        || parse_pieces(undo, &s.undo, &s.undo_count) < 0)
+        goto done;
+
+    /* Without the GIL: a thread inside dlopen may hold the loader's lock and
+     * wait for the GIL. */
+    Py_BEGIN_ALLOW_THREADS
+    dl_iterate_phdr(swap_object, &s);
+    Py_END_ALLOW_THREADS
+
+    if (!s.found)
+        fail(module, ESTALE, "check", base, base);
+    else if (s.broken)
+        fail(module, s.broken, "undo", s.start, s.end);
+    else if (s.number)
+        fail(module, s.number, s.step, s.start, s.end);
+    else {
+        result = Py_None;
+        Py_INCREF(result);
+    }
+done:
+    free(s.pieces);
+    free(s.undo);
+    return result;
+}
+
+/* ----------------------------------------------------------- questions --- */
+
+PyDoc_STRVAR(thp_disabled_doc,
+"thp_disabled() -> bool\n\n"
+"Whether PR_SET_THP_DISABLE is in force (prctl(2)).");
+
+static PyObject *
+core_thp_disabled(PyObject *module, PyObject *Py_UNUSED(ignored))
+{
+    int got = prctl(PR_GET_THP_DISABLE, 0, 0, 0, 0);
+
+    if (got < 0)
+        return fail(module, errno, "PR_GET_THP_DISABLE", 0, 0);
+    return PyBool_FromLong(got);
+}
+
+PyDoc_STRVAR(mdwe_doc,
+"mdwe() -> int\n\n"
+"PR_GET_MDWE: the memory-deny-write-execute flags in force (Linux 6.3).");
+
+static PyObject *
+core_mdwe(PyObject *module, PyObject *Py_UNUSED(ignored))
+{
+    int got = prctl(PR_GET_MDWE, 0, 0, 0, 0);
+
+    if (got < 0)
+        return fail(module, errno, "PR_GET_MDWE", 0, 0);
+    return PyLong_FromLong(got);
+}
+
+/* -------------------------------------------------------------- module --- */
+
+static PyMethodDef core_methods[] = {
+    {"objects", core_objects, METH_NOARGS, objects_doc},
+    {"loads", core_loads, METH_NOARGS, loads_doc},
+    {"interpreter_address", core_interpreter_address, METH_NOARGS,
+     interpreter_doc},
+    {"threads", core_threads, METH_NOARGS, threads_doc},
+    {"reserve", core_reserve, METH_VARARGS, reserve_doc},
+    {"map", core_map, METH_VARARGS, map_doc},
+    {"fill", core_fill, METH_VARARGS, fill_doc},
+    {"unmap", core_unmap, METH_VARARGS, unmap_doc},
+    {"protect", core_protect, METH_VARARGS, protect_doc},
+    {"advise", core_advise, METH_VARARGS, advise_doc},
+    {"populate", core_populate, METH_VARARGS, populate_doc},
+    {"lock", core_lock, METH_VARARGS, lock_doc},
+    {"unlock", core_unlock, METH_VARARGS, unlock_doc},
+    {"swap", core_swap, METH_VARARGS, swap_doc},
+    {"thp_disabled", core_thp_disabled, METH_NOARGS, thp_disabled_doc},
+    {"mdwe", core_mdwe, METH_NOARGS, mdwe_doc},
+    {NULL, NULL, 0, NULL},
+};
+
+static int
+core_exec(PyObject *module)
+{
+    core_state *state = PyModule_GetState(module);
+
+    state->error = PyErr_NewException("page_primer._core.Error",
+                                      PyExc_OSError, NULL);
+    if (state->error == NULL)
+        return -1;
+    Py_INCREF(state->error);
+    if (PyModule_AddObject(module, "Error", state->error) < 0) {
+        Py_DECREF(state->error);
+        return -1;
+    }
+    if (PyModule_AddIntMacro(module, PROT_NONE) < 0
+        || PyModule_AddIntMacro(module, PROT_READ) < 0
+        || PyModule_AddIntMacro(module, PROT_WRITE) < 0
+        || PyModule_AddIntMacro(module, PROT_EXEC) < 0
+        || PyModule_AddIntMacro(module, MAP_PRIVATE) < 0
+        || PyModule_AddIntMacro(module, MAP_SHARED) < 0
+        || PyModule_AddIntMacro(module, MAP_ANONYMOUS) < 0
+        || PyModule_AddIntMacro(module, MAP_NORESERVE) < 0
+        || PyModule_AddIntMacro(module, MADV_HUGEPAGE) < 0
+        || PyModule_AddIntMacro(module, MADV_COLLAPSE) < 0
+        || PyModule_AddIntMacro(module, MADV_POPULATE_WRITE) < 0
+        || PyModule_AddIntMacro(module, MLOCK_ONFAULT) < 0)
+        return -1;
+    return 0;
+}
+
+static int
+core_traverse(PyObject *module, visitproc visit, void *arg)
+{
+    core_state *state = PyModule_GetState(module);
+
+    if (state != NULL)
+        Py_VISIT(state->error);
+    return 0;
+}
+
+static int
+core_clear(PyObject *module)
+{
+    core_state *state = PyModule_GetState(module);
+
+    if (state != NULL)
+        Py_CLEAR(state->error);
+    return 0;
+}
+
+/* No state but the exception class, and every function is one system call
+ * or takes the loader's lock: nothing needs the GIL, and any interpreter of
+ * the process may load the module.  What is primed is the process's, though:
+ * apply.py keeps that book in the interpreter that primed. */
+static PyModuleDef_Slot core_slots[] = {
+    {Py_mod_exec, core_exec},
+#ifdef Py_mod_multiple_interpreters
+    {Py_mod_multiple_interpreters, Py_MOD_PER_INTERPRETER_GIL_SUPPORTED},
+#endif
+#ifdef Py_mod_gil
+    {Py_mod_gil, Py_MOD_GIL_NOT_USED},
+#endif
+    {0, NULL},
+};
+
+PyDoc_STRVAR(core_doc,
+"Mechanism of page_primer: ELF objects, mappings, the swap, locking.\n"
+"Private: addresses are not checked.");
+
+static struct PyModuleDef core_module = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "page_primer._core",
+    .m_doc = core_doc,
+    .m_size = sizeof(core_state),
+    .m_methods = core_methods,
+    .m_slots = core_slots,
+    .m_traverse = core_traverse,
+    .m_clear = core_clear,
+};
+
+PyMODINIT_FUNC
+PyInit__core(void)
+{
+    return PyModuleDef_Init(&core_module);
+}

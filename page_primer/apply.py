@@ -1,0 +1,400 @@
+"""Carry a plan out, remember what is primed, undo it, and measure what the kernel made of it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import resource
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+from page_primer import _core, backing, plan, smaps, survey
+from page_primer.backing import Prepared, Refused
+from page_primer.options import Options
+from page_primer.plan import Left, Lock, Move, Region
+from page_primer.report import ObjectReport, Report, SegmentReport
+from page_primer.smaps import Mapping, overlapping
+from page_primer.survey import PF_X, Object, Segment, Survey
+
+MODIFIED = "modified in memory"
+
+Key = tuple[int, bytes]  # base and program headers: one loaded object
+
+
+@dataclass(frozen=True)
+class Primed:
+    """An object that was moved, with what is needed to measure it and to put it back."""
+
+    object: Object
+    regions: tuple[Region, ...]
+    prepared: Prepared
+    notes: tuple[str, ...]
+
+    @property
+    def bytes(self) -> int:
+        return sum(region.end - region.start for region in self.regions)
+
+
+@dataclass
+class Process:
+    """What page-primer has done to this process. Forked children inherit the moves, not the locks."""
+
+    pid: int = 0
+    loads: tuple[int, int] = (0, 0)
+    options: Options | None = None
+    objects: tuple[Object, ...] = ()
+    pmd: int = 0
+    primed: dict[Key, Primed] = field(default_factory=dict)
+    left: dict[Key, list[Left]] = field(default_factory=dict)
+    notes: dict[Key, tuple[str, ...]] = field(default_factory=dict)
+    locks: dict[tuple[int, int], Lock] = field(default_factory=dict)
+    refused: dict[tuple[int, int], OSError] = field(default_factory=dict)
+    report: Report | None = None
+
+    def prime(self, options: Options) -> Report:
+        """Bring the process to the primed state; see page_primer.prime()."""
+        began = time.perf_counter()
+        same = self.options == options and self.loads == _core.loads()
+        child = self.pid != os.getpid()
+        if same and not child and self.report is not None:
+            return replace(self.report, moved=(), milliseconds=_since(began))
+        if child:
+            self.pid = os.getpid()
+            self.locks.clear()
+        moved: list[str] = []
+        if not (same and self.report is not None):
+            moved = self._move_new(options)
+        elif child:
+            for primed in self.primed.values():
+                _fault_in(primed.regions)
+        if options.mlock:
+            self._lock(options)
+        self.report = self._measure(moved, began)
+        return self.report
+
+    def restore(self) -> Report:
+        """Put everything back; see page_primer.restore()."""
+        began = time.perf_counter()
+        for start, end in self.locks:
+            with contextlib.suppress(OSError):
+                _core.unlock(start, end - start)
+        self.locks.clear()
+        self.refused.clear()
+        failed: dict[Key, Primed] = {}
+        for key, primed in self.primed.items():
+            try:
+                _put_back(primed)
+            except OSError as error:
+                note = f"not put back: {backing.reason_of(error)}"
+                failed[key] = replace(primed, notes=(*primed.notes, note))
+            else:
+                if primed.prepared.image is not None:
+                    primed.prepared.image.close()
+        self.primed = failed
+        self.left.clear()
+        self.notes.clear()
+        self.options = None
+        self.report = self._measure([], began)
+        return self.report
+
+    # -------------------------------------------------------------------------------- moving ---
+
+    def _move_new(self, options: Options) -> list[str]:
+        found = survey.take()
+        self._forget_unloaded(found)
+        used = sum(primed.bytes for primed in self.primed.values())
+        planned = plan.make(found, options, used)
+        self.left, self.notes = {}, {}
+        for left in planned.left:
+            self.left.setdefault(_key(left.object), []).append(left)
+        moved = []
+        for move in planned.moves:
+            key = _key(move.object)
+            try:
+                primed = _carry_out(move, found.pmd_size, options)
+            except NotMoved as why:
+                self._leave(move.object, str(why), why.notes)
+                continue
+            self.primed[key] = primed
+            self.left[key] = plan.explain(move.object, primed.regions, found.pmd_size)
+            moved.append(move.object.path)
+        self.objects, self.pmd = found.objects, found.pmd_size
+        self.options, self.loads = options, found.loads
+        return moved
+
+    def _forget_unloaded(self, found: Survey) -> None:
+        """Drop what was unloaded since, or unloaded and loaded again at the same address."""
+        there = {_key(obj) for obj in found.objects if obj.problem == survey.REMAPPED}
+        for key in set(self.primed) - there:
+            image = self.primed.pop(key).prepared.image
+            if image is not None:
+                image.close()
+
+    def _leave(self, obj: Object, reason: str, notes: tuple[str, ...]) -> None:
+        self.notes[_key(obj)] = notes
+        self.left[_key(obj)] = [
+            Left(obj, s.start, s.end, s.kind, plan.WRITABLE if s.writable else reason)
+            for s in obj.segments
+        ]
+
+    # ------------------------------------------------------------------------------- locking ---
+
+    def _lock(self, options: Options) -> None:
+        self.refused.clear()
+        for lock in plan.locks(self.objects, smaps.read_maps(), options):
+            where = (lock.start, lock.end)
+            if where in self.locks:
+                continue
+            try:
+                flags = _core.MLOCK_ONFAULT if lock.on_fault else 0
+                _core.lock(lock.start, lock.end - lock.start, flags)
+            except OSError as error:
+                self.refused[where] = error
+            else:
+                self.locks[where] = lock
+
+    # ----------------------------------------------------------------------------- measuring ---
+
+    def _measure(self, moved: Sequence[str], began: float) -> Report:
+        mappings = smaps.read_smaps()
+        refusal = next(iter(self.refused.values()), None)
+        limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+        over = refusal is not None and refusal.errno in (errno.ENOMEM, errno.EPERM, errno.EAGAIN)
+        refused = sum(end - start for start, end in self.refused)
+        explicit = self.options.explicit if self.options else frozenset()
+        return Report(
+            pid=self.pid,
+            reason=None,
+            objects=tuple(self._measure_object(obj, mappings) for obj in self.objects),
+            moved=tuple(moved),
+            lock_wanted_bytes=refused + sum(end - start for start, end in self.locks),
+            lock_refused_bytes=refused,
+            lock_refusal=backing.reason_of(refusal) if refusal else None,
+            lock_limit=limit if over and limit != resource.RLIM_INFINITY else None,
+            warn=tuple(sorted(explicit & {"remap", "mlock", "backing"})),
+            milliseconds=_since(began),
+            threads=_core.threads(),
+        )
+
+    def _measure_object(self, obj: Object, mappings: Sequence[Mapping]) -> ObjectReport:
+        here = list(overlapping(mappings, obj.start, obj.end))
+        primed = self.primed.get(_key(obj))
+        huge = _huge_ranges(here, self.pmd)
+        left = self.left.get(_key(obj), [])
+        segments = tuple(_measure_segment(s, here, huge, left) for s in obj.segments)
+        code = [segment for segment in segments if segment.kind == "code"]
+        return ObjectReport(
+            path=obj.path,
+            interpreter=obj.interpreter,
+            backing=primed.prepared.backing if primed else None,
+            where=primed.prepared.where if primed else None,
+            code_bytes=sum(segment.bytes for segment in code),
+            code_huge_bytes=sum(segment.huge_bytes for segment in code),
+            huge_bytes=sum(segment.huge_bytes for segment in segments),
+            locked_bytes=sum(segment.locked_bytes for segment in segments),
+            copied_bytes=primed.bytes if primed else 0,
+            written_bytes=primed.prepared.written if primed else 0,
+            segments=segments,
+            notes=primed.notes if primed else self.notes.get(_key(obj), ()),
+        )
+
+
+class NotMoved(Exception):
+    """An object stays where it is; the message is the reason, `notes` tell the attempts."""
+
+    def __init__(self, reason: str, notes: Iterable[str]) -> None:
+        super().__init__(reason)
+        self.notes = tuple(notes)
+
+
+def _carry_out(move: Move, pmd: int, options: Options) -> Primed:
+    """Move one object to the first backing that smaps confirms.
+
+    Raises:
+        NotMoved: no backing was good enough, or the swap was refused. The object is as it was.
+    """
+    notes: list[str] = []
+    for last_try in (False, True):
+        prepared = _choose(move, pmd, options, notes)
+        try:
+            _swap_in(move.object, prepared)
+        except _core.Error as error:
+            prepared.discard()
+            if error.step != "compare":
+                raise NotMoved(f"swap failed at {backing.reason_of(error)}", notes) from error
+            if last_try or not _discard_wrong_image(move.object, prepared, error.start):
+                raise NotMoved(MODIFIED, notes) from error
+            notes.append(f"{prepared.where}: wrong content, written again")
+            continue
+        except OSError as error:
+            prepared.discard()
+            raise NotMoved(backing.reason_of(error), notes) from error
+        regions = tuple(piece.region for piece in prepared.pieces)
+        primed = Primed(move.object, regions, prepared, tuple(notes))
+        got = _fault_in(regions)
+        prepared.unmap(moved=True)
+        if got:
+            return primed
+        # Huge where it was prepared, and not here: not what was asked for, so not worth it.
+        with contextlib.suppress(OSError):
+            _put_back(primed)
+        raise NotMoved(f"{prepared.where}: no huge pages after the swap", notes)
+    raise AssertionError("unreachable")
+
+
+def _choose(move: Move, pmd: int, options: Options, notes: list[str]) -> Prepared:
+    """The first attempt that is huge throughout, or else the one that came nearest."""
+    best: Prepared | None = None
+    for attempt in backing.attempts(move, pmd, options):
+        if isinstance(attempt, Refused):
+            notes.append(f"{attempt.where}: {attempt.reason}")
+            continue
+        if attempt.huge < attempt.wanted:
+            notes.append(f"{attempt.where}: {attempt.huge} of {attempt.wanted} bytes huge")
+        if attempt.huge > (best.huge if best else 0):
+            best, attempt = attempt, best  # type: ignore[assignment]
+        if attempt is not None:
+            attempt.discard()
+        if best is not None and best.huge == best.wanted:
+            break
+    if best is None:
+        raise NotMoved("no backing gave huge pages", notes)
+    return best
+
+
+def _swap_in(obj: Object, prepared: Prepared) -> None:
+    original = os.open(obj.path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        _core.swap(
+            obj.base,
+            obj.headers,
+            [(p.region.start, p.size, p.protection, p.source, p.fd, p.offset)
+             for p in prepared.pieces],
+            [(start, end - start, protection, 0, original, offset)
+             for start, end, protection, offset in _original_mappings(
+                 obj, [piece.region for piece in prepared.pieces])],
+        )  # fmt: skip
+    finally:
+        os.close(original)
+
+
+def _original_mappings(
+    obj: Object, regions: Iterable[Region]
+) -> list[tuple[int, int, int, int]]:
+    """(start, end, protection, file offset) of the file mappings that regions replace."""
+    found = []
+    for region in regions:
+        for start, end, offset in backing.originals(region, obj):
+            segment = next(s for s in obj.segments if s.start <= start < s.end)
+            protection = _core.PROT_READ
+            if segment.flags & PF_X:
+                protection |= _core.PROT_EXEC | (backing.PROT_BTI if obj.bti else 0)
+            found.append((start, end, protection, offset))
+    return found
+
+
+def _put_back(primed: Primed) -> None:
+    """Map an object's own file over what it was moved to. Raises OSError when that fails."""
+    obj = primed.object
+    fd = os.open(obj.path, os.O_RDONLY | os.O_CLOEXEC)
+    areas: list[tuple[int, int]] = []
+    try:
+        if obj.source is None or survey.Source.of(obj.path, os.fstat(fd)) != obj.source:
+            raise OSError(errno.ESTALE, survey.FILE_GONE)
+        pieces = []
+        for start, end, protection, offset in _original_mappings(obj, primed.regions):
+            source = _core.reserve(end - start, survey.page_size(), 0)
+            areas.append((source, end - start))
+            _core.map(source, end - start, protection, _core.MAP_PRIVATE, fd, offset)
+            pieces.append((start, end - start, protection, source, fd, offset))
+        _core.swap(obj.base, obj.headers, pieces, pieces)
+    finally:
+        for source, length in areas:
+            _core.unmap(source, length)
+        os.close(fd)
+
+
+def _discard_wrong_image(obj: Object, prepared: Prepared, address: int) -> bool:
+    """After a failed comparison: whether the image is to blame, which is then removed, rather than
+    code that was modified in memory."""
+    if prepared.image is None:
+        return False
+    piece = next(p for p in prepared.pieces if p.region.start <= address < p.region.end)
+    byte = Region(address, address + 1, 0)
+    with contextlib.suppress(OSError), open(obj.path, "rb") as original:
+        for _, _, offset in backing.originals(byte, obj):
+            with open(prepared.image.path, "rb") as image:
+                image.seek(piece.offset + address - piece.region.start)
+                original.seek(offset)
+                if image.read(1) != original.read(1):
+                    os.unlink(prepared.image.path)
+                    return True
+    return False
+
+
+def _fault_in(regions: Sequence[Region]) -> int:
+    """Have the regions mapped, by huge entries where possible; returns the bytes that are."""
+    for region in regions:
+        with contextlib.suppress(OSError):
+            _core.advise(region.start, region.end - region.start, _core.MADV_HUGEPAGE)
+        with contextlib.suppress(OSError):
+            _core.populate(region.start, region.end - region.start)
+    return sum(m.huge for m in smaps.starting_at({region.start for region in regions}))
+
+
+def _huge_ranges(mappings: Iterable[Mapping], pmd: int) -> list[tuple[int, int, int]]:
+    """(start, end, bytes): the huge-page-sized part of each mapping, and how much of it is huge."""
+    found = []
+    for mapping in mappings:
+        if pmd and mapping.huge:
+            start, end = Region(mapping.start, mapping.end, 0).huge(pmd)
+            found.append((start, end, mapping.huge))
+    return found
+
+
+def _measure_segment(
+    segment: Segment,
+    mappings: Sequence[Mapping],
+    huge: Iterable[tuple[int, int, int]],
+    left: Iterable[Left],
+) -> SegmentReport:
+    end = segment.address + segment.size
+    huge_bytes = 0
+    for start, stop, size in huge:
+        # smaps counts per mapping: where not all of one is huge, assume that this part is last.
+        missing = stop - start - size
+        both = min(end, stop) - max(segment.address, start)
+        huge_bytes += max(0, both - missing) if both > 0 else 0
+    locked = sum(
+        min(segment.end, m.end) - max(segment.start, m.start)
+        for m in overlapping(mappings, segment.start, segment.end)
+        if m.is_locked
+    )
+    reasons: dict[str, int] = {}
+    for part in left:
+        if segment.start <= part.start and part.end <= segment.end:
+            reasons[part.reason] = reasons.get(part.reason, 0) + part.end - part.start
+    return SegmentReport(
+        segment.start, segment.end, segment.kind, segment.size, huge_bytes, locked, reasons
+    )
+
+
+def _key(obj: Object) -> Key:
+    return obj.base, obj.headers
+
+
+def _since(began: float) -> float:
+    return (time.perf_counter() - began) * 1000
+
+
+process = Process()
+
+# One prime() at a time; and a fork waits for one that is under way in another thread, or the child
+# would inherit a half-kept book and a lock that nobody holds.
+lock = threading.Lock()
+os.register_at_fork(
+    before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release
+)

@@ -1,0 +1,278 @@
+"""Write an object's image: an ELF file that holds the object laid out by address.
+
+    file offset(address) = pad + (address - first page of the object)
+
+pad is at least one huge page and makes offset and address equal modulo the huge page size, which is
+what a huge page table entry asks of a file mapping. From pad on, the file holds the PT_LOADs'
+content at their addresses, byte for byte what the loader mapped. Before it, within the first 4 KiB,
+an ELF header describes *this* file to the tools that find it in /proc/PID/maps:
+
+- PT_LOADs with shifted offsets, the executable one exactly as wide as the executable mapping, since
+  py-spy takes (start of the first executable mapping) - (p_vaddr of the first executable PT_LOAD)
+  for the load bias;
+- a build-id of its own, since perf caches files by build-id and would symbolise with the original's
+  offsets.
+
+After the loadable part come the sections that symbolisers read (.symtab and its strings) and the
+section headers, those left out marked SHT_NULL so that section numbers keep their meaning.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from page_primer.plan import Region
+from page_primer.survey import PF_R, PF_W, PF_X, PROGRAM_HEADER, PT_LOAD, Object, Source, page_size
+
+# Part of an image's name in the store: raise it when what is written here changes.
+LAYOUT_VERSION = 1
+
+_PT_NULL, _PT_NOTE, _PT_PHDR, _PT_GNU_STACK = 0, 4, 6, 0x6474E551
+_SHT_SYMTAB, _SHF_ALLOC = 2, 2
+_KEPT_SECTIONS = (".gnu_debuglink", ".gnu_debugaltlink", ".gnu_debugdata")
+_HEADER_ROOM = 4096  # the kernel looks for a build-id in the first page only
+
+# Elf64_Ehdr: e_ident, e_type, e_machine, e_version, e_entry, e_phoff, e_shoff, e_flags, e_ehsize,
+# e_phentsize, e_phnum, e_shentsize, e_shnum, e_shstrndx.
+_EHDR = struct.Struct("=16sHHIQQQIHHHHHH")
+_SECTION_HEADER = struct.Struct("=IIQQQQIIQQ")
+_NOTE = struct.Struct("=III4s20s")
+_NT_GNU_BUILD_ID = 3
+
+
+class CannotLayOut(Exception):
+    """The file is not one this module can write an image of; the message says why."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where an object's bytes lie in its image."""
+
+    object: Object
+    regions: tuple[Region, ...]
+    pmd: int
+    name: str  # identifies content and layout: the same name, the same bytes
+
+    @property
+    def pad(self) -> int:
+        return self.pmd + self.object.start % self.pmd
+
+    def offset(self, address: int) -> int:
+        """The file offset of an address of the object."""
+        return self.pad + address - self.object.start
+
+    @property
+    def content_end(self) -> int:
+        return max(self.offset(segment.file_end) for segment in self.object.segments)
+
+
+def lay_out(obj: Object, regions: Sequence[Region], pmd: int) -> Layout:
+    """Lay an object out so that its regions can be mapped with huge pages."""
+    source = obj.source
+    assert source is not None, "only objects with a file are planned"
+    protections = ".".join(
+        f"{region.start - obj.start:x}{'x' if region.flags & PF_X else 'r'}" for region in regions
+    )
+    name = "-".join(
+        [f"{LAYOUT_VERSION}", *_identity(source), f"{pmd:x}", f"{obj.start % pmd:x}", protections]
+    )
+    return Layout(obj, tuple(regions), pmd, name)
+
+
+
+def write(layout: Layout, original: int, target: int) -> int:
+    """Write the image of `layout` from the open file `original` to the empty file `target`.
+
+    Returns:
+        The number of bytes written.
+
+    Raises:
+        CannotLayOut: the original is not an ELF file of the expected form.
+        OSError: reading or writing failed.
+    """
+    # Imported here: it takes longer than all the rest, and only the first process on a machine
+    # writes an image.
+    from elftools.common.exceptions import ELFError
+    from elftools.elf.elffile import ELFFile
+
+    with open(original, "rb", closefd=False) as file:
+        try:
+            elf = ELFFile(file)
+            names = [section.name for section in elf.iter_sections()]
+            build_ids = [
+                segment["p_offset"]
+                for segment in elf.iter_segments("PT_NOTE")
+                if any(note["n_type"] == "NT_GNU_BUILD_ID" for note in segment.iter_notes())
+            ]
+        except (ELFError, UnicodeDecodeError, ValueError) as error:
+            raise CannotLayOut(f"not a well-formed ELF file: {error}") from error
+    program_headers = _program_headers(layout, build_ids)
+    note = _EHDR.size + len(program_headers) * PROGRAM_HEADER.size
+    if note + _NOTE.size > _HEADER_ROOM:
+        raise CannotLayOut("too many program headers")
+
+    written = 0
+    for offset, block in _content(layout, original):
+        written += _write_all(target, block, offset)
+    end, tail = _sections(layout, original, names, elf["e_shstrndx"], note)
+    for offset, data in tail:
+        written += _write_all(target, data, offset)
+
+    fields = list(_EHDR.unpack(os.pread(original, _EHDR.size, 0)))
+    fields[5], fields[6], fields[10] = _EHDR.size, end, len(program_headers)
+    header = _EHDR.pack(*fields)
+    first_page = header + b"".join(program_headers) + _build_id(layout)
+    return written + _write_all(target, first_page, 0)
+
+
+def _write_all(fd: int, data: bytes | memoryview, offset: int) -> int:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(fd, data[done:], offset + done)
+    return done
+
+
+def _content(layout: Layout, original: int) -> Iterator[tuple[int, memoryview]]:
+    """The loadable part in blocks of one huge page: a file system that has large folios makes one
+    of each aligned block that is written whole (ext4 since Linux 6.16, xfs)."""
+    pmd = layout.pmd
+    buffer = memoryview(bytearray(pmd))
+    segments = [
+        (layout.offset(s.start), layout.offset(s.file_end), s.offset)
+        for s in layout.object.segments
+    ]
+    for block in range(layout.pad // pmd * pmd, layout.content_end, pmd):
+        inside = [
+            (max(start, block), min(end, block + pmd), start, offset)
+            for start, end, offset in segments
+            if start < block + pmd and block < end
+        ]
+        if not inside:
+            continue
+        low, high = inside[0][0], max(end for _, end, _, _ in inside)
+        buffer[low - block : high - block] = bytes(high - low)
+        for start, end, segment, offset in inside:
+            _read_into(original, buffer[start - block : end - block], offset + start - segment)
+        yield low, buffer[low - block : high - block]
+
+
+def _read_into(fd: int, buffer: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(buffer):
+        count = os.preadv(fd, [buffer[done:]], offset + done)
+        if count == 0:
+            return  # beyond the end of the file a mapping reads zeroes; so does the buffer
+        done += count
+
+
+def _sections(
+    layout: Layout, original: int, names: Sequence[str], names_index: int, note: int
+) -> tuple[int, list[tuple[int, bytes]]]:
+    """Where the section headers go, and the (offset, data) of all that follows the content."""
+    at = _align(layout.content_end)
+    data: list[tuple[int, bytes]] = []
+    table = []
+    headers = _section_headers(original, len(names))
+    linked = {header[6] for header in headers if header[1] == _SHT_SYMTAB} | {names_index}
+    for index, (name, header) in enumerate(zip(names, headers, strict=True)):
+        sh_name, kind, flags, address, offset, size, *rest = header
+        if name == ".note.gnu.build-id":
+            offset, size = note, _NOTE.size
+        elif flags & _SHF_ALLOC:
+            offset = layout.offset(layout.object.base + address)
+        elif kind == _SHT_SYMTAB or index in linked or name in _KEPT_SECTIONS:
+            offset = at
+            data.append((at, os.pread(original, size, header[4])))
+            at = _align(at + size)
+        else:
+            table.append(bytes(_SECTION_HEADER.size))
+            continue
+        table.append(_SECTION_HEADER.pack(sh_name, kind, flags, address, offset, size, *rest))
+    data.append((at, b"".join(table)))
+    return at, data
+
+
+def _section_headers(original: int, count: int) -> list[tuple[int, ...]]:
+    start = _EHDR.unpack(os.pread(original, _EHDR.size, 0))[6]
+    raw = os.pread(original, count * _SECTION_HEADER.size, start)
+    return list(_SECTION_HEADER.iter_unpack(raw))
+
+
+def _align(offset: int) -> int:
+    return -(-offset // 16) * 16
+
+
+def _program_headers(layout: Layout, build_ids: Sequence[int]) -> list[bytes]:
+    """The program header table that describes the image.
+
+    Args:
+        layout: the layout.
+        build_ids: p_offset of the original's PT_NOTEs that hold a build-id.
+    """
+    obj = layout.object
+    loads, rest = [], []
+    for header in PROGRAM_HEADER.iter_unpack(obj.headers):
+        kind, flags, offset, vaddr, paddr, filesz, memsz, alignment = header
+        if kind == PT_LOAD and flags & PF_W and memsz:
+            shifted = layout.offset(obj.base + vaddr)
+            loads.append((kind, flags, shifted, vaddr, paddr, filesz, memsz, alignment))
+        elif kind == _PT_NOTE and offset in build_ids:
+            continue
+        elif kind not in (PT_LOAD, _PT_NULL, _PT_PHDR):
+            if kind != _PT_GNU_STACK:
+                offset = layout.offset(obj.base + vaddr)
+            rest.append((kind, flags, offset, vaddr, paddr, filesz, memsz, alignment))
+    loads += [
+        (PT_LOAD, flags, layout.offset(start), start - obj.base, start - obj.base,
+         end - start, end - start, page_size())
+        for start, end, flags in _read_only(layout)
+    ]  # fmt: skip
+    loads.sort(key=lambda load: load[3])
+    count = len(loads) + len(rest) + 1
+    note = _EHDR.size + count * PROGRAM_HEADER.size
+    notes = [(_PT_NOTE, PF_R, note, note, note, _NOTE.size, _NOTE.size, 4)]
+    return [PROGRAM_HEADER.pack(*header) for header in (*loads, *rest, *notes)]
+
+
+def _read_only(layout: Layout) -> Iterator[tuple[int, int, int]]:
+    """The read-only PT_LOADs: the regions as they are mapped from the image, and as R alone what
+    stays mapped from the original, so that the executable ones are exactly the image's."""
+    for span in layout.object.spans():
+        # Up to the last byte the file gives, not to the end of its page.
+        end = min(span[-1].end, span[-1].file_end)
+        at = span[0].start
+        for region in layout.regions:
+            if not span[0].start <= region.start < span[-1].end:
+                continue
+            if at < region.start:
+                yield at, region.start, PF_R
+            yield region.start, min(region.end, end), region.flags
+            at = region.end
+        if at < end:
+            yield at, end, PF_R
+
+
+def _build_id(layout: Layout) -> bytes:
+    """A build-id note that is this image's alone, and the same whenever it is written."""
+    # random.Random hashes its seed with SHA-512 from a built-in module; hashlib would load OpenSSL
+    # into the server for the sake of a name.
+    identity = random.Random(layout.name).randbytes(20)
+    return _NOTE.pack(4, 20, _NT_GNU_BUILD_ID, b"GNU\0", identity)
+
+
+def belongs_to(name: str, path: str) -> bool:
+    """Whether an image's name is of the file that is at `path` now."""
+    try:
+        source = Source.of(path, os.stat(path))
+    except OSError:
+        return False
+    return name.split("-")[1:6] == _identity(source)
+
+
+def _identity(source: Source) -> list[str]:
+    numbers = (source.device, source.inode, source.size, source.mtime_ns, source.ctime_ns)
+    return [f"{number:x}" for number in numbers]

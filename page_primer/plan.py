@@ -1,0 +1,282 @@
+"""Decide what moves where: a pure function of the survey and the options.
+
+A huge page table entry has one protection and covers one aligned range of pmd_size bytes, so the
+plan works on *chunks*: the aligned ranges that lie wholly inside an object's read-only span. A
+chunk that holds any code becomes r-x, another r--; around them the span keeps its protections.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from page_primer.options import Options
+from page_primer.smaps import Mapping, overlapping
+from page_primer.survey import PF_R, PF_X, Object, Segment, Survey
+
+# Why bytes are left where they are, in the report's words; survey.py has those that concern the
+# whole file.
+REMAP_OFF = "remap is off"
+EXCLUDED = "excluded"
+NO_HUGE_PAGES = "no huge pages on this kernel"
+THP_DISABLED = "huge pages are disabled for this process (PR_SET_THP_DISABLE)"
+NO_CODE = "no code"
+NO_CHUNK = "no whole huge page"
+OVER_LIMIT = "over the limit"
+PROFILERS_HEAD = "kept for profilers"
+WRITABLE = "writable"
+
+
+@dataclass(frozen=True)
+class Region:
+    """A contiguous range with one protection (PF_R, perhaps with PF_X)."""
+
+    start: int
+    end: int
+    flags: int
+
+    def huge(self, pmd: int) -> tuple[int, int]:
+        """The part that whole huge pages can cover; empty (start == end) where none fits."""
+        start, end = -(-self.start // pmd) * pmd, self.end // pmd * pmd
+        return (start, end) if start < end else (self.start, self.start)
+
+
+@dataclass(frozen=True)
+class Move:
+    """One object's move: the regions for memory that carries the object's name, and for other.
+
+    An image describes itself to profilers, so the whole span can go there, edges included; memory
+    without a name takes only whole chunks, and none that a profiler needs to see on the file.
+    """
+
+    object: Object
+    image: tuple[Region, ...]
+    memory: tuple[Region, ...]
+
+    @property
+    def bytes(self) -> int:
+        """What the move copies at most."""
+        return sum(region.end - region.start for region in self.image)
+
+
+@dataclass(frozen=True)
+class Left:
+    """A range that stays as it is, or stays on small pages, and why."""
+
+    object: Object
+    start: int
+    end: int
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    moves: tuple[Move, ...]
+    left: tuple[Left, ...]
+
+
+@dataclass(frozen=True)
+class Lock:
+    """A range to lock; `on_fault` for private writable memory, which a plain mlock would copy."""
+
+    object: Object
+    start: int
+    end: int
+    kind: str
+    on_fault: bool
+
+
+def make(survey: Survey, options: Options, used: int = 0) -> Plan:
+    """Plan the moves, the hottest object first.
+
+    Args:
+        survey: the process as found.
+        options: what the caller wants.
+        used: bytes of the limit that earlier moves of this process have taken.
+    """
+    moves: list[Move] = []
+    left: list[Left] = []
+    room = options.limit - used
+    for obj in sorted(survey.objects, key=_heat):
+        reason = _refusal(obj, survey, options)
+        move = None if reason else _move(obj, survey.pmd_size, options)
+        if move is None:
+            reason = reason or NO_CHUNK
+        elif not obj.interpreter and move.bytes > room:
+            reason = OVER_LIMIT
+        if move is not None and not reason:
+            moves.append(move)
+            room -= move.bytes
+        if move is not None and not reason:
+            left += explain(obj, move.image, survey.pmd_size)
+        else:
+            left += [Left(obj, s.start, s.end, s.kind, _why(s, reason)) for s in obj.segments]
+    return Plan(tuple(moves), tuple(left))
+
+
+def explain(obj: Object, regions: Sequence[Region], pmd: int) -> list[Left]:
+    """Every byte of an object that does not go onto a huge page when `regions` move, and why."""
+    moved = [region.huge(pmd) for region in regions]
+    kept = [(low, high) for low, high in _head(obj, pmd) if high <= regions[0].start]
+    left: list[Left] = []
+    for span in obj.spans():
+        reachable = (-(-span[0].start // pmd) * pmd, span[-1].end // pmd * pmd)
+        has_code = any(segment.code for segment in span)
+        for segment in span:
+            cuts = {edge for pair in (*moved, *kept) for edge in pair}
+            cuts = {segment.start, segment.end} | {
+                cut for cut in cuts if segment.start < cut < segment.end
+            }
+            for low, high in pairwise(sorted(cuts)):
+                if _inside(low, high, moved):
+                    continue
+                reason = NO_CHUNK if has_code else NO_CODE
+                if _inside(low, high, kept) and _inside(low, high, [reachable]):
+                    reason = PROFILERS_HEAD
+                last = left[-1] if left else None
+                if last and (last.end, last.kind, last.reason) == (low, segment.kind, reason):
+                    low = left.pop().start
+                left.append(Left(obj, low, high, segment.kind, reason))
+    left += [Left(obj, s.start, s.end, s.kind, WRITABLE) for s in obj.segments if s.writable]
+    return left
+
+
+def _inside(low: int, high: int, ranges: Iterable[tuple[int, int]]) -> bool:
+    return any(start <= low and high <= end for start, end in ranges)
+
+
+def _why(segment: Segment, reason: str | None) -> str:
+    return WRITABLE if segment.writable else reason or NO_CHUNK
+
+
+def locks(
+    objects: Iterable[Object], mappings: Sequence[Mapping], options: Options
+) -> tuple[Lock, ...]:
+    """The mappings to lock, in the order of their worth: a small RLIMIT_MEMLOCK is spent well.
+
+    Args:
+        objects: the survey's.
+        mappings: the process's mappings as they are after the moves.
+        options: what the caller wants.
+    """
+    wanted: list[tuple[tuple[int, int], Lock]] = []
+    for rank, obj in enumerate(sorted(objects, key=_heat)):
+        if not _selected(obj, options):
+            continue
+        for mapping in overlapping(mappings, obj.start, obj.end):
+            if not mapping.permissions.startswith("r"):
+                continue  # the loader's PROT_NONE gaps
+            kind = "data" if mapping.writable else "code" if mapping.executable else "rodata"
+            worth = {"code": 0 if obj.interpreter else 1, "rodata": 2, "data": 3}[kind]
+            # A whole mapping, unless it grew beyond the object (.bss beside other memory).
+            lock = Lock(
+                obj, max(mapping.start, obj.start), min(mapping.end, obj.end),
+                kind, on_fault=mapping.writable,
+            )  # fmt: skip
+            wanted.append(((worth, rank), lock))
+    wanted.sort(key=lambda item: item[0])
+    return tuple(lock for _, lock in wanted)
+
+
+def _heat(obj: Object) -> tuple[bool, int]:
+    # What was executed is resident; nothing better is known without running for a while.
+    return (not obj.interpreter, -obj.resident_code)
+
+
+def _selected(obj: Object, options: Options) -> bool:
+    if options.include and not _matches(obj, options.include):
+        return False
+    return not _matches(obj, options.exclude)
+
+
+def _matches(obj: Object, patterns: Iterable[str]) -> bool:
+    name = os.path.basename(obj.path)
+    return any(fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(obj.path, p) for p in patterns)
+
+
+def _refusal(obj: Object, survey: Survey, options: Options) -> str | None:
+    if not options.remap:
+        return REMAP_OFF
+    if not _selected(obj, options):
+        return EXCLUDED
+    if not survey.pmd_size:
+        return NO_HUGE_PAGES
+    if survey.thp_disabled and options.backing != "hugetlb":
+        return THP_DISABLED
+    if not any(segment.code and not segment.writable for segment in obj.segments):
+        return NO_CODE
+    return obj.problem
+
+
+def _move(obj: Object, pmd: int, options: Options) -> Move | None:
+    """The regions to move, or None where no chunk is to be had."""
+    image: list[Region] = []
+    memory: list[Region] = []
+    head = _head(obj, pmd)
+    for span in obj.spans():
+        if not any(segment.code for segment in span):
+            continue
+        start = span[0].start
+        # A tool finds a PIE main program through /proc/PID/exe, so the mapping of its first code
+        # must stay on that file.
+        if options.keep_profilers and obj.main and not obj.fixed:
+            start = max(start, *(end for _, end in head))
+        if start >= span[-1].end:
+            continue
+        regions = _regions(span, start, pmd, options.merge)
+        chunks = [Region(*r.huge(pmd), r.flags) for r in regions if r.huge(pmd)[1] > r.start]
+        if any(chunk.flags & PF_X for chunk in chunks):
+            image += regions
+            keep = head if options.keep_profilers and (obj.main or obj.interpreter) else []
+            for chunk in chunks:
+                memory += _without(chunk, keep)
+    if not image:
+        return None
+    return Move(obj, tuple(image), tuple(memory))
+
+
+def _head(obj: Object, pmd: int) -> list[tuple[int, int]]:
+    """The huge pages of the ELF header and of the first code: where tools look for the object."""
+    code = next(segment for segment in obj.segments if segment.code)
+    return [(page // pmd * pmd, page // pmd * pmd + pmd) for page in (obj.start, code.start)]
+
+
+def _without(chunk: Region, keep: Iterable[tuple[int, int]]) -> list[Region]:
+    parts = [chunk]
+    for start, end in keep:
+        parts = [
+            Region(low, high, part.flags)
+            for part in parts
+            for low, high in (
+                (part.start, min(part.end, start)),
+                (max(part.start, end), part.end),
+            )
+            if low < high
+        ]
+    return parts
+
+
+def _regions(span: Sequence[Segment], start: int, pmd: int, merge: bool) -> list[Region]:
+    """Cut [start, end of span) into ranges of one protection each, merging what chunks need."""
+    end = span[-1].end
+    code = [(s.start, s.end) for s in span if s.code]
+    first, last = -(-start // pmd) * pmd, end // pmd * pmd
+    cuts = {start, end} | {s.start for s in span if start < s.start}
+    if merge and first < last:
+        cuts |= set(range(first, last + 1, pmd))
+        code += [
+            (chunk, chunk + pmd)
+            for chunk in range(first, last, pmd)
+            if any(low < chunk + pmd and chunk < high for low, high in code)
+        ]
+    regions: list[Region] = []
+    for low, high in pairwise(sorted(cuts)):
+        flags = PF_R | PF_X if _inside(low, high, code) else PF_R
+        if regions and regions[-1].flags == flags:
+            low = regions.pop().start
+        regions.append(Region(low, high, flags))
+    return regions

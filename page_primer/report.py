@@ -1,0 +1,218 @@
+"""What came of it: data first, then the lines that a person reads in a server's log."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+
+class Logger(Protocol):
+    """What `Report.log()` needs: logging.Logger has it, and so has gunicorn's logger."""
+
+    def debug(self, msg: str, *args: Any) -> Any: ...
+    def info(self, msg: str, *args: Any) -> Any: ...
+    def warning(self, msg: str, *args: Any) -> Any: ...
+
+
+@dataclass(frozen=True)
+class SegmentReport:
+    """One PT_LOAD: addresses, bytes, and what was left alone of it and why."""
+
+    start: int
+    end: int
+    kind: str  # "code", "rodata" or "data"
+    bytes: int  # p_memsz
+    huge_bytes: int  # of them on huge pages
+    locked_bytes: int
+    left: dict[str, int]  # reason -> bytes left on small pages
+
+
+@dataclass(frozen=True)
+class ObjectReport:
+    """One ELF object. Byte counts are measured in smaps, not what was asked for."""
+
+    path: str
+    interpreter: bool
+    backing: str | None  # where its code lies now; None: on its own file
+    where: str | None  # the image's path, for one
+    code_bytes: int
+    code_huge_bytes: int
+    huge_bytes: int
+    locked_bytes: int
+    copied_bytes: int  # on another backing than its own file
+    written_bytes: int  # what this process wrote for that; 0 where an image was there
+    segments: tuple[SegmentReport, ...]
+    notes: tuple[str, ...]  # attempts that failed, in order
+
+    @property
+    def name(self) -> str:
+        return self.path.rpartition("/")[2]
+
+
+@dataclass(frozen=True)
+class Report:
+    """The primed state of a process, and what one call of `prime()` did for it.
+
+    Sizes are in bytes. `as_dict()` is what a program should read, `str()` and `log()` are for
+    people.
+    """
+
+    pid: int
+    reason: str | None  # why nothing was done, where nothing was
+    objects: tuple[ObjectReport, ...] = ()
+    moved: tuple[str, ...] = ()  # paths of the objects that this call moved
+    lock_wanted_bytes: int = 0
+    lock_refused_bytes: int = 0
+    lock_refusal: str | None = None  # in the kernel's words
+    lock_limit: int | None = None  # RLIMIT_MEMLOCK; None: no limit
+    warn: tuple[str, ...] = ()  # what was asked for by name: "remap", "mlock"
+    milliseconds: float = 0.0
+    threads: int = 0
+
+    @property
+    def code_bytes(self) -> int:
+        """Machine code of all objects."""
+        return sum(obj.code_bytes for obj in self.objects)
+
+    @property
+    def code_huge_bytes(self) -> int:
+        """Machine code that lies on huge pages."""
+        return sum(obj.code_huge_bytes for obj in self.objects)
+
+    @property
+    def locked_bytes(self) -> int:
+        return sum(obj.locked_bytes for obj in self.objects)
+
+    @property
+    def copied_bytes(self) -> int:
+        return sum(obj.copied_bytes for obj in self.objects)
+
+    @property
+    def interpreter(self) -> ObjectReport | None:
+        """The interpreter's own object: the main program, or libpython."""
+        return next((obj for obj in self.objects if obj.interpreter), None)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as plain data, ready for json.dumps()."""
+        data = asdict(self)
+        for name in ("code_bytes", "code_huge_bytes", "locked_bytes", "copied_bytes"):
+            data[name] = getattr(self, name)
+        return data
+
+    def __str__(self) -> str:
+        lines = [self._summary()]
+        shortfall = self._lock_shortfall()
+        if shortfall:
+            lines.append(shortfall)
+        return "\n".join([*lines, *(f"  {line}" for line in self._details())])
+
+    def log(self, logger: Logger | logging.Logger, *, since: Report | None = None) -> None:
+        """Write one INFO line, DEBUG lines with the detail, and a WARNING for each thing that was
+        asked for and not got.
+
+        Args:
+            logger: a logging.Logger, or a framework's own with the same methods.
+            since: the report of the process this one was forked from. Then only what differs is
+                worth a line above DEBUG.
+        """
+        news = since is None or bool(self.moved) or self.reason != since.reason
+        (logger.info if news else logger.debug)("page-primer: %s", self._summary())
+        for line in self._details():
+            logger.debug("page-primer: %s", line)
+        shortfall = self._lock_shortfall()
+        if shortfall and (since is None or shortfall != since._lock_shortfall()):
+            core = self.interpreter
+            needed = "mlock" in self.warn or (core is not None and not core.locked_bytes)
+            (logger.warning if needed else logger.info)("page-primer: %s", shortfall)
+        missed = self._remap_shortfall()
+        if missed and (since is None or missed != since._remap_shortfall()):
+            logger.warning("page-primer: %s", missed)
+
+    def _summary(self) -> str:
+        if self.reason is not None:
+            return f"nothing done: {self.reason}"
+        parts = []
+        core = self.interpreter
+        if core is not None:
+            parts.append(
+                f"{percent(core.code_huge_bytes, core.code_bytes)} of {core.name}'s "
+                f"{mib(core.code_bytes)} of code on huge pages"
+                + (f" ({core.backing}: {core.where})" if core.backing == "image" else "")
+                + (f" ({core.backing})" if core.backing not in (None, "image") else "")
+            )
+        parts.append(
+            f"{mib(self.code_huge_bytes)} of {mib(self.code_bytes)} in {len(self.objects)} objects"
+        )
+        parts.append(f"{mib(self.locked_bytes)} locked")
+        written = sum(obj.written_bytes for obj in self.objects if obj.path in self.moved)
+        done = f"{self.milliseconds:.1f} ms"
+        if written:
+            done += f", {mib(written)} written"
+        if self.threads > 1:
+            done += f", {self.threads} threads"
+        return f"{'; '.join(parts)}; {done}"
+
+    def _lock_shortfall(self) -> str | None:
+        if not self.lock_refused_bytes:
+            return None
+        wanted = -(-self.lock_wanted_bytes >> 20) + 1
+        text = (
+            f"{mib(self.lock_refused_bytes)} of {mib(self.lock_wanted_bytes)} not locked "
+            f"({self.lock_refusal})"
+        )
+        if self.lock_limit is None:
+            return text
+        return (
+            f"{text}: RLIMIT_MEMLOCK is {mib(self.lock_limit)}; allow it with LimitMEMLOCK={wanted}M "
+            f"(systemd), --ulimit memlock={wanted << 20} (Docker) or ulimit -l {wanted << 10}"
+        )
+
+    def _remap_shortfall(self) -> str | None:
+        core = self.interpreter
+        if self.reason or core is None or "remap" not in self.warn or core.code_huge_bytes:
+            return None
+        why = "; ".join(core.notes) or "; ".join(_reasons(core)) or "no reason known"
+        return f"no code of {core.name} is on huge pages ({why}); `page-primer doctor` explains"
+
+    def _details(self) -> list[str]:
+        lines = []
+        for obj in self.objects:
+            if obj.backing is None and not obj.notes and not obj.code_huge_bytes:
+                continue
+            lines.append(
+                f"{obj.path}: {percent(obj.code_huge_bytes, obj.code_bytes)} of "
+                f"{mib(obj.code_bytes)} of code on huge pages, {mib(obj.locked_bytes)} locked"
+                + (f", {obj.backing} {obj.where}" if obj.backing else "")
+            )
+            for segment in obj.segments:
+                left = ", ".join(f"{size} bytes: {why}" for why, size in segment.left.items())
+                lines.append(
+                    f"{obj.name} {segment.start:#x}-{segment.end:#x} {segment.kind}: "
+                    f"{segment.huge_bytes} of {segment.bytes} bytes huge, "
+                    f"{segment.locked_bytes} locked" + (f" ({left})" if left else "")
+                )
+            lines += [f"{obj.name}: {note}" for note in obj.notes]
+        others: dict[str, list[str]] = {}
+        for obj in self.objects:
+            if obj.backing is None and not obj.notes and not obj.code_huge_bytes:
+                others.setdefault(", ".join(_reasons(obj)), []).append(obj.name)
+        lines += [f"left alone, {why}: {', '.join(names)}" for why, names in others.items()]
+        return lines
+
+
+def _reasons(obj: ObjectReport) -> list[str]:
+    """The reasons that concern code, each once."""
+    return list(dict.fromkeys(why for s in obj.segments if s.kind == "code" for why in s.left))
+
+
+def mib(size: int) -> str:
+    """A size for people."""
+    return f"{size / (1 << 20):.1f} MiB"
+
+
+def percent(part: int, whole: int) -> str:
+    """A share for people; 100 % only when nothing is missing."""
+    if part >= whole:
+        return "100 %"
+    return f"{min(100 * part / whole, 99.9):.1f} %"

@@ -1,0 +1,313 @@
+"""What is mapped: the ELF objects of this process, as the loader and the kernel see them."""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+
+from page_primer import _core
+from page_primer.smaps import Mapping, overlapping, read_maps, read_smaps
+
+PT_LOAD, PT_DYNAMIC = 1, 2
+PF_X, PF_W, PF_R = 1, 2, 4
+DT_NULL, DT_TEXTREL, DT_FLAGS, DF_TEXTREL = 0, 22, 30, 4
+
+# Elf64_Phdr: p_type, p_flags, p_offset, p_vaddr, p_paddr, p_filesz, p_memsz, p_align.
+PROGRAM_HEADER = struct.Struct("=IIQQQQQQ")
+_DYNAMIC_ENTRY = struct.Struct("=qQ")
+_PMD_SIZE_FILE = "/sys/kernel/mm/transparent_hugepage/hpage_pmd_size"
+
+# Why an object cannot be moved at all, in the report's words.
+FILE_GONE = "file deleted or replaced on disk"
+TEXT_RELOCATIONS = "text relocations"
+EXECUTE_ONLY = "execute-only code"
+SEALED = "sealed"
+REMAPPED = "already remapped"
+MAPPED_OTHERWISE = "not mapped as its program headers say"
+
+
+@dataclass(frozen=True)
+class Source:
+    """The identity of a file's content: whoever changes the content changes one of these."""
+
+    path: str
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+
+    @classmethod
+    def of(cls, path: str, status: os.stat_result) -> Source:
+        return cls(
+            path, status.st_dev, status.st_ino, status.st_size,
+            status.st_mtime_ns, status.st_ctime_ns,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A PT_LOAD in memory, rounded out to the pages that the loader maps for it."""
+
+    start: int
+    end: int
+    file_end: int  # the end of what comes from the file; beyond are zeroes (.bss)
+    offset: int  # of `start` in the file
+    flags: int  # PF_R | PF_W | PF_X
+    address: int  # load bias + p_vaddr, not rounded
+    size: int  # p_memsz, bytes, not rounded
+
+    @property
+    def code(self) -> bool:
+        return bool(self.flags & PF_X)
+
+    @property
+    def writable(self) -> bool:
+        return bool(self.flags & PF_W)
+
+    @property
+    def kind(self) -> str:
+        if self.writable:
+            return "data"
+        return "code" if self.code else "rodata"
+
+
+@dataclass(frozen=True)
+class Object:
+    """A loaded ELF object.
+
+    `path` is the file it was loaded from; `problem` says why it must be left alone, if it must.
+    """
+
+    name: str
+    path: str
+    base: int  # load bias: address = base + p_vaddr
+    headers: bytes  # the program header table in memory
+    segments: tuple[Segment, ...]
+    main: bool = False
+    interpreter: bool = False
+    source: Source | None = None
+    problem: str | None = None
+    bti: bool = False  # arm64: code is mapped PROT_BTI
+    resident_code: int = 0  # bytes
+
+    @property
+    def start(self) -> int:
+        return self.segments[0].start
+
+    @property
+    def end(self) -> int:
+        return self.segments[-1].end
+
+    @property
+    def fixed(self) -> bool:
+        """Whether this is an ET_EXEC: linked for one address, so never a load bias."""
+        return self.main and self.base == 0
+
+    @property
+    def code_bytes(self) -> int:
+        return sum(segment.size for segment in self.segments if segment.code)
+
+    def spans(self) -> list[tuple[Segment, ...]]:
+        """The runs of PT_LOADs without PF_W that are contiguous in memory."""
+        runs: list[list[Segment]] = []
+        for segment in self.segments:
+            if segment.writable:
+                continue
+            if runs and runs[-1][-1].end == segment.start:
+                runs[-1].append(segment)
+            else:
+                runs.append([segment])
+        return [tuple(run) for run in runs]
+
+
+@dataclass(frozen=True)
+class Survey:
+    """The process as found: input of the plan."""
+
+    objects: tuple[Object, ...]
+    pmd_size: int  # bytes; 0 where the kernel has no transparent huge pages
+    thp_disabled: bool  # PR_SET_THP_DISABLE
+    threads: int
+    loads: tuple[int, int]  # the loader's counters
+    mappings: Sequence[Mapping] = field(default=(), repr=False)
+
+
+def page_size() -> int:
+    return os.sysconf("SC_PAGESIZE")
+
+
+def pmd_size() -> int:
+    """The size of a huge page in bytes: 2 MiB on x86-64, up to 512 MiB on arm64; 0 without THP."""
+    try:
+        with open(_PMD_SIZE_FILE) as file:
+            return int(file.read())
+    except (OSError, ValueError):
+        return 0
+
+
+def take() -> Survey:
+    """Survey this process.
+
+    Raises:
+        OSError: /proc is not readable.
+    """
+    adds, subs, found = _core.objects()
+    mappings = read_smaps()
+    pmd = pmd_size()
+    interpreter = _core.interpreter_address()
+    objects = []
+    for index, (name, base, headers) in enumerate(found):
+        segments = segments_of(headers, base, page_size())
+        if segments:
+            objects.append(
+                _object(os.fsdecode(name), base, headers, segments, mappings, pmd,
+                        main=index == 0, inside=interpreter)
+            )  # fmt: skip
+    return Survey(
+        tuple(objects), pmd, _core.thp_disabled(), _core.threads(), (adds, subs), mappings
+    )
+
+
+def segments_of(headers: bytes, base: int, page: int) -> tuple[Segment, ...]:
+    """The PT_LOADs of a program header table, in the order of their addresses."""
+    segments = []
+    for kind, flags, offset, vaddr, _, filesz, memsz, _ in PROGRAM_HEADER.iter_unpack(headers):
+        if kind == PT_LOAD and memsz:
+            start = (base + vaddr) & -page
+            segments.append(
+                Segment(
+                    start=start,
+                    end=(base + vaddr + memsz + page - 1) & -page,
+                    file_end=(base + vaddr + filesz + page - 1) & -page if filesz else start,
+                    offset=offset & -page,
+                    flags=flags,
+                    address=base + vaddr,
+                    size=memsz,
+                )
+            )
+    segments.sort(key=lambda segment: segment.start)
+    # Where two share a page, the loader's later mapping is the one that is there.
+    for index, (this, following) in enumerate(pairwise(segments)):
+        if this.end > following.start:
+            file_end = min(this.file_end, following.start)
+            segments[index] = replace(this, end=following.start, file_end=file_end)
+    return tuple(segments)
+
+
+def _object(
+    name: str,
+    base: int,
+    headers: bytes,
+    segments: tuple[Segment, ...],
+    mappings: Sequence[Mapping],
+    pmd: int,
+    *,
+    main: bool,
+    inside: int,
+) -> Object:
+    here = list(overlapping(mappings, segments[0].start, segments[-1].end))
+    # Writable segments are never replaced, so they tell the file the object was loaded from even
+    # when its code lies elsewhere by now.
+    data = next((s for s in segments if s.writable and s.file_end > s.start), segments[0])
+    origin = next(overlapping(here, data.start, data.start + 1), None)
+    code = [m for m in here if m.executable]
+    found = Object(
+        name=name,
+        path=origin.path.removesuffix(" (deleted)") if origin else name,
+        base=base,
+        headers=headers,
+        segments=segments,
+        main=main,
+        interpreter=any(s.start <= inside < s.end for s in segments if s.code),
+        bti=bool(code) and all("bt" in m.flags for m in code),
+        resident_code=sum(m.counters.get("Rss", 0) for m in code),
+    )
+    # What follows opens files; objects without room for a huge page are never moved.
+    if not pmd or all(span[-1].end - span[0].start < pmd for span in found.spans()):
+        return found
+    source, problem = _inspect(found, origin, here)
+    return replace(found, source=source, problem=problem)
+
+
+def _inspect(
+    found: Object, origin: Mapping | None, here: Sequence[Mapping]
+) -> tuple[Source | None, str | None]:
+    """The file of an object, and why it cannot be moved if it cannot."""
+    if origin is None or not origin.inode:
+        return None, MAPPED_OTHERWISE
+    try:
+        source = Source.of(found.path, os.stat(found.path))
+    except OSError:
+        return None, FILE_GONE
+    if not _is_mapped_at(source, origin):
+        return None, FILE_GONE
+    for segment in found.segments:
+        if segment.writable or segment.file_end == segment.start:
+            continue
+        if segment.code and not segment.flags & PF_R:
+            return source, EXECUTE_ONLY
+        for mapping in overlapping(here, segment.start, segment.file_end):
+            if (mapping.device, mapping.inode) != (origin.device, origin.inode):
+                return source, REMAPPED
+            if mapping.offset - mapping.start != segment.offset - segment.start:
+                return source, MAPPED_OTHERWISE
+            if "sl" in mapping.flags:
+                return source, SEALED
+    if _has_text_relocations(found):
+        return source, TEXT_RELOCATIONS
+    return source, None
+
+
+def _is_mapped_at(source: Source, mapping: Mapping) -> bool:
+    """Whether a mapping is of the file that is now at its path."""
+    device = f"{os.major(source.device):02x}:{os.minor(source.device):02x}"
+    if (mapping.device, mapping.inode) == (device, source.inode):
+        return True
+    # btrfs and overlayfs show other numbers in maps than in stat(2): compare like with like, by
+    # mapping the file once more.
+    page = page_size()
+    try:
+        fd = os.open(source.path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    address = 0
+    try:
+        address = _core.reserve(page, page, 0)
+        _core.map(address, page, _core.PROT_READ, _core.MAP_PRIVATE, fd, 0)
+        again = next(overlapping(read_maps(), address, address + page), None)
+        return again is not None and (again.device, again.inode) == (mapping.device, mapping.inode)
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+        if address:
+            _core.unmap(address, page)
+
+
+def _has_text_relocations(found: Object) -> bool:
+    """DT_TEXTREL, or DF_TEXTREL in DT_FLAGS: the loader wrote into the code."""
+    for kind, _, offset, _, _, filesz, _, _ in PROGRAM_HEADER.iter_unpack(found.headers):
+        if kind != PT_DYNAMIC:
+            continue
+        try:
+            with open(found.path, "rb") as file:
+                file.seek(offset)
+                data = file.read(filesz)
+        except OSError:
+            return False
+        data = data[: len(data) // _DYNAMIC_ENTRY.size * _DYNAMIC_ENTRY.size]
+        return _flags_text_relocations(_DYNAMIC_ENTRY.iter_unpack(data))
+    return False
+
+
+def _flags_text_relocations(entries: Iterable[tuple[int, int]]) -> bool:
+    for tag, value in entries:
+        if tag == DT_NULL:
+            break
+        if tag == DT_TEXTREL or (tag == DT_FLAGS and value & DF_TEXTREL):
+            return True
+    return False

@@ -1,0 +1,23 @@
+"""The C core: Linux only, and one build for every CPython since 3.10 (the stable ABI), except on
+free-threaded builds, which have none. The rest of the metadata is in pyproject.toml."""
+
+import sys
+import sysconfig
+
+from setuptools import Extension, setup
+
+stable_abi = not sysconfig.get_config_var("Py_GIL_DISABLED")
+
+setup(
+    ext_modules=[
+        Extension(
+            "page_primer._core",
+            ["page_primer/_core.c"],
+            py_limited_api=stable_abi,
+            extra_compile_args=["-std=gnu11", "-Wall", "-Wextra"],
+        )
+    ]
+    if sys.platform == "linux"
+    else [],
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if stable_abi else {},
+)
