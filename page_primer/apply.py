@@ -22,6 +22,7 @@ from page_primer.survey import PF_X, Object, Segment, Survey
 MODIFIED = "modified in memory"
 
 Key = tuple[int, bytes]  # base and program headers: one loaded object
+Range = tuple[int, int]  # addresses
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Primed:
     object: Object
     regions: tuple[Region, ...]
     prepared: Prepared
+    huge: int  # bytes on huge pages after the swap
     notes: tuple[str, ...]
 
     @property
@@ -50,38 +52,45 @@ class Process:
     primed: dict[Key, Primed] = field(default_factory=dict)
     left: dict[Key, list[Left]] = field(default_factory=dict)
     notes: dict[Key, tuple[str, ...]] = field(default_factory=dict)
-    locks: dict[tuple[int, int], Lock] = field(default_factory=dict)
-    refused: dict[tuple[int, int], OSError] = field(default_factory=dict)
+    locked: dict[Range, Lock] = field(default_factory=dict)
+    refused: dict[Range, tuple[Lock, OSError]] = field(default_factory=dict)
     report: Report | None = None
 
     def prime(self, options: Options) -> Report:
         """Bring the process to the primed state; see page_primer.prime()."""
         began = time.perf_counter()
-        same = self.options == options and self.loads == _core.loads()
         child = self.pid != os.getpid()
-        if same and not child and self.report is not None:
-            return replace(self.report, moved=(), milliseconds=_since(began))
+        self.pid = os.getpid()
+        last = self.report
+        if last is not None and self.options == options and self.loads == _core.loads():
+            if child and not self._inherit():
+                last = self.report = self._measure([], began)
+            return replace(last, pid=self.pid, moved=(), milliseconds=_since(began))
         if child:
-            self.pid = os.getpid()
-            self.locks.clear()
-        moved: list[str] = []
-        if not (same and self.report is not None):
-            moved = self._move_new(options)
-        elif child:
-            for primed in self.primed.values():
-                _fault_in(primed.regions)
-        if options.mlock:
-            self._lock(options)
+            self.locked.clear()
+        moved = self._move_new(options)
+        self._lock(plan.locks(self.objects, smaps.read_maps(), options))
         self.report = self._measure(moved, began)
         return self.report
+
+    def _inherit(self) -> bool:
+        """In a forked child: lock what the parent had locked, which a fork does not inherit, and
+        have the moved code mapped. Returns whether everything is as it was in the parent, so that
+        the parent's measurements hold."""
+        before = set(self.locked), sum(primed.huge for primed in self.primed.values())
+        wanted = [*self.locked.values(), *(lock for lock, _ in self.refused.values())]
+        self.locked.clear()
+        self._lock(wanted)
+        after = set(self.locked), sum(_fault_in(p.regions) for p in self.primed.values())
+        return before == after
 
     def restore(self) -> Report:
         """Put everything back; see page_primer.restore()."""
         began = time.perf_counter()
-        for start, end in self.locks:
+        for start, end in self.locked:
             with contextlib.suppress(OSError):
                 _core.unlock(start, end - start)
-        self.locks.clear()
+        self.locked.clear()
         self.refused.clear()
         failed: dict[Key, Primed] = {}
         for key, primed in self.primed.items():
@@ -121,6 +130,8 @@ class Process:
             self.primed[key] = primed
             self.left[key] = plan.explain(move.object, primed.regions, found.pmd_size)
             moved.append(move.object.path)
+        if _core.loads() != found.loads:
+            found = survey.take()  # writing an image loads modules, which are to be locked as well
         self.objects, self.pmd = found.objects, found.pmd_size
         self.options, self.loads = options, found.loads
         return moved
@@ -142,25 +153,25 @@ class Process:
 
     # ------------------------------------------------------------------------------- locking ---
 
-    def _lock(self, options: Options) -> None:
+    def _lock(self, wanted: Iterable[Lock]) -> None:
         self.refused.clear()
-        for lock in plan.locks(self.objects, smaps.read_maps(), options):
+        for lock in wanted:
             where = (lock.start, lock.end)
-            if where in self.locks:
+            if where in self.locked:
                 continue
             try:
                 flags = _core.MLOCK_ONFAULT if lock.on_fault else 0
                 _core.lock(lock.start, lock.end - lock.start, flags)
             except OSError as error:
-                self.refused[where] = error
+                self.refused[where] = lock, error
             else:
-                self.locks[where] = lock
+                self.locked[where] = lock
 
     # ----------------------------------------------------------------------------- measuring ---
 
     def _measure(self, moved: Sequence[str], began: float) -> Report:
         mappings = smaps.read_smaps()
-        refusal = next(iter(self.refused.values()), None)
+        _, refusal = next(iter(self.refused.values()), (None, None))
         limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
         over = refusal is not None and refusal.errno in (errno.ENOMEM, errno.EPERM, errno.EAGAIN)
         refused = sum(end - start for start, end in self.refused)
@@ -170,7 +181,7 @@ class Process:
             reason=None,
             objects=tuple(self._measure_object(obj, mappings) for obj in self.objects),
             moved=tuple(moved),
-            lock_wanted_bytes=refused + sum(end - start for start, end in self.locks),
+            lock_wanted_bytes=refused + sum(end - start for start, end in self.locked),
             lock_refused_bytes=refused,
             lock_refusal=backing.reason_of(refusal) if refusal else None,
             lock_limit=limit if over and limit != resource.RLIM_INFINITY else None,
@@ -233,10 +244,9 @@ def _carry_out(move: Move, pmd: int, options: Options) -> Primed:
             prepared.discard()
             raise NotMoved(backing.reason_of(error), notes) from error
         regions = tuple(piece.region for piece in prepared.pieces)
-        primed = Primed(move.object, regions, prepared, tuple(notes))
-        got = _fault_in(regions)
+        primed = Primed(move.object, regions, prepared, _fault_in(regions), tuple(notes))
         prepared.unmap(moved=True)
-        if got:
+        if primed.huge:
             return primed
         # Huge where it was prepared, and not here: not what was asked for, so not worth it.
         with contextlib.suppress(OSError):
@@ -281,18 +291,18 @@ def _swap_in(obj: Object, prepared: Prepared) -> None:
         os.close(original)
 
 
-def _original_mappings(
-    obj: Object, regions: Iterable[Region]
-) -> list[tuple[int, int, int, int]]:
-    """(start, end, protection, file offset) of the file mappings that regions replace."""
+def _original_mappings(obj: Object, regions: Iterable[Region]) -> list[tuple[int, int, int, int]]:
+    """(start, end, protection, file offset) of the loader's mappings that regions replace a part
+    of. Whole ones: the kernel does not merge mappings of a file that was opened twice."""
     found = []
-    for region in regions:
-        for start, end, offset in backing.originals(region, obj):
-            segment = next(s for s in obj.segments if s.start <= start < s.end)
-            protection = _core.PROT_READ
-            if segment.flags & PF_X:
-                protection |= _core.PROT_EXEC | (backing.PROT_BTI if obj.bti else 0)
-            found.append((start, end, protection, offset))
+    for segment in obj.segments:
+        hit = any(r.start < segment.file_end and segment.start < r.end for r in regions)
+        if segment.writable or not hit:
+            continue
+        protection = _core.PROT_READ
+        if segment.flags & PF_X:
+            protection |= _core.PROT_EXEC | (backing.PROT_BTI if obj.bti else 0)
+        found.append((segment.start, segment.file_end, protection, segment.offset))
     return found
 
 
@@ -395,6 +405,4 @@ process = Process()
 # One prime() at a time; and a fork waits for one that is under way in another thread, or the child
 # would inherit a half-kept book and a lock that nobody holds.
 lock = threading.Lock()
-os.register_at_fork(
-    before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release
-)
+os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)

@@ -129,9 +129,7 @@ def _place(region: Region, obj: Object, pmd: int, fd: int, offset: int, flags: i
         raise
 
 
-def _place_all(
-    regions: Sequence[Region], prepare: Callable[[Region], Piece]
-) -> tuple[Piece, ...]:
+def _place_all(regions: Sequence[Region], prepare: Callable[[Region], Piece]) -> tuple[Piece, ...]:
     pieces: list[Piece] = []
     try:
         for region in regions:

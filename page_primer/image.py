@@ -83,7 +83,6 @@ def lay_out(obj: Object, regions: Sequence[Region], pmd: int) -> Layout:
     return Layout(obj, tuple(regions), pmd, name)
 
 
-
 def write(layout: Layout, original: int, target: int) -> int:
     """Write the image of `layout` from the open file `original` to the empty file `target`.
 

@@ -118,7 +118,9 @@ def _bytes(name: str, value: Any) -> int:
         if number.isascii() and number.isdigit() and unit in _UNITS:
             value = int(number) * _UNITS[unit]
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"{name} must be a number of bytes, such as 67108864 or 64M, not {value!r}")
+        raise ValueError(
+            f"{name} must be a number of bytes, such as 67108864 or 64M, not {value!r}"
+        )
     return value
 
 

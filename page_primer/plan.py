@@ -163,6 +163,8 @@ def locks(
         mappings: the process's mappings as they are after the moves.
         options: what the caller wants.
     """
+    if not options.mlock:
+        return ()
     wanted: list[tuple[tuple[int, int], Lock]] = []
     for rank, obj in enumerate(sorted(objects, key=_heat)):
         if not _selected(obj, options):

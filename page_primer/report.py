@@ -49,6 +49,13 @@ class ObjectReport:
     def name(self) -> str:
         return self.path.rpartition("/")[2]
 
+    @property
+    def place(self) -> str:
+        """The backing, for people: an image's store rather than its long path."""
+        if self.backing == "image" and self.where:
+            return f"image in {self.where.rsplit('/', 2)[0]}"
+        return self.backing or "its own file"
+
 
 @dataclass(frozen=True)
 class Report:
@@ -116,10 +123,12 @@ class Report:
             since: the report of the process this one was forked from. Then only what differs is
                 worth a line above DEBUG.
         """
-        news = since is None or bool(self.moved) or self.reason != since.reason
-        (logger.info if news else logger.debug)("page-primer: %s", self._summary())
-        for line in self._details():
-            logger.debug("page-primer: %s", line)
+        if since is None or self.moved or self.reason != since.reason:
+            logger.info("page-primer: %s", self._summary())
+            for line in self._details():
+                logger.debug("page-primer: %s", line)
+        else:
+            logger.debug("page-primer: as before, %.1f ms", self.milliseconds)
         shortfall = self._lock_shortfall()
         if shortfall and (since is None or shortfall != since._lock_shortfall()):
             core = self.interpreter
@@ -138,8 +147,7 @@ class Report:
             parts.append(
                 f"{percent(core.code_huge_bytes, core.code_bytes)} of {core.name}'s "
                 f"{mib(core.code_bytes)} of code on huge pages"
-                + (f" ({core.backing}: {core.where})" if core.backing == "image" else "")
-                + (f" ({core.backing})" if core.backing not in (None, "image") else "")
+                + (f" ({core.place})" if core.backing else "")
             )
         parts.append(
             f"{mib(self.code_huge_bytes)} of {mib(self.code_bytes)} in {len(self.objects)} objects"

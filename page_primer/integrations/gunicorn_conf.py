@@ -1,0 +1,115 @@
+"""A gunicorn configuration that primes, and otherwise is the user's own.
+
+    gunicorn -c python:page_primer.integrations.gunicorn_conf app:app
+
+gunicorn reads one configuration file only, so this one reads ./gunicorn.conf.py in its turn (or the
+file, `file:PATH` or `python:MODULE` that PAGE_PRIMER_GUNICORN_CONF names), takes over all of its
+settings and calls its hooks before ours. A configuration file may instead say::
+
+    from page_primer.integrations.gunicorn_conf import *
+
+`python -m page_primer.integrations.gunicorn_conf` prints the path of this file, for gunicorn's
+`-c PATH`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from functools import update_wrapper
+from pkgutil import resolve_name
+from typing import Any
+
+from page_primer.integrations import gunicorn as hooks
+from page_primer.options import Options
+
+__all__ = ["on_reload", "on_starting", "post_fork", "post_worker_init"]
+
+_VARIABLE = "PAGE_PRIMER_GUNICORN_CONF"
+_DEFAULT = "gunicorn.conf.py"
+
+
+def _loaded_by_gunicorn() -> bool:
+    """Whether gunicorn itself is loading this file as its configuration, and not a configuration
+    file of the user's that imports it."""
+    if __name__ == "__config__":  # -c PATH
+        return True
+    frame = sys._getframe(1)
+    while frame is not None and (
+        frame.f_globals.get("__name__") in (__name__, "importlib", "importlib._bootstrap")
+        or frame.f_code.co_filename.startswith("<frozen importlib")
+    ):
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame is not None and str(frame.f_globals.get("__name__")).startswith("gunicorn.")
+
+
+def _user_settings() -> dict[str, Any]:
+    """The names that the user's configuration defines; none where there is no such file."""
+    location = os.environ.get(_VARIABLE, "")
+    if location.startswith("python:"):
+        return vars(importlib.import_module(location.removeprefix("python:")))
+    path = location.removeprefix("file:") or os.path.join(os.getcwd(), _DEFAULT)
+    if not os.path.exists(path):
+        if location:
+            sys.exit(f"page-primer: {_VARIABLE} names {path!r}, which does not exist")
+        return {}
+    spec = importlib.util.spec_from_file_location("__page_primer_user_config__", path)
+    if spec is None or spec.loader is None:
+        sys.exit(f"page-primer: {_VARIABLE} names {path!r}, which is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return vars(module)
+
+
+def _chain(name: str, ours: Callable[..., None], theirs: Any) -> Callable[..., None]:
+    """Call the user's hook, which may be given as "package.module.function", and then ours.
+
+    Each hook has the number of parameters that gunicorn insists on."""
+    if isinstance(theirs, str):
+        try:
+            theirs = resolve_name(theirs)
+        except (ImportError, AttributeError, ValueError) as error:
+            sys.exit(f"page-primer: cannot import the hook {name} = {theirs!r}: {error}")
+    if theirs is None or theirs is getattr(hooks, name):
+        return ours
+
+    def one(process: Any) -> None:
+        theirs(process)
+        ours(process)
+
+    def two(server: Any, worker: Any) -> None:
+        theirs(server, worker)
+        ours(server, worker)
+
+    return update_wrapper(two if name == "post_fork" else one, ours, assigned=("__doc__",))
+
+
+def _ours(name: str) -> Callable[..., None]:
+    hook: Callable[..., None] = getattr(hooks, name)
+    if name not in ("on_starting", "on_reload"):
+        return hook
+
+    def reread_and_prime(server: Any) -> None:
+        # A HUP is to read the configuration anew: of python:MODULE gunicorn would get this module
+        # from the import system's cache, and never look at the user's file again.
+        sys.modules.pop("page_primer.integrations.gunicorn_conf", None)
+        hook(server)
+
+    return reread_and_prime
+
+
+try:
+    Options.load()
+except ValueError as error:
+    sys.exit(f"page-primer: {error}")
+
+_settings = _user_settings() if _loaded_by_gunicorn() else {}
+_hooks = {name: _chain(name, _ours(name), _settings.get(name)) for name in __all__}
+globals().update((name, value) for name, value in _settings.items() if name[0] != "_")
+globals().update(_hooks)
+
+if __name__ == "__main__":
+    print(os.path.abspath(__file__))
