@@ -18,7 +18,7 @@ from page_primer.options import Options
 from page_primer.report import Report
 
 if TYPE_CHECKING:
-    from typing import Unpack
+    from typing_extensions import Unpack
 
     from page_primer.apply import Process
     from page_primer.options import OptionValues
@@ -41,10 +41,10 @@ def prime(options: Options | None = None, /, **values: Unpack[OptionValues]) -> 
         merge: let read-only data share a huge page with code, and so become executable. Without it,
             only ranges of one protection are moved.
         keep_profilers: leave on the original file what profilers need to see there.
-        include: only objects whose path or file name matches one of these patterns (fnmatch).
-        exclude: no objects whose path or file name matches one of these patterns.
-        limit: bytes to copy at most for other objects than the interpreter; "64M" and the like work.
-        image_dir: the directory for images, an absolute path; by default the first fitting one.
+        include: only objects whose path or file name matches one of these fnmatch patterns.
+        exclude: no objects whose path or file name matches one of these fnmatch patterns.
+        limit: bytes to copy at most for objects other than the interpreter; "64M" works too.
+        image_dir: the directory for images, absolute; by default the first that fits.
 
     What is not given comes from the environment (`PAGE_PRIMER_REMAP` and so on), then from the
     defaults. `PAGE_PRIMER=0` switches everything off.

@@ -278,7 +278,9 @@ core_reserve(PyObject *module, PyObject *args)
 
 PyDoc_STRVAR(map_doc,
 "map(address, length, protection, flags, fd, offset) -> None\n\n"
-"mmap(2) with MAP_FIXED at an address that reserve() gave.");
+"mmap(2) with MAP_FIXED at an address that reserve() gave.  When it fails,\n"
+"the range may be nobody's any more (Linux before 6.12 unmaps before its last\n"
+"checks), and soon somebody else's: never unmap it then.");
 
 static PyObject *
 core_map(PyObject *module, PyObject *args)

@@ -13,11 +13,12 @@ from dataclasses import dataclass, field, replace
 
 from page_primer import _core, backing, plan, smaps, survey
 from page_primer.backing import Prepared, Refused
+from page_primer.measure import measure
 from page_primer.options import Options
 from page_primer.plan import Left, Lock, Move, Region
-from page_primer.report import ObjectReport, Report, SegmentReport
+from page_primer.report import ObjectReport, Report
 from page_primer.smaps import Mapping, overlapping
-from page_primer.survey import PF_X, Object, Segment, Survey
+from page_primer.survey import PF_X, Object, Survey
 
 MODIFIED = "modified in memory"
 
@@ -42,7 +43,7 @@ class Primed:
 
 @dataclass
 class Process:
-    """What page-primer has done to this process. Forked children inherit the moves, not the locks."""
+    """What page-primer has done to this process. A forked child inherits it, but for the locks."""
 
     pid: int = 0
     loads: tuple[int, int] = (0, 0)
@@ -127,6 +128,9 @@ class Process:
             except NotMoved as why:
                 self._leave(move.object, str(why), why.notes)
                 continue
+            except OSError as error:
+                self._leave(move.object, backing.reason_of(error), ())
+                continue
             self.primed[key] = primed
             self.left[key] = plan.explain(move.object, primed.regions, found.pmd_size)
             moved.append(move.object.path)
@@ -193,9 +197,7 @@ class Process:
     def _measure_object(self, obj: Object, mappings: Sequence[Mapping]) -> ObjectReport:
         here = list(overlapping(mappings, obj.start, obj.end))
         primed = self.primed.get(_key(obj))
-        huge = _huge_ranges(here, self.pmd)
-        left = self.left.get(_key(obj), [])
-        segments = tuple(_measure_segment(s, here, huge, left) for s in obj.segments)
+        segments = measure(obj.segments, here, self.pmd, self.left.get(_key(obj), ()))
         code = [segment for segment in segments if segment.kind == "code"]
         return ObjectReport(
             path=obj.path,
@@ -264,12 +266,14 @@ def _choose(move: Move, pmd: int, options: Options, notes: list[str]) -> Prepare
             continue
         if attempt.huge < attempt.wanted:
             notes.append(f"{attempt.where}: {attempt.huge} of {attempt.wanted} bytes huge")
-        if attempt.huge > (best.huge if best else 0):
-            best, attempt = attempt, best  # type: ignore[assignment]
-        if attempt is not None:
-            attempt.discard()
-        if best is not None and best.huge == best.wanted:
-            break
+        better = attempt.huge > (best.huge if best else 0)
+        worse = best if better else attempt
+        if worse is not None:
+            worse.discard()
+        if better:
+            best = attempt
+            if best.huge == best.wanted:
+                break
     if best is None:
         raise NotMoved("no backing gave huge pages", notes)
     return best
@@ -317,8 +321,8 @@ def _put_back(primed: Primed) -> None:
         pieces = []
         for start, end, protection, offset in _original_mappings(obj, primed.regions):
             source = _core.reserve(end - start, survey.page_size(), 0)
-            areas.append((source, end - start))
             _core.map(source, end - start, protection, _core.MAP_PRIVATE, fd, offset)
+            areas.append((source, end - start))
             pieces.append((start, end - start, protection, source, fd, offset))
         _core.swap(obj.base, obj.headers, pieces, pieces)
     finally:
@@ -353,43 +357,6 @@ def _fault_in(regions: Sequence[Region]) -> int:
         with contextlib.suppress(OSError):
             _core.populate(region.start, region.end - region.start)
     return sum(m.huge for m in smaps.starting_at({region.start for region in regions}))
-
-
-def _huge_ranges(mappings: Iterable[Mapping], pmd: int) -> list[tuple[int, int, int]]:
-    """(start, end, bytes): the huge-page-sized part of each mapping, and how much of it is huge."""
-    found = []
-    for mapping in mappings:
-        if pmd and mapping.huge:
-            start, end = Region(mapping.start, mapping.end, 0).huge(pmd)
-            found.append((start, end, mapping.huge))
-    return found
-
-
-def _measure_segment(
-    segment: Segment,
-    mappings: Sequence[Mapping],
-    huge: Iterable[tuple[int, int, int]],
-    left: Iterable[Left],
-) -> SegmentReport:
-    end = segment.address + segment.size
-    huge_bytes = 0
-    for start, stop, size in huge:
-        # smaps counts per mapping: where not all of one is huge, assume that this part is last.
-        missing = stop - start - size
-        both = min(end, stop) - max(segment.address, start)
-        huge_bytes += max(0, both - missing) if both > 0 else 0
-    locked = sum(
-        min(segment.end, m.end) - max(segment.start, m.start)
-        for m in overlapping(mappings, segment.start, segment.end)
-        if m.is_locked
-    )
-    reasons: dict[str, int] = {}
-    for part in left:
-        if segment.start <= part.start and part.end <= segment.end:
-            reasons[part.reason] = reasons.get(part.reason, 0) + part.end - part.start
-    return SegmentReport(
-        segment.start, segment.end, segment.kind, segment.size, huge_bytes, locked, reasons
-    )
 
 
 def _key(obj: Object) -> Key:

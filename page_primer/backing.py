@@ -120,13 +120,8 @@ def _place(region: Region, obj: Object, pmd: int, fd: int, offset: int, flags: i
         final |= PROT_BTI
     size = region.end - region.start
     source = _core.reserve(size + _GUARD, pmd, region.start)
-    try:
-        now = final if fd >= 0 else _READ_WRITE
-        _core.map(source, size, now, flags, fd, offset)
-        return Piece(region, final, source, fd, offset)
-    except OSError:
-        _core.unmap(source, size + _GUARD)
-        raise
+    _core.map(source, size, final if fd >= 0 else _READ_WRITE, flags, fd, offset)
+    return Piece(region, final, source, fd, offset)
 
 
 def _place_all(regions: Sequence[Region], prepare: Callable[[Region], Piece]) -> tuple[Piece, ...]:
@@ -177,7 +172,8 @@ def directories(options: Options) -> list[tuple[str, str | None]]:
     """The image directories to try, in order, each with the reason to pass it over, if any."""
     if options.image_dir is not None:
         return [(options.image_dir, None)]
-    good, other = [], []
+    good: list[str] = []
+    other: list[str] = []
     for path in store.candidates():
         since = _GOOD_SINCE.get(store.filesystem(path))
         (good if since and kernel() >= since else other).append(path)
@@ -311,8 +307,8 @@ def _fill_shared(fd: int, offset: int, region: Region, obj: Object, pmd: int) ->
     huge pages on kernels without MADV_COLLAPSE (shmem_enabled=advise)."""
     size = region.end - region.start
     address = _core.reserve(size, pmd, 0)
+    _core.map(address, size, _READ_WRITE, _core.MAP_SHARED, fd, offset)
     try:
-        _core.map(address, size, _READ_WRITE, _core.MAP_SHARED, fd, offset)
         with contextlib.suppress(OSError):
             _core.advise(address, size, _core.MADV_HUGEPAGE)
         with contextlib.suppress(OSError):  # Linux before 5.14; a refusal shows below

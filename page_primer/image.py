@@ -24,6 +24,7 @@ import random
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from page_primer.plan import Region
 from page_primer.survey import PF_R, PF_W, PF_X, PROGRAM_HEADER, PT_LOAD, Object, Source, page_size
@@ -105,7 +106,7 @@ def write(layout: Layout, original: int, target: int) -> int:
             build_ids = [
                 segment["p_offset"]
                 for segment in elf.iter_segments("PT_NOTE")
-                if any(note["n_type"] == "NT_GNU_BUILD_ID" for note in segment.iter_notes())
+                if any(note["n_type"] == "NT_GNU_BUILD_ID" for note in _notes(segment))
             ]
         except (ELFError, UnicodeDecodeError, ValueError) as error:
             raise CannotLayOut(f"not a well-formed ELF file: {error}") from error
@@ -126,6 +127,11 @@ def write(layout: Layout, original: int, target: int) -> int:
     header = _EHDR.pack(*fields)
     first_page = header + b"".join(program_headers) + _build_id(layout)
     return written + _write_all(target, first_page, 0)
+
+
+def _notes(segment: Any) -> Iterator[dict[str, Any]]:
+    # elftools declares what iter_segments() gives by its base class.
+    yield from segment.iter_notes()
 
 
 def _write_all(fd: int, data: bytes | memoryview, offset: int) -> int:

@@ -53,7 +53,7 @@ class ObjectReport:
     def place(self) -> str:
         """The backing, for people: an image's store rather than its long path."""
         if self.backing == "image" and self.where:
-            return f"image in {self.where.rsplit('/', 2)[0]}"
+            return image_place(self.where)
         return self.backing or "its own file"
 
 
@@ -172,8 +172,9 @@ class Report:
         if self.lock_limit is None:
             return text
         return (
-            f"{text}: RLIMIT_MEMLOCK is {mib(self.lock_limit)}; allow it with LimitMEMLOCK={wanted}M "
-            f"(systemd), --ulimit memlock={wanted << 20} (Docker) or ulimit -l {wanted << 10}"
+            f"{text}: RLIMIT_MEMLOCK is {mib(self.lock_limit)}; "
+            f"allow it with LimitMEMLOCK={wanted}M (systemd), "
+            f"--ulimit memlock={wanted << 20} (Docker) or ulimit -l {wanted << 10}"
         )
 
     def _remap_shortfall(self) -> str | None:
@@ -212,6 +213,11 @@ class Report:
 def _reasons(obj: ObjectReport) -> list[str]:
     """The reasons that concern code, each once."""
     return list(dict.fromkeys(why for s in obj.segments if s.kind == "code" for why in s.left))
+
+
+def image_place(path: str) -> str:
+    """An image's path, for people: its store, rather than the folder named after its content."""
+    return f"image in {path.rsplit('/', 2)[0]}"
 
 
 def mib(size: int) -> str:

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 
-
 HUGE = ("AnonHugePages", "ShmemPmdMapped", "FilePmdMapped", "Private_Hugetlb", "Shared_Hugetlb")
 
 # A mapping's own line, and, in smaps, the lines "Rss:  4 kB" ... "VmFlags: rd ex ..." below it.

@@ -274,18 +274,16 @@ def _is_mapped_at(source: Source, mapping: Mapping) -> bool:
         fd = os.open(source.path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return False
-    address = 0
     try:
         address = _core.reserve(page, page, 0)
         _core.map(address, page, _core.PROT_READ, _core.MAP_PRIVATE, fd, 0)
         again = next(overlapping(read_maps(), address, address + page), None)
+        _core.unmap(address, page)
         return again is not None and (again.device, again.inode) == (mapping.device, mapping.inode)
     except OSError:
         return False
     finally:
         os.close(fd)
-        if address:
-            _core.unmap(address, page)
 
 
 def _has_text_relocations(found: Object) -> bool:

@@ -19,11 +19,10 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable
-from functools import update_wrapper
 from pkgutil import resolve_name
 from typing import Any
 
-from page_primer.integrations import gunicorn as hooks
+from page_primer.integrations import gunicorn as _gunicorn
 from page_primer.options import Options
 
 __all__ = ["on_reload", "on_starting", "post_fork", "post_worker_init"]
@@ -64,7 +63,7 @@ def _user_settings() -> dict[str, Any]:
     return vars(module)
 
 
-def _chain(name: str, ours: Callable[..., None], theirs: Any) -> Callable[..., None]:
+def _chain(ours: Callable[..., None], theirs: Any) -> Callable[..., None]:
     """Call the user's hook, which may be given as "package.module.function", and then ours.
 
     Each hook has the number of parameters that gunicorn insists on."""
@@ -72,8 +71,8 @@ def _chain(name: str, ours: Callable[..., None], theirs: Any) -> Callable[..., N
         try:
             theirs = resolve_name(theirs)
         except (ImportError, AttributeError, ValueError) as error:
-            sys.exit(f"page-primer: cannot import the hook {name} = {theirs!r}: {error}")
-    if theirs is None or theirs is getattr(hooks, name):
+            sys.exit(f"page-primer: cannot import the hook {theirs!r}: {error}")
+    if theirs in (None, ours) or getattr(theirs, "__module__", "") == _gunicorn.__name__:
         return ours
 
     def one(process: Any) -> None:
@@ -84,21 +83,33 @@ def _chain(name: str, ours: Callable[..., None], theirs: Any) -> Callable[..., N
         theirs(server, worker)
         ours(server, worker)
 
-    return update_wrapper(two if name == "post_fork" else one, ours, assigned=("__doc__",))
+    return two if ours is post_fork else one
 
 
-def _ours(name: str) -> Callable[..., None]:
-    hook: Callable[..., None] = getattr(hooks, name)
-    if name not in ("on_starting", "on_reload"):
-        return hook
+def on_starting(server: Any) -> None:
+    _reread_next_time()
+    _gunicorn.on_starting(server)
 
-    def reread_and_prime(server: Any) -> None:
-        # A HUP is to read the configuration anew: of python:MODULE gunicorn would get this module
-        # from the import system's cache, and never look at the user's file again.
-        sys.modules.pop("page_primer.integrations.gunicorn_conf", None)
-        hook(server)
 
-    return reread_and_prime
+def on_reload(server: Any) -> None:
+    _reread_next_time()
+    _gunicorn.on_reload(server)
+
+
+post_fork = _gunicorn.post_fork
+post_worker_init = _gunicorn.post_worker_init
+
+
+def _reread_next_time() -> None:
+    """Let a HUP read the configuration anew: of python:MODULE gunicorn would get this module from
+    the import system's cache, and never look at the user's file again."""
+    sys.modules.pop("page_primer.integrations.gunicorn_conf", None)
+
+
+def _take_over(settings: dict[str, Any]) -> dict[str, Any]:
+    """The user's settings with their hooks and ours chained."""
+    chained = {name: _chain(globals()[name], settings.get(name)) for name in __all__}
+    return {name: value for name, value in settings.items() if name[0] != "_"} | chained
 
 
 try:
@@ -106,10 +117,8 @@ try:
 except ValueError as error:
     sys.exit(f"page-primer: {error}")
 
-_settings = _user_settings() if _loaded_by_gunicorn() else {}
-_hooks = {name: _chain(name, _ours(name), _settings.get(name)) for name in __all__}
-globals().update((name, value) for name, value in _settings.items() if name[0] != "_")
-globals().update(_hooks)
+if _loaded_by_gunicorn():
+    globals().update(_take_over(_user_settings()))
 
 if __name__ == "__main__":
     print(os.path.abspath(__file__))

@@ -1,0 +1,8 @@
+"""python -m page_primer: the page-primer command."""
+
+import sys
+
+from page_primer.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,202 @@
+"""Look at any live process from outside: which code lies on huge pages, locked, copied, shared.
+
+Nothing here depends on page-primer having run in that process: everything is read from smaps and
+from the ELF files that its mappings name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from page_primer.measure import measure
+from page_primer.smaps import Mapping, overlapping, read_smaps, total
+from page_primer.survey import PROGRAM_HEADER, PT_LOAD, Segment, page_size, pmd_size, segments_of
+
+_ELF64 = b"\x7fELF\x02"
+
+
+@dataclass(frozen=True)
+class ObjectStatus:
+    """One ELF object in one process; sizes in bytes."""
+
+    path: str
+    backing: str | None  # the path its read-only span is mapped from, if not its own
+    code_bytes: int
+    code_huge_bytes: int
+    locked_bytes: int
+    copied_bytes: int  # of the read-only span, not mapped from the object's own file
+    shared_bytes: int  # resident, of the read-only span, and mapped by other processes too
+    pss_bytes: int  # resident, of the read-only span, divided by the processes that map it
+
+
+@dataclass(frozen=True)
+class ProcessStatus:
+    """One process; `problem` says why there is nothing to tell."""
+
+    pid: int
+    parent: int
+    command: str
+    objects: tuple[ObjectStatus, ...] = ()
+    locked_bytes: int = 0  # VmLck: all of the process, not only ELF objects
+    problem: str | None = None
+
+    def sum(self, name: str) -> int:
+        """One number of all objects, by its field name."""
+        return sum(getattr(obj, name) for obj in self.objects)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, ready for json.dumps()."""
+        data = asdict(self)
+        for name in ("code_bytes", "code_huge_bytes", "copied_bytes", "shared_bytes", "pss_bytes"):
+            data[name] = self.sum(name)
+        return data
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """An ELF file's place in an address space."""
+
+    path: str
+    identity: tuple[str, int]
+    base: int
+    segments: tuple[Segment, ...]
+
+    def covers(self, other: _Loaded) -> bool:
+        return self.base == other.base and self.segments[0].start <= other.segments[0].start
+
+
+def family(pid: int) -> list[int]:
+    """A process and its descendants, in the order of their ids; empty if there is no such one."""
+    parents: dict[int, int] = {}
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            with contextlib.suppress(OSError, IndexError):
+                parents[int(name)] = _parent(int(name))
+    found = {pid} & parents.keys()
+    while more := {child for child, parent in parents.items() if parent in found} - found:
+        found |= more
+    return sorted(found, key=lambda member: (member != pid, member))
+
+
+def examine(pid: int) -> ProcessStatus:
+    """The status of one process, which may end meanwhile or not be ours to see."""
+    try:
+        parent = _parent(pid)
+        command = _read(f"/proc/{pid}/cmdline").replace(b"\0", b" ").decode(errors="replace")
+        status = ProcessStatus(pid, parent, command.strip())
+    except (OSError, IndexError):
+        return ProcessStatus(pid, 0, "", problem="no such process")
+    try:
+        mappings = read_smaps(pid)
+        locked = _locked(pid)
+    except OSError as error:
+        return replace(status, problem=f"cannot read its mappings: {error.strerror}")
+    return replace(status, objects=tuple(_objects(pid, mappings)), locked_bytes=locked)
+
+
+def _objects(pid: int, mappings: Sequence[Mapping]) -> Iterator[ObjectStatus]:
+    loaded = _loaded(pid, mappings)
+    # An image lies over a part of the object it is of, at the same base; the object's own file
+    # still holds the writable data. What has none (a stub) is mapped from one file alone.
+    with_data = {(m.device, m.inode) for m in mappings if m.writable}
+    originals = [one for one in loaded if one.identity in with_data]
+    images = [one for one in loaded if one.identity not in with_data]
+    originals += [one for one in images if not any(o.covers(one) for o in originals)]
+    for original in sorted(originals, key=lambda one: one.segments[0].start):
+        first, last = original.segments[0].start, original.segments[-1].end
+        here = list(overlapping(mappings, first, last))
+        spans = [s for s in original.segments if not s.writable]
+        span = [m for m in here if any(True for s in spans if m.start < s.end and s.start < m.end)]
+        moved = [m for m in span if (m.device, m.inode) != original.identity]
+        segments = measure(original.segments, here, pmd_size())
+        code = [s for s in segments if s.kind == "code"]
+        yield ObjectStatus(
+            path=original.path,
+            backing=_name_of(moved),
+            code_bytes=sum(s.bytes for s in code),
+            code_huge_bytes=sum(s.huge_bytes for s in code),
+            locked_bytes=sum(s.locked_bytes for s in segments),
+            copied_bytes=sum(m.size for m in moved),
+            shared_bytes=total(span, "Shared_Clean") + total(span, "Shared_Dirty"),
+            pss_bytes=total(span, "Pss"),
+        )
+
+
+def _name_of(moved: Sequence[Mapping]) -> str | None:
+    if not moved:
+        return None
+    return moved[0].path or "anonymous memory"
+
+
+def _loaded(pid: int, mappings: Iterable[Mapping]) -> list[_Loaded]:
+    """The ELF objects in an address space, each file with its load bias."""
+    files: dict[tuple[str, int], list[Mapping]] = {}
+    for mapping in mappings:
+        if mapping.inode and mapping.path.startswith("/"):
+            files.setdefault((mapping.device, mapping.inode), []).append(mapping)
+    found = []
+    for identity, parts in files.items():
+        table = _program_headers(pid, parts[0])
+        while table and parts:
+            # Segments may share a page of the file, so one mapping can mean two load biases: the
+            # one that most mappings agree on is the right one.
+            votes = Counter(bias for part in parts for bias in _load_biases(table, part))
+            if not votes:
+                break
+            base = votes.most_common(1)[0][0]
+            segments = segments_of(table, base, page_size())
+            start, end = segments[0].start, segments[-1].end
+            # Only what has code somewhere is an object in the sense of this report.
+            if any(segment.code for segment in segments):
+                found.append(_Loaded(parts[0].path, identity, base, segments))
+            parts = [part for part in parts if not start <= part.start < end]
+    return found
+
+
+def _program_headers(pid: int, mapping: Mapping) -> bytes | None:
+    """The program header table of a mapped file, if it is a 64-bit ELF file that can be read: seen
+    from the process's own root, or by the mapping itself where the file was deleted."""
+    names = (
+        f"/proc/{pid}/root{mapping.path}",
+        f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}",
+    )
+    for name in names:
+        with contextlib.suppress(OSError), open(name, "rb") as file:
+            header = file.read(64)
+            if header[:5] != _ELF64:
+                return None
+            file.seek(int.from_bytes(header[32:40], "little"))
+            count = int.from_bytes(header[56:58], "little")
+            return file.read(count * PROGRAM_HEADER.size)
+    return None
+
+
+def _load_biases(table: bytes, mapping: Mapping) -> Iterator[int]:
+    """address - p_vaddr, for each PT_LOAD that the mapping may be of."""
+    page = page_size()
+    for kind, _, offset, vaddr, _, filesz, _, _ in PROGRAM_HEADER.iter_unpack(table):
+        low, high = offset & -page, (offset + filesz + page - 1) & -page
+        if kind == PT_LOAD and low <= mapping.offset < high:
+            yield mapping.start - mapping.offset + low - (vaddr & -page)
+
+
+def _parent(pid: int) -> int:
+    # The second field, the command, may hold anything, but ends at the last parenthesis.
+    return int(_read(f"/proc/{pid}/stat").rpartition(b")")[2].split()[1])
+
+
+def _locked(pid: int) -> int:
+    for line in _read(f"/proc/{pid}/status").decode(errors="replace").splitlines():
+        if line.startswith("VmLck:"):
+            return int(line.split()[1]) << 10
+    return 0
+
+
+def _read(path: str) -> bytes:
+    with open(path, "rb", buffering=0) as file:
+        return file.readall()

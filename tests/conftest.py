@@ -1,0 +1,95 @@
+"""Interpreters to test under, and directories for images that the tests clean up."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import page_primer
+
+ROOT = Path(__file__).parents[1]
+
+# Set by the package's own options; a person's environment must not decide what a test sees.
+for _name in [name for name in os.environ if name.startswith("PAGE_PRIMER")]:
+    del os.environ[_name]
+
+
+def _interpreters() -> dict[str, str]:
+    """Every CPython since 3.10 on this machine: version and a number -> path."""
+    places = [
+        "/usr/bin/python3.[0-9]*",
+        "/usr/local/bin/python3.[0-9]*",
+        os.path.expanduser("~/.pyenv/versions/*/bin/python3.[0-9]*"),
+        sys._base_executable,
+    ]
+    found: dict[str, str] = {}
+    seen = set()
+    for path in [path for place in places for path in sorted(glob.glob(place))]:
+        real = os.path.realpath(path)
+        named = re.fullmatch(r"python(3(\.\d+)?)?", os.path.basename(path))
+        if real in seen or not named or not os.access(path, os.X_OK):
+            continue
+        seen.add(real)
+        question = (
+            "import sys, sysconfig, json; print(json.dumps([sys.version_info[:3], "
+            "sys.implementation.name, bool(sysconfig.get_config_var('Py_GIL_DISABLED'))]))"
+        )
+        answer = subprocess.run(
+            [path, "-I", "-S", "-c", question], capture_output=True, text=True, check=False
+        )
+        if answer.returncode:
+            continue
+        version, implementation, free_threaded = json.loads(answer.stdout)
+        # The stable ABI that the tests' own build has does not cover free-threaded builds.
+        if implementation == "cpython" and tuple(version) >= (3, 10) and not free_threaded:
+            number = ".".join(map(str, version))
+            found.setdefault(f"{number}-{len(found)}", path)
+    return found
+
+
+INTERPRETERS = _interpreters()
+
+
+def python_of(tmp: Path, base: str) -> str:
+    """A virtual environment of an interpreter that sees what this test run has installed: all of it
+    is pure Python, or built for the stable ABI."""
+    home = tmp / "venv"
+    if not home.exists():
+        subprocess.run([base, "-m", "venv", "--without-pip", str(home)], check=True)
+        packages = next(home.glob("lib/python3.*/site-packages"))
+        paths = [str(Path(page_primer.__file__).parents[1]), sysconfig.get_path("purelib")]
+        (packages / "tests.pth").write_text("\n".join(paths) + "\n")
+    return str(home / "bin" / "python")
+
+
+@pytest.fixture(scope="session", params=list(INTERPRETERS))
+def every_python(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> str:
+    """Each interpreter in turn."""
+    return python_of(tmp_path_factory.mktemp("every"), INTERPRETERS[request.param])
+
+
+@pytest.fixture(scope="session")
+def python() -> str:
+    """The interpreter that runs the tests."""
+    return sys.executable
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Iterator[Path]:
+    """A directory for images, on the temporary directory's file system."""
+    yield tmp_path / "images"
+    shutil.rmtree(tmp_path / "images", ignore_errors=True)
+
+

@@ -1,0 +1,139 @@
+/* Preloaded into a process under test: lets the nth call that page_primer._core makes of a function
+ * fail, as the kernel might.  Calls from elsewhere are not touched.
+ */
+
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <stdarg.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/types.h>
+
+static const char *armed;
+static int countdown, number, fired;
+
+void
+fault_arm(const char *function, int nth, int errno_to_set)
+{
+    armed = function;
+    countdown = nth;
+    number = errno_to_set;
+    fired = 0;
+}
+
+int
+fault_fired(void)
+{
+    armed = NULL;
+    return fired;
+}
+
+static int
+fails(const char *function, void *caller)
+{
+    Dl_info from;
+
+    if (armed == NULL || strcmp(armed, function) != 0)
+        return 0;
+    if (!dladdr(caller, &from) || strstr(from.dli_fname, "/_core.") == NULL)
+        return 0;
+    if (--countdown != 0)
+        return 0;
+    /* From here on nothing may look up a symbol: there may be a hole where its table was. */
+    armed = NULL;
+    fired = 1;
+    errno = number;
+    return 1;
+}
+
+#define CALLER __builtin_return_address(0)
+
+static __typeof__(&mmap) real_mmap;
+static void *(*real_mremap)(void *, size_t, size_t, int, ...);
+static __typeof__(&madvise) real_madvise;
+static __typeof__(&mprotect) real_mprotect;
+static __typeof__(&munmap) real_munmap;
+static __typeof__(&mlock) real_mlock;
+static ssize_t (*real_pread)(int, void *, size_t, off_t);
+
+__attribute__((constructor)) static void
+resolve(void)
+{
+    real_mmap = dlsym(RTLD_NEXT, "mmap");
+    real_mremap = dlsym(RTLD_NEXT, "mremap");
+    real_madvise = dlsym(RTLD_NEXT, "madvise");
+    real_mprotect = dlsym(RTLD_NEXT, "mprotect");
+    real_munmap = dlsym(RTLD_NEXT, "munmap");
+    real_mlock = dlsym(RTLD_NEXT, "mlock");
+    real_pread = dlsym(RTLD_NEXT, "pread");
+}
+
+void *
+mmap(void *address, size_t length, int protection, int flags, int fd, off_t offset)
+{
+    if (fails("mmap", CALLER))
+        return MAP_FAILED;
+    /* Kernels before 6.12 unmap what a MAP_FIXED replaces before their last checks. */
+    if ((flags & MAP_FIXED) && fails("mmap with a hole", CALLER)) {
+        real_munmap(address, length);
+        errno = number;
+        return MAP_FAILED;
+    }
+    return real_mmap(address, length, protection, flags, fd, offset);
+}
+
+void *mmap64(void *, size_t, int, int, int, off_t) __attribute__((alias("mmap")));
+
+void *
+mremap(void *old, size_t old_size, size_t new_size, int flags, ...)
+{
+    va_list rest;
+    void *to;
+
+    va_start(rest, flags);
+    to = va_arg(rest, void *);
+    va_end(rest);
+    if (fails("mremap", CALLER))
+        return MAP_FAILED;
+    if (fails("mremap with a hole", CALLER)) {
+        real_munmap(to, new_size);
+        errno = number;
+        return MAP_FAILED;
+    }
+    return real_mremap(old, old_size, new_size, flags, to);
+}
+
+int
+madvise(void *address, size_t length, int advice)
+{
+    return fails("madvise", CALLER) ? -1 : real_madvise(address, length, advice);
+}
+
+int
+mprotect(void *address, size_t length, int protection)
+{
+    return fails("mprotect", CALLER) ? -1 : real_mprotect(address, length, protection);
+}
+
+int
+munmap(void *address, size_t length)
+{
+    return fails("munmap", CALLER) ? -1 : real_munmap(address, length);
+}
+
+int
+mlock(const void *address, size_t length)
+{
+    return fails("mlock", CALLER) ? -1 : real_mlock(address, length);
+}
+
+extern ssize_t pread(int, void *, size_t, off_t);
+
+ssize_t
+pread(int fd, void *buffer, size_t count, off_t offset)
+{
+    return fails("pread", CALLER) ? -1 : real_pread(fd, buffer, count, offset);
+}
+
+ssize_t pread64(int, void *, size_t, off_t) __attribute__((alias("pread")));

@@ -1,0 +1,137 @@
+"""What the kernel says of a process, seen from outside and worked out independently of the package:
+smaps by a parser of its own, ELF files by pyelftools."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field
+
+from elftools.elf.elffile import ELFFile
+
+PMD = int(open("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size").read())
+PAGE = 4096
+
+
+@dataclass
+class Vma:
+    start: int
+    end: int
+    perms: str
+    offset: int
+    device: str
+    inode: int
+    path: str
+    kb: dict[str, int] = field(default_factory=dict)
+    flags: list[str] = field(default_factory=list)
+
+    @property
+    def huge(self) -> int:
+        names = ("AnonHugePages", "ShmemPmdMapped", "FilePmdMapped", "Private_Hugetlb",
+                 "Shared_Hugetlb")  # fmt: skip
+        return sum(self.kb.get(name, 0) for name in names) << 10
+
+    @property
+    def file_mapping(self) -> tuple[int, int, str, int, str]:
+        return self.start, self.end, self.perms, self.offset, self.path
+
+
+def smaps(pid: int) -> list[Vma]:
+    vmas: list[Vma] = []
+    with open(f"/proc/{pid}/smaps", encoding="utf-8", errors="replace") as file:
+        for line in file:
+            head = re.match(r"([0-9a-f]+)-([0-9a-f]+) (....) ([0-9a-f]+) (\S+) (\d+)\s*(.*)", line)
+            if head:
+                start, end, perms, offset, device, inode, path = head.groups()
+                vmas.append(
+                    Vma(int(start, 16), int(end, 16), perms, int(offset, 16), device,
+                        int(inode), path)
+                )  # fmt: skip
+            elif line.startswith("VmFlags:"):
+                vmas[-1].flags = line.split()[1:]
+            else:
+                name, _, rest = line.partition(":")
+                if rest.strip().endswith("kB"):
+                    vmas[-1].kb[name] = int(rest.split()[0])
+    return vmas
+
+
+def file_mappings(pid: int) -> list[tuple[int, int, str, int, str]]:
+    """What /proc/PID/maps says of the mappings of ELF files: range, protection, offset, path."""
+    return [v.file_mapping for v in smaps(pid) if v.path.startswith("/")]
+
+
+@dataclass
+class Text:
+    """The .text section of the interpreter in one process, in bytes."""
+
+    path: str
+    size: int
+    attainable: int  # covered by whole huge pages of the read-only span
+    huge: int
+    locked: bool
+    executable: bool  # all of it is mapped r-x
+    span_vmas: list[Vma]  # the mappings of the read-only span
+
+    @property
+    def pss(self) -> int:
+        return sum(v.kb["Pss"] for v in self.span_vmas) << 10
+
+    @property
+    def span(self) -> int:
+        return sum(v.end - v.start for v in self.span_vmas)
+
+
+def interpreter_file(pid: int) -> str:
+    """The file that holds the interpreter's code: libpython, or else the main program."""
+    vmas = smaps(pid)
+    for vma in vmas:
+        if re.search(r"/libpython3\.\d+\w*\.so", vma.path) and "w" in vma.perms:
+            return vma.path
+    return os.readlink(f"/proc/{pid}/exe")
+
+
+def text_of(pid: int, path: str | None = None) -> Text:
+    """Measure the .text of an object, by default of the interpreter."""
+    path = path or interpreter_file(pid)
+    vmas = smaps(pid)
+    with open(path, "rb") as file:
+        elf = ELFFile(file)
+        section = elf.get_section_by_name(".text")
+        loads = [s.header for s in elf.iter_segments("PT_LOAD")]
+        fixed = elf["e_type"] == "ET_EXEC"
+    # Writable data stays on the object's own file, so it tells where the object is.
+    base = 0
+    if not fixed:
+        data = next(h for h in loads if h["p_flags"] & 2)
+        at = next(v for v in vmas if v.path == path and v.offset == data["p_offset"] & -PAGE)
+        base = at.start - (data["p_vaddr"] & -PAGE)
+    low, high = base + section["sh_addr"], base + section["sh_addr"] + section["sh_size"]
+
+    # The run of read-only segments that are contiguous in memory and hold the section.
+    span_start = span_end = None
+    for load in loads:
+        start = base + (load["p_vaddr"] & -PAGE)
+        end = base + ((load["p_vaddr"] + load["p_memsz"] + PAGE - 1) & -PAGE)
+        if load["p_flags"] & 2 or (span_end is not None and start != span_end):
+            if span_start is not None and span_start <= low < span_end:
+                break
+            span_start = span_end = None
+        if not load["p_flags"] & 2:
+            span_start, span_end = span_start if span_start is not None else start, end
+    chunk_low, chunk_high = -(-span_start // PMD) * PMD, span_end // PMD * PMD
+    attainable = max(0, min(high, chunk_high) - max(low, chunk_low))
+
+    huge, executable, locked = 0, True, True
+    for vma in vmas:
+        both = min(high, vma.end) - max(low, vma.start)
+        if both <= 0:
+            continue
+        executable &= vma.perms[:3] == "r-x"
+        locked &= "lo" in vma.flags
+        start, end = -(-vma.start // PMD) * PMD, vma.end // PMD * PMD
+        missing = max(0, end - start) - vma.huge
+        inside = min(high, end) - max(low, start)
+        huge += max(0, inside - missing) if inside > 0 else 0
+    span_vmas = [v for v in vmas if span_start <= v.start and v.end <= span_end]
+    return Text(path, high - low, attainable, huge, locked, executable, span_vmas)

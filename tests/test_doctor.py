@@ -1,0 +1,752 @@
+"""What doctor says is held against what the kernel and prime() do under the same conditions."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+if sys.platform != "linux":
+    pytest.skip("page-primer's doctor examines Linux", allow_module_level=True)
+
+from page_primer import doctor, plan
+from page_primer.doctor import Coverage, Directory, Mount, Process, Settings, Trial
+from page_primer.options import Options
+from page_primer.survey import PF_R, PF_W, PF_X, Object, Segment, Survey
+
+ROOT = os.geteuid() == 0
+MIB = 1 << 20
+PMD = 2 * MIB
+
+needs_root = pytest.mark.skipif(not ROOT, reason="needs root, to give a directory away")
+
+# Every program is run with a private cache directory, and prints the last thing it says as JSON.
+PRELUDE = """
+import ctypes, json, os, subprocess, sys
+from page_primer import doctor, prime
+from page_primer.options import Options
+
+def examine(**values):
+    options = Options.load(values)
+    checks = doctor.examine(options)
+    doctor.render(checks, doctor.interpreter(options))
+    return doctor.as_dict(checks)["checks"]
+
+def check(name, **values):
+    return next(c for c in examine(**values) if c["name"] == name)
+
+def say(value):
+    print(json.dumps(value))
+"""
+
+
+def run(program: str, tmp_path: Path, *prefix: str, **environ: str) -> Any:
+    """What a program said, run in a process of its own behind `prefix`."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("PAGE_PRIMER", "XDG_"))}
+    home = tmp_path / "home"
+    home.mkdir(exist_ok=True)
+    done = subprocess.run(
+        [*prefix, sys.executable, "-c", PRELUDE + program],
+        env={**clean, "HOME": str(home), **environ},
+        stdout=subprocess.PIPE,
+        timeout=100,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0
+    return json.loads(done.stdout)
+
+
+def in_namespace(setup: str) -> list[str]:
+    """A prefix that runs `setup` in a mount namespace of its own first, or a skip."""
+    unshare = ["unshare", "--mount", *([] if ROOT else ["--map-root-user"])]
+    trial = 'mount -t tmpfs tmpfs "$0"'
+    tool = shutil.which("unshare")
+    if not tool or subprocess.run([*unshare, "sh", "-c", trial, "/mnt"], check=False).returncode:
+        pytest.skip("mount namespaces are not permitted here")
+    return [*unshare, "sh", "-ec", f'{setup}\nexec "$@"', "sh"]
+
+
+def limited(memlock: int) -> list[str]:
+    """A prefix that lowers RLIMIT_MEMLOCK and takes away what would override it."""
+    if not shutil.which("prlimit") or (ROOT and not shutil.which("setpriv")):
+        pytest.skip("needs prlimit and setpriv of util-linux")
+    limit = ["prlimit", f"--memlock={memlock}:{memlock}"]
+    if subprocess.run([*limit, "true"], stderr=subprocess.DEVNULL, check=False).returncode:
+        pytest.skip("the hard limit is too low for this, and not to be raised here")
+    drop = ["setpriv", "--bounding-set=-ipc_lock", "--inh-caps=-ipc_lock"] if ROOT else []
+    return [*limit, *drop]
+
+
+def works(found: dict[str, Any]) -> bool:
+    return bool(found["status"] == "ok")
+
+
+# ----------------------------------------------------------------------------------- the real thing
+
+
+def test_leaves_nothing_behind(tmp_path: Path) -> None:
+    program = """
+def state():
+    with open("/proc/self/maps") as maps:
+        lines = {line for line in maps if "[heap]" not in line and " 00:00 " not in line}
+    with open("/proc/self/status") as status:
+        locked = [line for line in status if line.startswith("VmLck")]
+    return sorted(lines), locked, sorted(os.listdir("/proc/self/fd"))
+examine()  # loads modules
+before = state()
+checks = examine()
+say([before == state(), state()[1], checks])
+"""
+    same, locked, checks = run(
+        program, tmp_path, PAGE_PRIMER_IMAGE_DIR=str(tmp_path / "not" / "there" / "yet")
+    )
+    assert same
+    assert locked[0].split()[1:] == ["0", "kB"]
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+    named = [c for c in checks if c["name"].endswith("/not/there/yet")]
+    assert len(named) == 1
+    assert "in a trial" in named[0]["found"]
+
+
+def test_leaves_the_default_directories_as_they_were(tmp_path: Path) -> None:
+    program = "say([sorted(map(str, examine()[0])), [c['name'] for c in examine()]])"
+    _, names = run(program, tmp_path)
+    assert f"image directory {tmp_path}/home/.cache/page-primer" in names
+    assert list((tmp_path / "home").iterdir()) == []
+
+
+def test_keeps_images_that_are_there(tmp_path: Path) -> None:
+    """A trial next to images in use neither prunes nor replaces them."""
+    store = tmp_path / "images"
+    program = f"""
+report = prime(image_dir={str(store)!r})
+before = sorted(os.walk({str(store)!r}))
+examine(image_dir={str(store)!r})
+say(before == sorted(os.walk({str(store)!r})))
+"""
+    assert run(program, tmp_path)
+    assert store.is_dir()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"merge": False},
+        {"keep_profilers": False},
+        {"backing": "memfd"},
+        {"backing": "memfd", "keep_profilers": False},
+        {"backing": "anonymous"},
+        {"exclude": ["*python*"]},
+    ],
+    ids=str,
+)
+def test_predicts_what_prime_does(values: dict[str, Any], tmp_path: Path) -> None:
+    given = {**values, "image_dir": str(tmp_path / "images")}
+    program = f"""
+layout = doctor.interpreter(Options.load({given}))
+checks = examine(**{given})
+report = prime(**{given})
+core = report.interpreter
+say([layout.as_dict(), checks, core.code_bytes, core.code_huge_bytes, core.path])
+"""
+    layout, checks, code, huge, path = run(program, tmp_path)
+    name = values.get("backing", f"image directory {given['image_dir']}")
+    trial = next(c for c in checks if c["name"] == name)
+    if not works(trial):
+        pytest.skip(f"not to be had here: {trial['found']}")
+    predicted = layout["memory" if "backing" in values else "image"]
+    assert predicted["huge_bytes"] == huge
+    assert predicted["share"] == pytest.approx(huge / code)
+    assert layout["code_bytes"] == code == predicted["huge_bytes"] + sum(predicted["left"].values())
+    assert layout["path"] == path
+
+
+def test_describes_this_interpreter(tmp_path: Path) -> None:
+    program = """
+import ctypes
+address = ctypes.cast(ctypes.pythonapi.PyObject_GetAttr, ctypes.c_void_p).value
+with open("/proc/self/maps") as maps:
+    lines = [line.split() for line in maps]
+say([doctor.interpreter(Options.load()).as_dict(), address, lines])
+"""
+    layout, address, lines = run(program, tmp_path)
+    code = [s for s in layout["segments"] if s["kind"] == "code"]
+    assert any(s["address"] <= address < s["address"] + s["size"] for s in code)
+    ours = [line for line in lines if line[5:] == [layout["path"]]]
+    start = int(ours[0][0].split("-")[0], 16)
+    assert layout["phase"] == start % layout["pmd_size"]
+    assert layout["span"][0] == start
+    with open(layout["path"], "rb") as file:
+        executable = file.read(18)[16] == 2  # ET_EXEC
+    assert (layout["kind"] == "static, ET_EXEC") == executable
+    assert (layout["kind"] == "shared libpython") == ("libpython" in layout["path"])
+    low = -(-layout["span"][0] // layout["pmd_size"])
+    assert layout["huge_pages"] == max(layout["span"][1] // layout["pmd_size"] - low, 0)
+
+
+def test_knows_that_it_has_been_primed(tmp_path: Path) -> None:
+    program = """
+report = prime()
+say([report.interpreter.code_huge_bytes, check("interpreter")])
+"""
+    huge, found = run(program, tmp_path)
+    if not huge:
+        pytest.skip("no backing works here")
+    assert found["status"] == "info"
+    assert "moved already" in found["found"]
+
+
+def test_thp_disabled_and_the_line_that_allows_it_again(tmp_path: Path) -> None:
+    program = """
+assert ctypes.CDLL(None).prctl(41, 1, 0, 0, 0) == 0
+before = examine(backing="anonymous")
+huge = prime(backing="anonymous").interpreter.code_huge_bytes
+fix = next(c for c in before if c["name"] == "THP of this process")["fix"]
+eval(fix.rpartition("before prime(): ")[2])
+say([before, huge, examine(backing="anonymous")])
+"""
+    before, huge, after = run(program, tmp_path)
+    old, new = ({c["name"]: c for c in checks} for checks in (before, after))
+    assert huge == 0
+    for name in ("THP of this process", "anonymous", "backing", "interpreter"):
+        assert old[name]["status"] == "problem", name
+    assert "PR_SET_THP_DISABLE" in old["anonymous"]["found"]
+    assert works(new["THP of this process"])
+    assert "PR_SET_THP_DISABLE" not in new["anonymous"]["found"]
+
+
+def test_write_execute_denied(tmp_path: Path) -> None:
+    program = """
+if ctypes.CDLL(None).prctl(65, 1, 0, 0, 0):
+    say(None)
+else:
+    say([examine(), examine(backing="anonymous")])
+"""
+    said = run(program, tmp_path)
+    if said is None:
+        pytest.skip("this kernel has no PR_SET_MDWE (Linux 6.3)")
+    auto, anonymous = ({c["name"]: c for c in checks} for checks in said)
+    assert works(auto["write-execute"])
+    assert "unusable" in auto["anonymous"]["found"]
+    assert auto["anonymous"]["fix"] == "MemoryDenyWriteExecute=no"
+    assert anonymous["write-execute"]["status"] == "problem"
+    assert anonymous["backing"]["status"] == "problem"
+
+
+LOCKING = """
+found = check("locking")
+report = prime(remap=False)
+say([found, report.lock_refused_bytes, report.interpreter.locked_bytes, report.lock_wanted_bytes])
+"""
+
+
+def test_memory_lock_limit(tmp_path: Path) -> None:
+    # Of the interpreter alone, so that what is to be locked is below the usual hard limit.
+    only = {"PAGE_PRIMER_INCLUDE": "*python3*"}
+    found, refused, _, _ = run(LOCKING, tmp_path, *limited(64 << 10), **only)
+    assert found["status"] == "problem"
+    assert "not even the code fits" in found["found"]
+    assert "RLIMIT_MEMLOCK is 0.1 MiB" in found["found"]
+    assert "CAP_IPC_LOCK" not in found["found"]
+    assert refused > 0
+    number = int(found["fix"].partition("memlock=")[2].split()[0])
+    assert f"LimitMEMLOCK={number >> 20}M" in found["fix"]
+    assert f"ulimit -l {number >> 10}" in found["fix"]
+    # The line is exact: with that limit everything is locked, and with 2 MiB less it is not.
+    found, refused, locked, wanted = run(LOCKING, tmp_path, *limited(number), **only)
+    assert found["status"] == "ok"
+    assert refused == 0
+    assert locked > 0
+    assert wanted <= number <= wanted + 2 * MIB
+    found, refused, _, _ = run(LOCKING, tmp_path, *limited(number - 2 * MIB), **only)
+    assert found["status"] != "ok"
+    assert refused > 0
+
+
+def test_memory_lock_limit_that_holds_the_code_alone(tmp_path: Path) -> None:
+    sizes = "say(doctor.lock_sizes(*doctor._Examination(Options()).seen(), Options()))"
+    code, everything = run(sizes, tmp_path)
+    assert 0 < code < everything
+    found, refused, locked, _ = run(LOCKING, tmp_path, *limited(code))
+    assert found["status"] == "warning"
+    assert "the code fits, everything does not" in found["found"]
+    assert refused > 0
+    assert locked > 0
+
+
+@pytest.mark.skipif(not ROOT, reason="needs root, which has CAP_IPC_LOCK")
+def test_capability_overrides_the_limit(tmp_path: Path) -> None:
+    found, refused, _, _ = run(LOCKING, tmp_path, "prlimit", "--memlock=4096:4096")
+    if "CAP_IPC_LOCK" not in found["found"]:
+        pytest.skip("root is without CAP_IPC_LOCK here")
+    assert (found["status"] == "ok") == (refused == 0)
+
+
+def test_lock_sizes_are_those_that_prime_locks(tmp_path: Path) -> None:
+    program = """
+options = Options.load()
+sizes = doctor.lock_sizes(*doctor._Examination(options).seen(), options)
+report = prime(options)
+core = report.interpreter
+code = 0
+start, end = core.segments[0].start, core.segments[-1].end
+with open("/proc/self/maps") as maps:
+    for line in maps:
+        low, high = (int(n, 16) for n in line.split()[0].split("-"))
+        if low < end and start < high and line.split()[1][:3] == "r-x":
+            code += high - low
+say([sizes, code, report.lock_wanted_bytes, core.code_huge_bytes])
+"""
+    (code, everything), really, wanted, huge = run(program, tmp_path)
+    if not huge:
+        pytest.skip("no backing works here")
+    assert code == really
+    # prime() loads a module or two itself, which it locks as well.
+    assert everything <= wanted <= everything + 4 * MIB
+
+
+# A test of a directory runs the fix it is given and looks again.
+DIRECTORY = """
+path = sys.argv[1] if len(sys.argv) > 1 else os.environ["DIRECTORY"]
+before = check("image directory " + path, image_dir=path)
+doctor.read_container = lambda: ("made up", "overlay")
+inside = check("image directory " + path, image_dir=path)
+doctor.read_container = lambda: (None, "ext4")
+fix = check("image directory " + path, image_dir=path)["fix"]
+if fix:
+    subprocess.run(fix, shell=True, check=True)
+say([inside, fix, before, check("image directory " + path, image_dir=path),
+     sorted(os.listdir(os.environ["MOUNT"]))])
+"""
+
+
+def directory_trial(tmp_path: Path, setup: str, inside: str = "") -> list[Any]:
+    mount = tmp_path / "mount"
+    mount.mkdir()
+    path = f"{mount}/{inside}".rstrip("/")
+    prefix = in_namespace(setup.replace("MOUNT", shlex.quote(str(mount))))
+    said = run(DIRECTORY, tmp_path, *prefix, DIRECTORY=path, MOUNT=str(mount))
+    assert said[2]["status"] == "problem"
+    return list(said)
+
+
+def test_noexec_directory(tmp_path: Path) -> None:
+    inside, fix, before, after, left = directory_trial(
+        tmp_path, "mount -t tmpfs -o noexec,mode=0755 tmpfs MOUNT", "images"
+    )
+    assert f"{tmp_path}/mount is mounted noexec" in before["found"]
+    assert fix == f"mount -o remount,exec {tmp_path}/mount"
+    assert inside["fix"].startswith(f"--tmpfs {tmp_path}/mount/images:exec")
+    assert "unusable" not in after["found"]
+    assert left == []
+
+
+def test_read_only_directory(tmp_path: Path) -> None:
+    inside, fix, before, after, left = directory_trial(
+        tmp_path, "mount -t tmpfs -o ro,mode=0755 tmpfs MOUNT", "images"
+    )
+    assert f"read-only: {tmp_path}/mount is mounted ro" in before["found"]
+    assert fix == f"mount -o remount,rw {tmp_path}/mount"
+    assert inside["fix"].startswith("--tmpfs ")
+    assert "unusable" not in after["found"]
+    assert left == []
+
+
+def test_full_directory(tmp_path: Path) -> None:
+    _, fix, before, after, left = directory_trial(
+        tmp_path, "mount -t tmpfs -o size=1m,mode=0755 tmpfs MOUNT", "images"
+    )
+    assert "only 1.0 MiB free" in before["found"]
+    assert os.strerror(errno.ENOSPC) in before["found"]
+    assert fix.startswith("mount -o remount,size=")
+    assert "unusable" not in after["found"]
+    assert left == []
+
+
+def test_directory_with_room_for_the_trial_alone(tmp_path: Path) -> None:
+    """Docker's /dev/shm has 64 MiB, and another process may have taken most of them."""
+    _, fix, before, after, _ = directory_trial(
+        tmp_path, "mount -t tmpfs -o size=4100k,mode=0755 tmpfs MOUNT"
+    )
+    if "in a trial" in before["found"]:
+        pytest.skip("tmpfs has no huge pages here")
+    assert "4.0 MiB free: the interpreter's image takes" in before["found"]
+    assert fix.startswith("mount -o remount,size=")
+    assert after["status"] == "ok"
+
+
+@needs_root
+def test_directory_of_another_user(tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs"
+    theirs.mkdir(mode=0o755)
+    os.chown(theirs, 65534, 65534)
+    _, fix, before, after, left = run(DIRECTORY, tmp_path, DIRECTORY=str(theirs), MOUNT=str(theirs))
+    assert before["status"] == "problem"
+    assert "belongs to user 65534, this process runs as 0" in before["found"]
+    assert fix == f"chown 0 {theirs}"
+    assert "in a trial" in after["found"]
+    assert left == []
+
+
+def test_directory_that_others_can_write_to(tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o777)
+    _, fix, before, after, _ = run(DIRECTORY, tmp_path, DIRECTORY=str(shared), MOUNT=str(shared))
+    assert before["status"] == "problem"
+    assert "others can write to it (mode 0777)" in before["found"]
+    assert fix == f"chmod go-w {shared}"
+    assert "in a trial" in after["found"]
+
+
+def test_directory_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    found = run(
+        "path = os.environ['FILE']\nsay(check('image directory ' + path, image_dir=path))",
+        tmp_path,
+        FILE=str(tmp_path / "file"),
+    )
+    assert found["status"] == "problem"
+    assert os.strerror(errno.ENOTDIR) in found["found"]
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_without_proc_and_sys(tmp_path: Path) -> None:
+    prefix = in_namespace("mount -t tmpfs tmpfs /proc; mount -t tmpfs tmpfs /sys")
+    checks = run("say(examine())", tmp_path, *prefix)
+    found = {c["name"]: c for c in checks}
+    assert found["transparent huge pages"]["status"] == "problem"
+    assert found["interpreter"]["status"] == "problem"
+    assert "not examined" in found["interpreter"]["found"]
+
+
+@pytest.mark.parametrize("limit", ["fsize=1048576", "nofile=12", "as=300000000"])
+def test_resource_limits_are_outcomes(limit: str, tmp_path: Path) -> None:
+    if not shutil.which("prlimit"):
+        pytest.skip("needs prlimit of util-linux")
+    path = tmp_path / "images"
+    program = "path = os.environ['DIRECTORY']\nsay(check('image directory ' + path))"
+    environ = {"DIRECTORY": str(path), "PAGE_PRIMER_IMAGE_DIR": str(path)}
+    found = run(program, tmp_path, "prlimit", f"--{limit}", **environ)
+    if limit.startswith("fsize"):
+        assert found["status"] == "problem"
+        assert os.strerror(errno.EFBIG) in found["found"]
+    assert not path.exists()
+
+
+def test_switches(tmp_path: Path) -> None:
+    off = run("say(check('switch'))", tmp_path, PAGE_PRIMER="0")
+    assert (off["status"], off["fix"]) == ("problem", "unset PAGE_PRIMER")
+    checks = run("say(examine(remap=False, mlock=False))", tmp_path)
+    found = {c["name"]: c for c in checks}
+    assert {found[n]["status"] for n in ("switch", "interpreter", "backing", "locking")} == {"info"}
+    assert not [name for name in found if name.startswith("image directory")]
+
+
+def test_without_the_core() -> None:
+    program = """
+import sys
+sys.modules["page_primer._core"] = None
+from page_primer import doctor
+from page_primer.options import Options
+(only,) = doctor.examine(Options())
+assert (only.name, only.status) == ("platform", "problem"), only
+assert "_core" in only.found, only
+assert doctor.interpreter(Options()) is None
+assert "1 problems" in doctor.render((only,), None)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+# --------------------------------------------------------------------------------- made-up facts
+
+PLAIN = Settings(
+    kernel=(6, 18), pmd=PMD, thp="madvise", thp_of_size="inherit", shmem="never",
+    shmem_of_size="inherit", memfd_noexec=0, pool=0,
+)  # fmt: skip
+FREE = Process(thp_disabled=False, mdwe=0, soft=8 * MIB, hard=8 * MIB, capable=False, locked=0)
+
+
+@pytest.mark.parametrize(
+    ("version", "status", "ext4", "xfs"),
+    [
+        ((5, 10), "warning", False, False),
+        ((6, 1), "ok", False, True),
+        ((6, 12), "ok", False, True),
+        ((6, 16), "ok", True, True),
+        ((7, 2), "ok", True, True),
+    ],
+)
+def test_kernel(version: tuple[int, int], status: str, ext4: bool, xfs: bool) -> None:
+    found = doctor.judge_kernel(version)
+    assert found.status == status
+    assert found.found.startswith(f"Linux {version[0]}.{version[1]}: ")
+    assert ("images on ext4" in found.found) == ext4
+    assert ("xfs" in found.found) == xfs
+
+
+@pytest.mark.parametrize(
+    ("kernel", "shmem", "of_size", "fix"),
+    [
+        ((6, 18), "never", "inherit", None),
+        ((6, 18), "deny", "inherit", "shmem_enabled"),
+        ((6, 18), "never", "never", "hugepages-2048kB/shmem_enabled"),
+        ((7, 2), "never", "never", None),
+        ((7, 2), "deny", "never", "shmem_enabled"),
+        ((5, 10), "never", "", "shmem_enabled"),
+        ((5, 10), "advise", "", None),
+        ((6, 1), "never", "", None),
+    ],
+)
+def test_shmem(kernel: tuple[int, int], shmem: str, of_size: str, fix: str | None) -> None:
+    settings = replace(PLAIN, kernel=kernel, shmem=shmem, shmem_of_size=of_size)
+    found = doctor.judge_shmem(settings)
+    assert found.status == ("warning" if fix else "ok")
+    if fix is None:
+        assert found.fix is None
+    else:
+        assert found.fix is not None
+        assert found.fix.endswith(f"> /sys/kernel/mm/transparent_hugepage/{fix}")
+    # What a failed trial of a memfd is put down to.
+    failed = doctor.judge_memory(Trial("memfd", "memfd", 2 * PMD, 0), settings, FREE)
+    assert ("shmem_enabled" in failed.found) == (fix is not None)
+
+
+def test_thp() -> None:
+    assert doctor.judge_thp(PLAIN).status == "ok"
+    assert doctor.judge_thp(replace(PLAIN, pmd=0)).status == "problem"
+    assert doctor.judge_thp(replace(PLAIN, pmd=512 * MIB)).status == "problem"
+    never = replace(PLAIN, thp="never")
+    assert doctor.judge_thp(never).status == "ok"  # MADV_COLLAPSE does not ask
+    old = doctor.judge_thp(replace(never, kernel=(5, 10), thp_of_size=""))
+    assert old.status == "warning"
+    assert old.fix == "echo madvise > /sys/kernel/mm/transparent_hugepage/enabled"
+    assert doctor.judge_thp(replace(never, kernel=(5, 10), thp_of_size="always")).status == "ok"
+
+
+def test_mount_of() -> None:
+    mountinfo = (
+        "22 1 0:21 / / rw,relatime - overlay overlay rw,lowerdir=/l\n"
+        "23 22 0:22 / /mnt/a\\040b rw,noexec,nosuid shared:7 - tmpfs tmpfs rw,size=64k\n"
+        "24 22 8:1 / /mnt/a ro,relatime master:1 - ext4 /dev/sda1 rw\n"
+        "25 22 8:2 / /mnt/a rw - xfs /dev/sda2 ro\n"
+        "garbage\n"
+    )
+    assert doctor.mount_of("/mnt/ab", mountinfo).point == "/"
+    assert doctor.mount_of("/", mountinfo).filesystem == "overlay"
+    blank = doctor.mount_of("/mnt/a b/c", mountinfo)
+    assert (blank.point, blank.filesystem) == ("/mnt/a b", "tmpfs")
+    assert "noexec" in blank.options
+    later = doctor.mount_of("/mnt/a", mountinfo)  # hides the earlier one
+    assert later.filesystem == "xfs"
+    assert "ro" in later.options
+    assert doctor.mount_of("/mnt", "") == Mount("", "")
+
+
+def test_mount_of_agrees_with_the_kernel(tmp_path: Path) -> None:
+    mountinfo = Path("/proc/self/mountinfo").read_text()
+    for path in ("/", "/proc", "/sys/kernel", str(tmp_path.resolve())):
+        mount = doctor.mount_of(path, mountinfo)
+        assert os.stat(path).st_dev == os.stat(mount.point).st_dev, path
+    assert doctor.mount_of("/proc/self", mountinfo).filesystem == "proc"
+
+
+@pytest.mark.parametrize(
+    ("files", "environment", "cgroup", "sign"),
+    [
+        ((), "", "0::/init.scope\n", None),
+        (("/.dockerenv",), "", "", "/.dockerenv"),
+        ((), "PATH=/bin\0container=podman\0A=b", "", "container=podman"),
+        ((), "mycontainer=podman\0container=\0", "", None),
+        ((), "", "0::/kubepods/burstable/pod1/abc\n", "cgroup of kubepods"),
+    ],
+)
+def test_container_sign(
+    files: tuple[str, ...], environment: str, cgroup: str, sign: str | None
+) -> None:
+    assert doctor.container_sign(files, environment, cgroup) == sign
+
+
+def test_container() -> None:
+    assert doctor.judge_container(None, "ext4").status == "ok"
+    found = doctor.judge_container(None, "overlay")
+    assert found.status == "info"
+    assert "unaligned" in found.found
+
+
+def test_locking() -> None:
+    code, everything = 4 * MIB, 20 * MIB
+    fits = doctor.judge_locking(replace(FREE, soft=None, hard=None), code, everything, None, None)
+    assert fits.status == "ok"
+    assert "unlimited" in fits.found
+
+    some = doctor.judge_locking(FREE, code, everything, None, "no")
+    assert some.status == "warning"
+    assert some.fix == (
+        "LimitMEMLOCK=21M (systemd), --ulimit memlock=22020096 (Docker) or ulimit -l 21504"
+    )
+    easy = doctor.judge_locking(replace(FREE, hard=64 * MIB), code, everything, None, "no")
+    assert easy.fix == f"{some.fix}, which needs no privilege here"
+
+    used = doctor.judge_locking(replace(FREE, locked=8 * MIB), code, everything, "no", "no")
+    assert used.status == "problem"
+    assert used.fix is not None
+    assert used.fix.startswith("LimitMEMLOCK=29M ")
+
+    # No limit explains it, so none is to be raised: a sandbox.
+    odd = doctor.judge_locking(replace(FREE, soft=None), code, everything, "no", "no")
+    assert (odd.status, odd.fix) == ("problem", None)
+
+
+def test_pool() -> None:
+    asked = Options(backing="hugetlb")
+    assert doctor.judge_pool(PLAIN, Options(), 2).status == "info"
+    short = doctor.judge_pool(replace(PLAIN, pool=5, pool_free=1), asked, 2)
+    assert (short.status, short.fix) == ("problem", "sysctl vm.nr_hugepages=6")
+    assert doctor.judge_pool(replace(PLAIN, pool=5, pool_free=2), asked, 2).status == "ok"
+    none = doctor.judge_pool(replace(PLAIN, pool=None), asked, 2)
+    assert (none.status, none.fix) == ("problem", "sysctl vm.nr_hugepages=2")
+
+
+def judge(filesystem: str, kernel: tuple[int, int], huge: int, **values: Any) -> doctor.Check:
+    directory = Directory("/i", Mount("/", filesystem), user=1000, free=1 << 30)
+    trial = Trial("image", "/i", 2 * PMD, huge)
+    settings = replace(PLAIN, kernel=kernel)
+    return doctor.judge_directory(trial, directory, settings, needed=8 * MIB, **values)
+
+
+def test_directory_that_is_not_huge() -> None:
+    assert judge("ext4", (6, 18), 2 * PMD).status == "ok"
+    old = judge("ext4", (6, 12), 0)
+    assert old.status == "warning"
+    assert "from Linux 6.16 on" in old.found
+    assert judge("ext4", (6, 12), 0, named=True).status == "problem"
+    assert judge("ext4", (6, 12), 0, needless=True).status == "info"
+    assert old.fix == "PAGE_PRIMER_IMAGE_DIR=/a/directory/on/xfs/or/tmpfs"
+    assert judge("xfs", (5, 10), 0).fix == "boot Linux 6.1 or newer"
+    assert "btrfs gives none" in judge("btrfs", (6, 18), 0).found
+    partly = judge("xfs", (6, 18), PMD)
+    assert partly.status == "warning"
+    assert "2.0 MiB of 4.0 MiB" in partly.found
+    assert partly.fix == "echo 1 > /proc/sys/vm/compact_memory"
+
+
+def test_directory_that_may_not_be_made() -> None:
+    directory = Directory("/srv/i", Mount("/", "ext4", frozenset({"rw"})), user=1000)
+    trial = Trial("image", "/srv/i", refused="Permission denied", number=errno.EACCES)
+    found = doctor.judge_directory(trial, directory, PLAIN, needed=8 * MIB)
+    assert found.fix == "install -d -m 0755 -o 1000 /srv/i"
+
+
+def made_up(phase: int, *, fixed: bool = False) -> Object:
+    """An object like libpython3.11: a header, 2.2 MiB of code, read-only data, and data."""
+    base = 0 if fixed else 0x7F0000000000 + phase
+    at = base + (0x400000 if fixed else 0)
+    segments = []
+    for size, flags in (
+        (0xF5000, PF_R),
+        (0x23C000, PF_R | PF_X),
+        (0xE4000, PF_R),
+        (0x9000, PF_R | PF_W),
+    ):
+        segments.append(Segment(at, at + size, at + size, at - base, flags, at, size - 0x123))
+        at += size
+    return Object("", "/lib/libpython3.11.so", base, b"", tuple(segments),
+                  main=fixed, interpreter=True)  # fmt: skip
+
+
+@pytest.mark.parametrize("merge", [True, False])
+@pytest.mark.parametrize("keep", [True, False])
+def test_coverage_of_made_up_layouts(merge: bool, keep: bool) -> None:
+    options = Options(merge=merge, keep_profilers=keep)
+    seen = set()
+    for phase in range(0, PMD, 0x3B000 // 0x1000 * 0x1000):
+        obj = made_up(phase)
+        survey = Survey((obj,), PMD, False, 1, (1, 0))
+        layout = doctor._describe(survey, plan.make(survey, options))
+        code = next(s for s in obj.segments if s.code)
+        low, high = -(-obj.start // PMD) * PMD, obj.segments[2].end // PMD * PMD
+        if not merge:
+            low, high = -(-code.start // PMD) * PMD, code.end // PMD * PMD
+        expected = max(min(high, code.address + code.size) - max(low, code.start), 0)
+        assert layout.image.huge_bytes == expected, hex(phase)
+        assert layout.phase == phase
+        for coverage in (layout.image, layout.memory):
+            assert coverage.huge_bytes + sum(coverage.left.values()) == layout.code_bytes
+        heads = {obj.start // PMD, code.start // PMD} if keep else set()
+        in_memory = sum(
+            max(min(chunk * PMD + PMD, code.address + code.size) - max(chunk * PMD, code.start), 0)
+            for chunk in range(low // PMD, high // PMD)
+            if chunk not in heads
+        )
+        assert layout.memory.huge_bytes == in_memory, hex(phase)
+        found = doctor.judge_interpreter(layout, options)
+        seen.add(found.status)
+        if not expected:
+            assert found.status == "problem"
+            assert (found.fix == "PAGE_PRIMER_MERGE=1") == (not merge)
+        if merge and phase and layout.image.share < 0.9:
+            assert "not 2.0 MiB aligned" in found.found
+    assert "problem" in seen or merge
+    assert "ok" in seen or not merge
+
+
+def test_interpreter_that_cannot_be_moved() -> None:
+    obj = replace(made_up(0, fixed=True), problem="file deleted or replaced on disk")
+    survey = Survey((obj,), PMD, False, 1, (1, 0))
+    layout = doctor._describe(survey, plan.make(survey, Options()))
+    assert layout.kind == "static, ET_EXEC"
+    found = doctor.judge_interpreter(layout, Options())
+    assert (found.status, found.fix) == ("problem", "restart this process")
+
+
+def test_backing() -> None:
+    survey = Survey((made_up(0),), PMD, False, 1, (1, 0))
+    layout = doctor._describe(survey, plan.make(survey, Options()))
+    image, memfd = Trial("image", "/i", 4, 4), Trial("memfd", "memfd", 4, 4)
+    failed = Trial("image", "/i", 4, 2)
+
+    found = doctor.judge_backing([failed, image, memfd], layout, Options(), (6, 18))
+    assert found.status == "ok"
+    assert found.found.startswith("image in /i, with 100 %")
+
+    found = doctor.judge_backing([failed, memfd], layout, Options(), (6, 18))
+    assert found.status == "warning"
+    assert "profilers lose" in found.found
+    named = doctor.judge_backing([memfd], layout, Options(backing="memfd"), (6, 18))
+    assert named.status == "ok"
+    old = doctor.judge_backing([memfd], layout, Options(), (5, 10))
+    assert old.fix == "boot Linux 6.1 or newer"
+
+    assert doctor.judge_backing([failed], layout, Options(), (6, 18)).status == "problem"
+    nothing = replace(layout, memory=Coverage(0, 0.0, {plan.PROFILERS_HEAD: layout.code_bytes}))
+    found = doctor.judge_backing([memfd], nothing, Options(), (6, 18))
+    assert (found.status, found.fix) == ("problem", "PAGE_PRIMER_KEEP_PROFILERS=0")
+
+
+def test_render() -> None:
+    fix = "echo " + " ".join(["something"] * 40)
+    checks = (
+        doctor.Check("a", "problem", "a finding of many words " * 10, fix),
+        doctor.Check("b", "ok", "well"),
+    )
+    survey = Survey((made_up(0x1000),), PMD, False, 1, (1, 0))
+    layout = doctor._describe(survey, plan.make(survey, Options()))
+    text = doctor.render(checks, layout, width=60)
+    lines = text.splitlines()
+    assert f"         fix: {fix}" in lines
+    assert all(len(line) <= 60 for line in lines[: lines.index("")] if "fix:" not in line)
+    assert lines[-1] == "1 ok, 0 warnings, 1 problems"
+    assert "load address is 0x1000 modulo" in text
+    assert json.loads(json.dumps(doctor.as_dict(checks, layout)))["checks"][1]["found"] == "well"

@@ -1,0 +1,139 @@
+"""Every system call of the swap is made to fail in its turn: the process runs on, the report says
+at which step, and all mappings are whole."""
+
+import subprocess
+from errno import EACCES, EAGAIN, EINVAL, EIO, ENOMEM, EPERM
+from pathlib import Path
+
+import outside
+import pytest
+from process import Process, interpreter
+
+# What a program does that would notice code gone wrong.
+EXERCISE = (
+    "import json, re, decimal, gc; gc.collect()\n"
+    "assert json.loads(json.dumps({'a': [1.5, None]})) == {'a': [1.5, None]}\n"
+    "assert re.sub('(a+)', r'<\\1>', 'xaay') == 'x<aa>y'\n"
+    "result = str(decimal.Decimal(2).sqrt())"
+)
+
+
+@pytest.fixture(scope="module")
+def preload(tmp_path_factory):
+    path = tmp_path_factory.mktemp("fault") / "fault.so"
+    source = Path(__file__).with_name("fault.c")
+    subprocess.run(
+        ["gcc", "-O1", "-Wall", "-shared", "-fPIC", "-Wl,-z,now", "-o", str(path), str(source)],
+        check=True,
+    )
+    return str(path)
+
+
+def backing_options(backing, images):
+    return {"backing": backing, "image_dir": str(images), "keep_profilers": False}
+
+
+def whole(process, before):
+    """Every mapping of a file that was there is there again, or covered by a replacement."""
+    vmas = sorted((v.start, v.end, v.perms) for v in outside.smaps(process.pid))
+    for start, end, perms, _, path in before:
+        at = start
+        for low, high, now in vmas:
+            if low <= at < high and at < end:
+                assert now[0] == "r" or perms[0] != "r", (path, perms, now)
+                assert now[2] == "x" or perms[2] != "x", (path, perms, now)
+                at = high
+        assert at >= end, f"hole in {path} at {at:#x}"
+
+
+@pytest.mark.parametrize(
+    ("backing", "function", "number"),
+    [
+        ("image", "mmap", ENOMEM),
+        ("image", "mmap", EACCES),
+        ("image", "mmap with a hole", ENOMEM),
+        ("image", "madvise", EINVAL),
+        ("image", "madvise", ENOMEM),
+        ("image", "madvise", EIO),
+        ("image", "munmap", ENOMEM),
+        ("image", "mlock", ENOMEM),
+        ("image", "mlock", EAGAIN),
+        ("memfd", "mmap", ENOMEM),
+        ("memfd", "mmap with a hole", ENOMEM),
+        ("memfd", "madvise", ENOMEM),
+        ("memfd", "pread", EIO),
+        ("anonymous", "mmap", ENOMEM),
+        ("anonymous", "mremap", ENOMEM),
+        ("anonymous", "mremap with a hole", ENOMEM),
+        ("anonymous", "mprotect", EACCES),
+        ("anonymous", "madvise", EINVAL),
+        ("anonymous", "pread", EIO),
+        ("anonymous", "munmap", EPERM),
+    ],
+)
+def test_every_call_may_fail(python, images, preload, backing, function, number):
+    options = backing_options(backing, images)
+    outcomes = []
+    with Process(python, env={"LD_PRELOAD": preload}) as process:
+        # What prime() imports is imported, so that mappings only change by what it does.
+        process.prime(**options)
+        process.restore()
+        process.run("import ctypes, json, re, decimal; fault = ctypes.CDLL(None)")
+        process.run(EXERCISE)
+        before = outside.file_mappings(process.pid)
+        for nth in range(1, 200):
+            process.run(f"name = {function.encode()!r}; fault.fault_arm(name, {nth}, {number})")
+            report = process.prime(**options)
+            if not process.run("result = fault.fault_fired()"):
+                break
+            whole(process, before)
+            assert process.run(EXERCISE).startswith("1.41421356")
+            core = interpreter(report)
+            text = outside.text_of(process.pid, core["path"])
+            outcomes.append(text.huge)
+            if not text.huge:
+                said = str(core["notes"]) + str([s["left"] for s in core["segments"]])
+                step = {
+                    "mmap": ("reserve", "map", "replace"),
+                    "mmap with a hole": ("map", "replace"),
+                    "mremap": ("replace",),
+                    "mremap with a hole": ("replace",),
+                    "mprotect": ("protect",),
+                    "pread": ("fill",),
+                    "madvise": ("populate", "huge"),
+                    "munmap": ("unmap",),
+                }[function]
+                assert any(f"{name}" in said for name in step), said
+            process.restore()
+            missing = [m for m in before if m not in outside.file_mappings(process.pid)]
+            assert missing == [], f"after failure {nth} of {function}"
+        else:
+            raise AssertionError("the fault never stopped firing")
+        assert outcomes, f"{function} is never called"
+        # And it works when nothing fails.
+        assert outside.text_of(process.pid, interpreter(report)["path"]).huge
+
+
+@pytest.mark.parametrize("function", ["mmap", "mmap with a hole", "madvise", "munmap"])
+def test_restore_may_fail(python, images, preload, function):
+    """What cannot be put back stays on the image, says so, and can be put back later."""
+    options = backing_options("image", images)
+    with Process(python, env={"LD_PRELOAD": preload}) as process:
+        process.run("import ctypes, json, re, decimal; fault = ctypes.CDLL(None)")
+        process.prime(**options)
+        process.restore()
+        process.run(EXERCISE)
+        before = outside.file_mappings(process.pid)
+        for nth in range(1, 200):
+            process.prime(**options)
+            process.run(f"name = {function.encode()!r}; fault.fault_arm(name, {nth}, {ENOMEM})")
+            process.restore()
+            if not process.run("result = fault.fault_fired()"):
+                break
+            whole(process, before)
+            assert process.run(EXERCISE).startswith("1.41421356")
+            process.restore()
+            assert [m for m in before if m not in outside.file_mappings(process.pid)] == []
+        else:
+            raise AssertionError("the fault never stopped firing")
+        assert nth > 1

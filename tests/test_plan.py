@@ -1,0 +1,319 @@
+"""The plan is a pure function: made-up layouts, and properties that hold for every layout."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from page_primer import plan
+from page_primer.options import Options
+from page_primer.smaps import Mapping
+from page_primer.survey import PF_R, PF_W, PF_X, Object, Segment, Source, Survey
+
+MIB = 1 << 20
+PMD = 2 * MIB
+PAGE = 4096
+SOURCE = Source("/lib/x.so", 1, 2, 3, 4, 5)
+
+
+def segment(start, size, flags, offset=None):
+    low, high = start & -PAGE, (start + size + PAGE - 1) & -PAGE
+    at = low if offset is None else offset
+    return Segment(low, high, high, at, flags, start, size)
+
+
+def obj(*segments, path="/lib/x.so", **more):
+    more.setdefault("base", segments[0].start)
+    more.setdefault("source", SOURCE)
+    return Object(name=path, path=path, headers=b"", segments=segments, **more)
+
+
+def make(*objects, used=0, pmd=PMD, thp_disabled=False, **options):
+    survey = Survey(objects, pmd, thp_disabled, 1, (1, 0))
+    return plan.make(survey, Options(**options), used)
+
+
+def ranges(regions):
+    return [(r.start, r.end, "x" if r.flags & PF_X else "r") for r in regions]
+
+
+def debian_python(**more):
+    """/usr/bin/python3.11 of Debian 12, static and non-PIE."""
+    return obj(
+        segment(0x400000, 0x1E3E8, PF_R),
+        segment(0x41F000, 0x2B2289, PF_R | PF_X),
+        segment(0x6D2000, 0x272968, PF_R),
+        segment(0x945DC8, 0x1832F0, PF_R | PF_W),
+        path="/usr/bin/python3.11", base=0, main=True, interpreter=True, **more,
+    )  # fmt: skip
+
+
+def libpython(base, **more):
+    """libpython3.12 as --enable-shared builds it."""
+    more = {"interpreter": True, "path": "/opt/lib/libpython3.12.so.1.0", **more}
+    return obj(
+        segment(base, 0x105130, PF_R),
+        segment(base + 0x106000, 0x272EC9, PF_R | PF_X),
+        segment(base + 0x379000, 0x1530C8, PF_R),
+        segment(base + 0x4CD6D0, 0x1E7598, PF_R | PF_W),
+        **more,
+    )
+
+
+def test_fixed_main_program_is_covered_whole():
+    (move,) = make(debian_python()).moves
+    assert ranges(move.image) == [(0x400000, 0x800000, "x"), (0x800000, 0x945000, "r")]
+    # Memory without a name leaves the chunk of the ELF header and the first code to profilers.
+    assert ranges(move.memory) == [(0x600000, 0x800000, "x")]
+
+
+def test_without_profilers_memory_takes_every_chunk():
+    (move,) = make(debian_python(), keep_profilers=False).moves
+    assert ranges(move.memory) == [(0x400000, 0x800000, "x")]
+
+
+def test_shared_interpreter_at_an_aligned_address():
+    base = 0x7F0000000000
+    (move,) = make(libpython(base)).moves
+    assert ranges(move.image) == [
+        (base, base + 0x400000, "x"),
+        (base + 0x400000, base + 0x4CD000, "r"),
+    ]
+
+
+def test_shared_interpreter_at_a_random_address_keeps_its_edges_on_small_pages():
+    base = 0x7F0000123000
+    planned = make(libpython(base))
+    (move,) = planned.moves
+    first = 0x7F0000200000
+    assert ranges(move.image) == [
+        (base, first, "r"),
+        (first, base + 0x379000, "x"),
+        (base + 0x379000, base + 0x4CD000, "r"),
+    ]
+    left = {(part.kind, part.reason) for part in planned.left}
+    assert ("code", plan.NO_CHUNK) in left
+
+
+def test_pie_main_program_keeps_the_huge_page_of_its_first_code():
+    base = 0x555555400000
+    pie = libpython(base, main=True, path="/opt/python3.12")
+    (move,) = make(pie).moves
+    assert move.image[0].start == base + PMD
+    kept = [part for part in make(pie).left if part.reason == plan.PROFILERS_HEAD]
+    assert sum(part.end - part.start for part in kept) == PMD
+    (move,) = make(pie, keep_profilers=False).moves
+    assert move.image[0].start == base
+
+
+def test_strict_protections_move_only_what_one_segment_covers():
+    big = obj(
+        segment(0x10000000, 0x1000, PF_R),
+        segment(0x10001000, 9 * MIB, PF_R | PF_X),
+        segment(0x10001000 + 9 * MIB, 3 * MIB, PF_R),
+        segment(0x10001000 + 13 * MIB, MIB, PF_R | PF_W),
+    )
+    (move,) = make(big, merge=False).moves
+    assert ranges(move.image) == [
+        (0x10000000, 0x10001000, "r"),
+        (0x10001000, 0x10001000 + 9 * MIB, "x"),
+        (0x10001000 + 9 * MIB, 0x10001000 + 12 * MIB, "r"),
+    ]
+    assert not make(debian_python(), merge=False).moves[1:]
+    assert make(libpython(0x7F0000123000), merge=False).moves == ()
+
+
+def test_several_executable_segments():
+    """lld with a section of its own for hot code: R X R X, then data."""
+    base = 0x7F0000000000
+    two = obj(
+        segment(base, MIB, PF_R),
+        segment(base + MIB, 3 * MIB, PF_R | PF_X, offset=0x1000),
+        segment(base + 4 * MIB, 4 * MIB, PF_R),
+        segment(base + 8 * MIB, 3 * MIB, PF_R | PF_X),
+        segment(base + 12 * MIB, MIB, PF_R | PF_W),
+    )
+    (move,) = make(two).moves
+    assert ranges(move.image) == [
+        (base, base + 4 * MIB, "x"),
+        (base + 4 * MIB, base + 8 * MIB, "r"),
+        (base + 8 * MIB, base + 11 * MIB, "x"),
+    ]
+
+
+def test_a_gap_in_memory_ends_the_span():
+    base = 0x7F0000000000
+    gap = obj(
+        segment(base, MIB, PF_R),
+        segment(base + 2 * MIB, 3 * MIB, PF_R | PF_X),
+        segment(base + 8 * MIB, 4 * MIB, PF_R),
+        segment(base + 13 * MIB, MIB, PF_R | PF_W),
+    )
+    (move,) = make(gap).moves
+    assert ranges(move.image) == [(base + 2 * MIB, base + 5 * MIB, "x")]
+    reasons = {(part.start, part.reason) for part in make(gap).left}
+    assert (base + 8 * MIB, plan.NO_CODE) in reasons
+    assert (base, plan.NO_CODE) in reasons
+
+
+def test_patched_elf_with_leading_and_trailing_segments():
+    """patchelf puts a writable segment before everything, or one after it."""
+    base = 0x7F0000000000
+    patched = obj(
+        segment(base, 0x2000, PF_R | PF_W),
+        segment(base + PMD, MIB, PF_R),
+        segment(base + PMD + MIB, 4 * MIB, PF_R | PF_X),
+        segment(base + PMD + 6 * MIB, MIB, PF_R | PF_W),
+        segment(base + PMD + 8 * MIB, 0x1000, PF_R),
+    )
+    (move,) = make(patched).moves
+    assert ranges(move.image) == [
+        (base + PMD, base + PMD + 5 * MIB, "x"),
+    ]
+
+
+def test_writable_code_is_never_moved():
+    assert make(obj(segment(PMD, 8 * MIB, PF_R | PF_W | PF_X))).moves == ()
+
+
+@pytest.mark.parametrize(
+    ("made", "reason"),
+    [
+        (lambda: make(debian_python(), remap=False), plan.REMAP_OFF),
+        (lambda: make(debian_python(), exclude=("python3*",)), plan.EXCLUDED),
+        (lambda: make(debian_python(), exclude=("/usr/bin/*",)), plan.EXCLUDED),
+        (lambda: make(debian_python(), include=("lib*",)), plan.EXCLUDED),
+        (lambda: make(debian_python(), pmd=0), plan.NO_HUGE_PAGES),
+        (lambda: make(debian_python(), thp_disabled=True), plan.THP_DISABLED),
+        (lambda: make(debian_python(problem="sealed")), "sealed"),
+        (lambda: make(obj(segment(PMD, 9 * MIB, PF_R))), plan.NO_CODE),
+        (lambda: make(obj(segment(PMD, MIB, PF_R | PF_X))), plan.NO_CHUNK),
+        (lambda: make(libpython(PMD, interpreter=False), limit=MIB), plan.OVER_LIMIT),
+        (lambda: make(libpython(PMD), pmd=512 * MIB), plan.NO_CHUNK),
+    ],
+)
+def test_reasons(made, reason):
+    planned = made()
+    assert planned.moves == ()
+    assert {part.reason for part in planned.left if part.kind != "data"} == {reason}
+    assert {part.reason for part in planned.left if part.kind == "data"} <= {plan.WRITABLE}
+
+
+def test_disabled_thp_does_not_concern_hugetlb():
+    assert make(debian_python(), thp_disabled=True, backing="hugetlb").moves
+
+
+def test_the_limit_is_spent_on_the_hottest_and_the_interpreter_always_fits():
+    def library(n, resident):
+        start = (n + 1) << 30
+        return obj(
+            segment(start, 8 * MIB, PF_R | PF_X), segment(start + 8 * MIB, MIB, PF_R | PF_W),
+            path=f"/lib/{n}.so", resident_code=resident,
+        )  # fmt: skip
+
+    libraries = [library(n, n * MIB) for n in range(1, 5)]
+    planned = make(*libraries, debian_python(), limit=17 * MIB)
+    paths = [move.object.path for move in planned.moves]
+    assert paths == ["/usr/bin/python3.11", "/lib/4.so"]
+    assert [move.object.path for move in make(debian_python(), limit=0).moves] == paths[:1]
+    assert make(libraries[0], limit=9 * MIB, used=2 * MIB).moves == ()
+
+
+def test_locks_are_ordered_by_worth():
+    python, library = debian_python(), libpython(PMD << 10, interpreter=False, path="/lib/y.so")
+    mappings = [
+        Mapping(s.start, s.end, perms, 0, "0:0", 1, o.path)
+        for o in (library, python)
+        for s, perms in zip(o.segments, ("r--p", "r-xp", "r--p", "rw-p"), strict=True)
+    ] + [Mapping(0x1000, 0x2000, "r-xp", 0, "0:0", 0, "[vdso]")]
+    locks = plan.locks([library, python], mappings, Options())
+    assert [(lock.object.path, lock.kind) for lock in locks] == [
+        ("/usr/bin/python3.11", "code"), ("/lib/y.so", "code"),
+        ("/usr/bin/python3.11", "rodata"), ("/usr/bin/python3.11", "rodata"),
+        ("/lib/y.so", "rodata"), ("/lib/y.so", "rodata"),
+        ("/usr/bin/python3.11", "data"), ("/lib/y.so", "data"),
+    ]  # fmt: skip
+    assert [lock.on_fault for lock in locks] == [False] * 6 + [True] * 2
+    assert plan.locks([python], mappings, Options(mlock=False)) == ()
+    assert plan.locks([python], mappings, Options(exclude=("python*",))) == ()
+
+
+@st.composite
+def layouts(draw):
+    """An object of up to seven segments with gaps, of any protection, at any load address."""
+    at = draw(st.integers(0, 1024)) * PAGE + (1 << 40)
+    segments = []
+    for _ in range(draw(st.integers(1, 7))):
+        at += draw(st.sampled_from([0, 0, 0, PAGE, 3 * PAGE, PMD])) if segments else 0
+        pages = draw(st.integers(1, 2048))
+        flags = PF_R | draw(st.sampled_from([0, PF_X, PF_X, PF_W]))
+        segments.append(segment(at, pages * PAGE - draw(st.integers(0, PAGE - 1)), flags))
+        at = segments[-1].end
+    return obj(*segments, main=draw(st.booleans()), interpreter=draw(st.booleans()))
+
+
+@settings(max_examples=400, deadline=None)
+@given(layouts(), st.booleans(), st.booleans())
+def test_every_byte_is_moved_or_explained(made, merge, keep):
+    planned = make(made, merge=merge, keep_profilers=keep)
+    for regions in [(m.image, m.memory) for m in planned.moves]:
+        for kind in regions:
+            check_regions(made, kind, merge)
+    if planned.moves:
+        (move,) = planned.moves
+        assert all(r.start % PMD == 0 and r.end % PMD == 0 for r in move.memory)
+        assert any(r.flags & PF_X and r.huge(PMD)[0] < r.huge(PMD)[1] for r in move.image)
+        if keep and (made.main or made.interpreter):
+            code = next(s for s in made.segments if s.code)
+            for page in (made.start, code.start):
+                assert not any(r.start <= page < r.end for r in move.memory)
+                if made.main:
+                    assert not any(r.start <= page < r.end for r in move.image)
+        for kind in (move.image, move.memory):
+            if kind:
+                check_partition(made, kind, plan.explain(made, kind, PMD))
+        check_partition(made, move.image, planned.left)
+    else:
+        check_partition(made, (), planned.left)
+
+
+def check_regions(made, regions, merge):
+    for low, high in zip(regions, regions[1:], strict=False):
+        assert low.end <= high.start
+    for region in regions:
+        inside = [s for s in made.segments if s.start < region.end and region.start < s.end]
+        assert not any(s.writable for s in inside)
+        assert sum(min(s.end, region.end) - max(s.start, region.start) for s in inside) == (
+            region.end - region.start
+        ), "a region covers nothing but segments"
+        if any(s.code for s in inside):
+            assert region.flags & PF_X, "code stays executable"
+        if not merge:
+            assert len({s.code for s in inside}) == 1
+        if region.flags & PF_X:
+            # Nothing becomes executable that does not share a chunk with code.
+            for s in inside:
+                if not s.code:
+                    low, high = max(s.start, region.start), min(s.end, region.end)
+                    for chunk in range(low // PMD * PMD, high, PMD):
+                        assert any(
+                            c.start < chunk + PMD and chunk < c.end for c in inside if c.code
+                        )
+
+
+def check_partition(made, regions, left):
+    pieces = [(r.huge(PMD)) for r in regions] + [(part.start, part.end) for part in left]
+    pieces = sorted(piece for piece in pieces if piece[0] < piece[1])
+    merged = []
+    for low, high in pieces:
+        assert not merged or merged[-1][1] <= low, "no byte is told of twice"
+        if merged and merged[-1][1] == low:
+            merged[-1] = (merged[-1][0], high)
+        else:
+            merged.append((low, high))
+    whole = []
+    for s in made.segments:
+        if whole and whole[-1][1] == s.start:
+            whole[-1] = (whole[-1][0], s.end)
+        else:
+            whole.append((s.start, s.end))
+    assert merged == whole

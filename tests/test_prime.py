@@ -1,0 +1,625 @@
+"""prime() and restore() in real processes, checked from outside in smaps."""
+
+import os
+import subprocess
+import sys
+import sysconfig
+import textwrap
+from pathlib import Path
+
+import outside
+import pytest
+from process import Process, interpreter, left_of
+
+import page_primer
+
+MIB = 1 << 20
+IS_ROOT = os.geteuid() == 0
+needs_root = pytest.mark.skipif(not IS_ROOT, reason="only root can drop capabilities or change ids")
+
+
+def kernel():
+    return tuple(int(part) for part in os.uname().release.split(".")[:2])
+
+
+def filesystem(path):
+    done = subprocess.run(["stat", "-f", "-c", "%T", path], capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def require_huge_files(path):
+    """Skip where the kernel gives no huge pages to files there; see the table in the README."""
+    kind = filesystem(path)
+    since = {"ext2/ext3": (6, 16), "xfs": (6, 12), "tmpfs": (6, 1)}.get(kind)
+    if since is None or kernel() < since:
+        pytest.skip(f"no huge pages for files on {kind} with Linux {os.uname().release}")
+
+
+@pytest.fixture(params=["disk", "tmpfs"])
+def image_dir(request, images):
+    if request.param == "disk":
+        require_huge_files(images.parent)
+        yield str(images)
+        return
+    require_huge_files("/dev/shm")
+    path = Path(f"/dev/shm/page-primer-test-{os.getpid()}")
+    yield str(path)
+    subprocess.run(["rm", "-rf", str(path)], check=True)
+
+
+def check_all_huge(pid):
+    text = outside.text_of(pid)
+    assert text.huge == text.attainable > 0, text
+    if text.attainable == text.size:
+        assert text.executable
+    return text
+
+
+def test_image_puts_all_attainable_text_on_huge_pages(every_python, image_dir):
+    with Process(every_python) as process:
+        before = outside.file_mappings(process.pid)
+        report = process.prime(image_dir=image_dir)
+        text = check_all_huge(process.pid)
+        core = interpreter(report)
+        assert core["backing"] == "image"
+        assert core["where"].startswith(image_dir + "/")
+        assert os.path.basename(core["where"]) == os.path.basename(core["path"])
+        # The whole read-only span is the image's: a profiler sees one file, and only one.
+        assert {v.path for v in text.span_vmas} == {core["where"]}
+        assert report["locked_bytes"] > core["code_bytes"]
+        assert text.locked
+
+        process.restore()
+        imported = process.run("import sys, json; result = len(sys.modules)")
+        assert imported
+        after = outside.file_mappings(process.pid)
+        assert [m for m in before if m not in after] == []
+        assert not any(image_dir in m[4] for m in after)
+        assert not any("lo" in v.flags for v in outside.smaps(process.pid))
+
+
+def test_no_copy_of_the_interpreter_is_needed_twice(python, images):
+    """A second process maps the image that the first one wrote."""
+    require_huge_files(images.parent)
+    with Process(python) as one, Process(python) as two:
+        first = interpreter(one.prime(image_dir=str(images)))
+        second = interpreter(two.prime(image_dir=str(images)))
+        assert first["written_bytes"] > first["code_bytes"]
+        assert (second["where"], second["written_bytes"]) == (first["where"], 0)
+        texts = check_all_huge(one.pid), check_all_huge(two.pid)
+        assert sum(t.pss for t in texts) == pytest.approx(texts[0].span, rel=0.05)
+
+
+@pytest.mark.parametrize("backing", ["memfd", "anonymous"])
+@pytest.mark.parametrize("keep_profilers", [True, False])
+def test_memory_backings(every_python, backing, keep_profilers):
+    with Process(every_python) as process:
+        before = outside.file_mappings(process.pid)
+        report = process.prime(backing=backing, keep_profilers=keep_profilers)
+        core = interpreter(report)
+        text = outside.text_of(process.pid, core["path"])
+        if keep_profilers:
+            # Header and first code stay on the file; the rest is huge.
+            assert any(v.path == core["path"] and "x" in v.perms for v in text.span_vmas)
+            left = left_of(report, os.path.basename(core["path"]))
+            assert "kept for profilers" in left or "nothing is left but" in core["notes"][0]
+        else:
+            assert text.huge == text.attainable
+        assert core["code_huge_bytes"] == pytest.approx(text.huge, abs=2 * 4096 + 0x8000)
+        assert core["backing"] == (backing if text.huge else None)
+        # Running code, garbage collection, imports and exceptions, on what was moved.
+        assert process.run("import decimal, gc; gc.collect(); result = str(decimal.Decimal(1) / 3)")
+        process.restore()
+        assert [m for m in before if m not in outside.file_mappings(process.pid)] == []
+
+
+def test_memfd_names_the_object_and_is_sealed(python):
+    with Process(python) as process:
+        process.prime(backing="memfd", keep_profilers=False)
+        vmas = [v for v in outside.smaps(process.pid) if v.path.startswith("/memfd:")]
+        assert vmas
+        assert {v.perms for v in vmas} <= {"r-xp", "r--p"}
+
+
+def test_second_call_does_nothing_and_a_new_library_is_handled(python, images):
+    with Process(python) as process:
+        process.run("import page_primer")
+        process.prime(image_dir=str(images))
+        assert process.prime(image_dir=str(images))["moved"] == []
+        again = process.prime(image_dir=str(images))
+        assert again["moved"] == []
+        process.run("import hashlib, ssl")  # libcrypto
+        report = process.prime(image_dir=str(images))
+        names = [os.path.basename(path) for path in report["moved"]]
+        if not any(name.startswith("libcrypto") for name in names):
+            pytest.skip("this interpreter has no libcrypto of its own to load")
+        path = next(p for p in report["moved"] if os.path.basename(p).startswith("libcrypto"))
+        text = outside.text_of(process.pid, path)
+        assert text.huge == text.attainable > 0
+        assert text.locked
+        process.run("result = hashlib.sha256(b'x').hexdigest()")
+
+
+def test_child_locks_again(python, images):
+    with Process(python) as process:
+        process.prime(image_dir=str(images))
+        child = process.run(
+            textwrap.dedent("""
+            import os, signal
+            ready, told = os.pipe()
+            child = os.fork()
+            if child == 0:
+                report = page_primer.prime(image_dir=%r)
+                os.write(told, f"{report.pid} {report.locked_bytes}".encode())
+                signal.pause()
+            answer = os.read(ready, 100).split()
+            assert int(answer[0]) == child
+            result = [child, int(answer[1])]
+            """)
+            % str(images)
+        )
+        try:
+            text = check_all_huge(child[0])
+            assert text.locked
+            assert child[1] == process.run("result = report.locked_bytes")
+            parent = [v.file_mapping for v in outside.smaps(process.pid) if "lo" in v.flags]
+            locked = [v.file_mapping for v in outside.smaps(child[0]) if "lo" in v.flags]
+            assert [m for m in parent if m[4].startswith("/") and m not in locked] == []
+        finally:
+            process.run(f"os.kill({child[0]}, 9); os.waitpid({child[0]}, 0)")
+
+
+def test_threads_run_through_the_swap(python, images):
+    """Threads execute interpreter code while it is swapped back and forth."""
+    source = """
+        import threading, json, time, re
+        stop = threading.Event()
+        done = []
+        def work():
+            n = 0
+            while not stop.is_set():
+                assert json.loads(json.dumps({"a": [1, 2.5, None]}))["a"][1] == 2.5
+                assert re.sub("a+", "b", "aaac") == "bc"
+                n += 1
+            done.append(n)
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads: thread.start()
+        import page_primer
+        for backing in ["image", "memfd", "anonymous"] * 15:
+            report = page_primer.prime(backing=backing, image_dir=%r, keep_profilers=False)
+            assert report.interpreter.code_huge_bytes, str(report)
+            page_primer.restore()
+        stop.set()
+        for thread in threads: thread.join()
+        result = [len(done), min(done), report.threads]
+    """
+    require_huge_files(images.parent)
+    with Process(python) as process:
+        threads, fewest, seen = process.run(textwrap.dedent(source) % str(images))
+        assert (threads, seen) == (4, 5)
+        assert fewest > 0
+
+
+def drop_memlock(limit):
+    """A command prefix: no CAP_IPC_LOCK, and this RLIMIT_MEMLOCK in bytes."""
+    prefix = ["prlimit", f"--memlock={limit}:{limit}"]
+    if IS_ROOT:
+        prefix += ["setpriv", "--bounding-set=-ipc_lock", "--inh-caps=-ipc_lock"]
+    return prefix
+
+
+def test_default_memlock_locks_the_interpreter_first_and_tells_the_rest(every_python, images):
+    with Process(every_python, wrapper=drop_memlock(8 * MIB)) as process:
+        process.run("import ssl, decimal, sqlite3")
+        report = process.prime(image_dir=str(images), mlock=True)
+        text = outside.text_of(process.pid)
+        assert text.locked
+        assert report["lock_limit"] == 8 * MIB
+        assert report["lock_refused_bytes"] > 0
+        locked = sum(v.end - v.start for v in outside.smaps(process.pid) if "lo" in v.flags)
+        assert 4 * MIB < locked <= 8 * MIB
+        lines = process.run(
+            "import logging\n"
+            "class Keep(logging.Handler):\n"
+            "    def emit(self, record): lines.append([record.levelname, record.getMessage()])\n"
+            "lines, logger = [], logging.getLogger('test')\n"
+            "logger.addHandler(Keep()); logger.setLevel(logging.DEBUG); logger.propagate = False\n"
+            "report.log(logger); result = lines"
+        )
+        (warning,) = [line for level, line in lines if level == "WARNING"]
+        assert "not locked" in warning
+        assert "RLIMIT_MEMLOCK is 8.0 MiB" in warning
+        assert "LimitMEMLOCK=" in warning
+        assert "--ulimit memlock=" in warning
+        # The remedy in the line is enough.
+        limit = int(warning.split("--ulimit memlock=")[1].split()[0])
+        assert report["lock_wanted_bytes"] <= limit <= report["lock_wanted_bytes"] + 2 * MIB
+
+
+def test_no_memlock_at_all_is_an_outcome(python, images):
+    with Process(python, wrapper=drop_memlock(0)) as process:
+        report = process.prime(image_dir=str(images))
+        assert report["locked_bytes"] == 0
+        assert report["lock_limit"] == 0
+        assert "not permitted" in report["lock_refusal"]
+        check_all_huge(process.pid)
+
+
+def test_unlimited_memlock_locks_everything(python, images):
+    with Process(python) as process:
+        report = process.prime(image_dir=str(images))
+        if report["lock_refused_bytes"]:
+            pytest.skip("RLIMIT_MEMLOCK holds here: neither CAP_IPC_LOCK nor room enough")
+        vmas = outside.smaps(process.pid)
+        for vma in vmas:
+            # Every mapping of an ELF file, but for the loader's PROT_NONE gaps.
+            if vma.path.endswith((".so", ".so.6", ".so.2")) and vma.perms[0] == "r":
+                assert "lo" in vma.flags, vma
+                if "w" not in vma.perms:
+                    # A share of each page where processes share it, as in Pss.
+                    assert vma.kb["Locked"] == vma.kb["Pss"], vma
+                    assert vma.kb["Rss"] << 10 == vma.end - vma.start, vma
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        locked = int(status.split("VmLck:")[1].split()[0]) << 10
+        assert locked == sum(v.end - v.start for v in vmas if "lo" in v.flags)
+
+
+def test_locking_writable_segments_copies_nothing(python, images):
+    """MLOCK_ONFAULT: a plain mlock of a private writable mapping would copy each of its pages."""
+    with Process(python) as process:
+        process.run("import page_primer.apply, ssl, gc; gc.disable()")
+        process.prime(image_dir=str(images), mlock=False)
+
+        def dirty():
+            return sum(
+                v.kb["Private_Dirty"]
+                for v in outside.smaps(process.pid)
+                if v.path.endswith((".so", ".so.1.0", ".so.3", ".so.6")) and "w" in v.perms
+            )
+
+        before = dirty()
+        process.prime(image_dir=str(images), mlock=True)
+        assert dirty() - before <= 64
+
+
+def test_off_switch(python, images):
+    with Process(python, env={"PAGE_PRIMER": "0"}) as process:
+        report = process.prime(image_dir=str(images))
+        assert report["reason"] == "switched off by PAGE_PRIMER=0"
+        vmas = outside.smaps(process.pid)
+        assert not any(v.huge and v.path for v in vmas)
+        assert not any("lo" in v.flags for v in vmas)
+    assert not images.exists()
+
+
+def test_environment_is_used(python, images):
+    env = {"PAGE_PRIMER_BACKING": "memfd", "PAGE_PRIMER_MLOCK": "0"}
+    with Process(python, env=env) as process:
+        report = process.prime()
+        assert report["locked_bytes"] == 0
+        assert interpreter(report)["backing"] == "memfd"
+
+
+def test_limit_bounds_the_bytes_copied(python, images):
+    with Process(python) as process:
+        process.run("import ssl")
+        report = process.prime(image_dir=str(images), limit=0)
+        moved = [obj for obj in report["objects"] if obj["copied_bytes"]]
+        assert [obj["interpreter"] for obj in moved] == [True]
+        others = {why for o in report["objects"] if not o["interpreter"]
+                  for s in o["segments"] for why in s["left"]}  # fmt: skip
+        assert "over the limit" in others
+
+
+def test_include_and_exclude(python, images):
+    with Process(python) as process:
+        process.run("import ssl")
+        report = process.prime(image_dir=str(images), include=["libcrypto*"])
+        names = [os.path.basename(path) for path in report["moved"]]
+        assert names
+        assert all(name.startswith("libcrypto") for name in names)
+        assert all(
+            obj["locked_bytes"] == 0
+            for obj in report["objects"]
+            if not os.path.basename(obj["path"]).startswith("libcrypto")
+        )
+
+
+def test_thp_disabled_is_an_outcome(python, images):
+    with Process(python) as process:
+        process.run("import ctypes; assert ctypes.CDLL(None).prctl(41, 1, 0, 0, 0) == 0")
+        report = process.prime(image_dir=str(images))
+        assert report["moved"] == []
+        assert report["locked_bytes"] > 0
+        core = interpreter(report)
+        assert "PR_SET_THP_DISABLE" in str(core["segments"])
+
+
+@pytest.mark.skipif(kernel() < (6, 3), reason="PR_SET_MDWE is there from Linux 6.3 on")
+@pytest.mark.parametrize(
+    ("backing", "works"), [("image", True), ("memfd", True), ("anonymous", False), ("auto", True)]
+)
+def test_memory_deny_write_execute(python, images, backing, works):
+    with Process(python) as process:
+        process.run("import ctypes; assert ctypes.CDLL(None).prctl(65, 1, 0, 0, 0) == 0")
+        report = process.prime(
+            image_dir=str(images), backing=backing, keep_profilers=False, mlock=False
+        )
+        text = outside.text_of(process.pid, interpreter(report)["path"])
+        assert text.huge == (text.attainable if works else 0)
+        if not works:
+            assert any("protect" in note for note in interpreter(report)["notes"])
+
+
+def test_hugetlb_without_a_pool_is_an_outcome(python):
+    free = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
+    if free.exists() and int(free.read_text()) > 0:
+        pytest.skip("this machine has a hugetlb pool")
+    with Process(python) as process:
+        report = process.prime(backing="hugetlb", keep_profilers=False)
+        assert report["moved"] == []
+        (note,) = interpreter(report)["notes"]
+        assert note.startswith("hugetlb: ")
+
+
+def test_modified_code_is_left_alone(python, images):
+    """A breakpoint, a uprobe, a hot patch: what is in memory is not what is in the file."""
+    with Process(python) as process:
+        process.run("import ssl, ctypes, mmap")
+        path, start = process.run(
+            textwrap.dedent("""
+            line = next(l for l in open("/proc/self/maps") if "libcrypto" in l and "r-xp" in l)
+            start = int(line.split("-")[0], 16)
+            libc = ctypes.CDLL(None, use_errno=True)
+            libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+            page = (start + (1 << 20)) & -4096
+            assert libc.mprotect(page, 4096, 7) == 0
+            where = (ctypes.c_ubyte * 4096).from_address(page)
+            where[100] ^= 0xFF
+            assert libc.mprotect(page, 4096, 5) == 0
+            result = [line.split()[5], page]
+            """)
+        )
+        report = process.prime(image_dir=str(images))
+        assert "modified in memory" in left_of(report, os.path.basename(path))
+        assert path not in report["moved"]
+        assert any(
+            v.path == path and v.start <= start < v.end for v in outside.smaps(process.pid)
+        ), "the modified page is where it was"
+        assert interpreter(report)["code_huge_bytes"] > 0
+
+
+def test_file_replaced_on_disk_is_left_alone(python, images, tmp_path):
+    library = build_library(tmp_path, "libbig.so")
+    with Process(python) as process:
+        process.run(f"import ctypes; lib = ctypes.CDLL({str(library)!r})")
+        library.rename(tmp_path / "old.so")
+        build_library(tmp_path, "libbig.so")
+        report = process.prime(image_dir=str(images))
+        # Its path is the renamed one, which is the same file still.
+        assert "old.so" in [os.path.basename(path) for path in report["moved"]]
+    with Process(python) as process:
+        process.run(f"import ctypes; lib = ctypes.CDLL({str(library)!r})")
+        library.unlink()
+        report = process.prime(image_dir=str(images))
+        assert list(left_of(report, "libbig.so")) == ["file deleted or replaced on disk"]
+        assert process.run("result = lib.answer()") == 42
+
+
+def build(tmp_path, name, source, *flags):
+    path = tmp_path / name
+    (tmp_path / "source.c").write_text(source)
+    command = ["gcc", "-O1", "-o", str(path), str(tmp_path / "source.c"), *flags]
+    subprocess.run(command, check=True)
+    return path
+
+
+# Five mebibytes of code, spread over whole huge pages at any load address, and a function in it.
+BIG = """
+__asm__(".text\\n.rept 0x500000\\nnop\\n.endr\\n");
+int answer(void) { return 42; }
+"""
+
+
+def build_library(tmp_path, name, *flags):
+    return build(tmp_path, name, BIG, "-shared", "-fPIC", *flags)
+
+
+def test_unloaded_and_loaded_again(python, images, tmp_path):
+    library = build_library(tmp_path, "libbig.so")
+    with Process(python) as process:
+        process.run(
+            f"import ctypes, _ctypes; path = {str(library)!r}; lib = ctypes.CDLL(path)"
+        )
+        for _ in range(3):
+            report = process.prime(image_dir=str(images))
+            assert str(library) in report["moved"]
+            text = outside.text_of(process.pid, str(library))
+            assert text.huge == text.attainable > 0
+            assert process.run("result = lib.answer()") == 42
+            process.run("_ctypes.dlclose(lib._handle)")
+            assert not any("libbig" in v.path for v in outside.smaps(process.pid))
+            assert not any("libbig" in o["path"] for o in process.prime()["objects"])
+            process.run("lib = ctypes.CDLL(path)")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (),
+        ("-Wl,-z,noseparate-code",),
+        ("-Wl,-z,max-page-size=0x200000",),
+        ("-Wl,-z,max-page-size=0x200000", "-Wl,-z,noseparate-code"),
+        ("-Wl,--build-id=none",),
+        ("-s",),
+    ],
+    ids=["plain", "noseparate", "aligned", "aligned-noseparate", "no-build-id", "stripped"],
+)
+def test_linker_layouts(python, images, tmp_path, flags):
+    library = build_library(tmp_path, "liblayout.so", *flags)
+    with Process(python) as process:
+        process.run(f"import ctypes; lib = ctypes.CDLL({str(library)!r})")
+        report = process.prime(image_dir=str(images))
+        assert str(library) in report["moved"], left_of(report, "liblayout.so")
+        text = outside.text_of(process.pid, str(library))
+        assert text.huge == text.attainable >= 2 * MIB
+        assert process.run("result = lib.answer()") == 42
+
+
+def test_text_relocations_are_left_alone(python, images, tmp_path):
+    source = BIG + 'extern int errno_; __asm__(".text\\n.quad answer\\n");'
+    library = build(
+        tmp_path, "libtextrel.so", source, "-shared", "-fPIC", "-Wl,-z,notext", "-Wl,-z,lazy"
+    )
+    with Process(python) as process:
+        process.run(f"import ctypes; lib = ctypes.CDLL({str(library)!r})")
+        report = process.prime(image_dir=str(images))
+        assert "text relocations" in left_of(report, "libtextrel.so")
+
+
+# Where the huge page of a PIE's header and first code is whole, it is kept; else nothing need be.
+PIE_LAYOUTS = {"plain": (), "aligned": ("-Wl,-z,max-page-size=0x200000", "-Wl,-z,noseparate-code")}
+
+
+@pytest.mark.parametrize("layout", PIE_LAYOUTS)
+def test_static_pie_keeps_its_head_on_the_file(images, tmp_path, layout):
+    """A static PIE interpreter, built from Debian's libpython3.11-pic.a where it is installed."""
+    archive = Path("/usr/lib/python3.11/config-3.11-x86_64-linux-gnu/libpython3.11-pic.a")
+    if not archive.exists():
+        pytest.skip("no libpython3.11-pic.a (libpython3.11-dev) to build a static PIE from")
+    source = "#include <Python.h>\nint main(int c, char **v) { return Py_BytesMain(c, v); }"
+    path = build(
+        tmp_path, "python3.11-pie", source, "-pie", "-fPIE", "-I/usr/include/python3.11",
+        "-Wl,--whole-archive", str(archive), "-Wl,--no-whole-archive", "-Wl,--export-dynamic",
+        "-lexpat", "-lz", "-lm", *PIE_LAYOUTS[layout],
+    )  # fmt: skip
+    packages = os.path.dirname(os.path.dirname(page_primer.__file__))
+    env = {"PYTHONPATH": f"{packages}:{sysconfig.get_path('purelib')}", "PYTHONHOME": "/usr"}
+    with Process(str(path), env=env) as process:
+        before = outside.file_mappings(process.pid)
+        report = process.prime(image_dir=str(images))
+        core = interpreter(report)
+        assert (core["path"], core["backing"]) == (str(path), "image")
+        kept = left_of(report, path.name).get("kept for profilers", 0)
+        assert kept or layout == "plain"
+        first_code = min(v.start for v in outside.smaps(process.pid) if "x" in v.perms)
+        on_file = [v for v in outside.smaps(process.pid) if v.path == str(path)]
+        assert first_code in [v.start for v in on_file]
+        text = outside.text_of(process.pid, str(path))
+        assert text.attainable - kept <= text.huge > 0
+        dump = subprocess.run(
+            [os.path.join(os.path.dirname(sys.executable), "py-spy"), "dump", "--pid",
+             str(process.pid)], capture_output=True, text=True,
+        )  # fmt: skip
+        assert "driver.py" in dump.stdout, dump.stderr
+        process.restore()
+        assert [m for m in before if m not in outside.file_mappings(process.pid)] == []
+        process.prime(image_dir=str(images), keep_profilers=False)
+        text = outside.text_of(process.pid, str(path))
+        assert text.huge == text.attainable
+
+
+def test_prime_from_many_threads_at_once(python, images):
+    source = """
+        import threading, page_primer
+        reports = []
+        def call(): reports.append(page_primer.prime(image_dir=%r))
+        threads = [threading.Thread(target=call) for _ in range(8)]
+        for t in threads: t.start()
+        for t in threads: t.join()
+        result = [sum(len(r.moved) > 0 for r in reports), [r.reason for r in reports]]
+    """
+    with Process(python) as process:
+        moved, reasons = process.run(textwrap.dedent(source) % str(images))
+        assert moved == 1
+        assert reasons == [None] * 8
+
+
+def test_fork_while_another_thread_primes(python, images):
+    """A child forked in the middle must find a book that is whole and a lock that is free."""
+    source = """
+        import os, threading, time, page_primer
+        import page_primer.apply
+        stop = False
+        def loop():
+            while not stop:
+                page_primer.prime(image_dir=%r); page_primer.restore()
+        thread = threading.Thread(target=loop); thread.start()
+        bad = 0
+        for _ in range(60):
+            pid = os.fork()
+            if pid == 0:
+                r = page_primer.prime(image_dir=%r)
+                os._exit(0 if r.interpreter.code_huge_bytes else 9)
+            bad += os.waitpid(pid, 0)[1] != 0
+        stop = True; thread.join()
+        result = bad
+    """
+    with Process(python) as process:
+        assert process.run(textwrap.dedent(source) % (str(images), str(images))) == 0
+
+
+def test_daemon_that_closes_its_descriptors(python, images):
+    """The lock on the image is gone then, and a number of ours may be somebody else's file."""
+    source = """
+        import os, page_primer
+        page_primer.prime(image_dir=%r)
+        image = page_primer.apply.process.primed.copy().popitem()[1].prepared.image
+        os.closerange(3, 256)
+        mine = [os.open("/dev/null", os.O_RDONLY) for _ in range(20)]
+        page_primer.restore()
+        for fd in mine: os.fstat(fd)
+        result = image.fd in mine
+    """
+    with Process(python) as process:
+        assert process.run(textwrap.dedent(source) % str(images)) is True
+
+
+def test_sub_interpreter(images):
+    """The moves are the process's: another interpreter finds them done."""
+    source = f"""
+import sys
+sys.path[:0] = {sys.path!r}
+import page_primer
+first = page_primer.prime(image_dir={str(images)!r})
+try:
+    import _interpreters as interpreters
+except ImportError:
+    import _xxsubinterpreters as interpreters
+other = interpreters.create()
+try:
+    code = '''
+import sys
+sys.path[:0] = {sys.path!r}
+import page_primer
+report = page_primer.prime(image_dir={str(images)!r})
+assert report.reason is None and not report.moved, report
+assert report.interpreter.code_huge_bytes == %d, report
+''' % first.interpreter.code_huge_bytes
+    problem = interpreters.run_string(other, code)
+    assert problem is None, problem
+finally:
+    interpreters.destroy(other)
+print("fine")
+"""
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
+    assert done.stdout == "fine\n", done.stderr
+
+
+def test_exec_after_prime_keeps_working(python, images):
+    """uWSGI, gunicorn's USR2: a primed process execs another program."""
+    code = (
+        "import page_primer, os, sys; page_primer.prime(image_dir=%r); "
+        "os.execv(sys.executable, [sys.executable, '-c', 'print(1 + 1)'])" % str(images)
+    )
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("2\n", 0)
+
+
+def test_report_reads_well(python, images):
+    with Process(python) as process:
+        process.prime(image_dir=str(images))
+        text = process.run("result = str(report)")
+        assert text.startswith("100 % of ") or "% of " in text.splitlines()[0]
+        assert "image in" in text.splitlines()[0]
+        assert process.run("import json; result = len(json.dumps(report.as_dict()))") > 1000
