@@ -223,7 +223,8 @@ def run(python: str, step: str, directory: str, work: str) -> Result:
         [python, os.path.abspath(__file__), "--step", step, "--directory", directory],
         env=environment, stdout=subprocess.PIPE, text=True, check=True,
     )  # fmt: skip
-    return json.loads(done.stdout)
+    result: Result = json.loads(done.stdout)
+    return result
 
 
 def measure(python: str, rounds: int, work: str) -> dict[str, list[Result]]:

@@ -614,7 +614,9 @@ done:
 
 PyDoc_STRVAR(thp_disabled_doc,
 "thp_disabled() -> bool\n\n"
-"Whether PR_SET_THP_DISABLE is in force (prctl(2)).");
+"Whether PR_SET_THP_DISABLE is in force (prctl(2)).  With the flag\n"
+"PR_THP_DISABLE_EXCEPT_ADVISED (Linux 6.18) it does not concern us, who\n"
+"advise.");
 
 static PyObject *
 core_thp_disabled(PyObject *module, PyObject *Py_UNUSED(ignored))
@@ -623,7 +625,7 @@ core_thp_disabled(PyObject *module, PyObject *Py_UNUSED(ignored))
 
     if (got < 0)
         return fail(module, errno, "PR_GET_THP_DISABLE", 0, 0);
-    return PyBool_FromLong(got);
+    return PyBool_FromLong(got == 1);
 }
 
 PyDoc_STRVAR(mdwe_doc,

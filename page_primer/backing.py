@@ -13,7 +13,7 @@ import fcntl
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from page_primer import _core, image, smaps, store
@@ -32,7 +32,7 @@ _SEALS = 0x1 | 0x2 | 0x4 | 0x8  # F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_GROW, F_SEA
 
 # From which kernel on a file system's files can be on huge pages without further settings. Others
 # are tried after these: a kernel with CONFIG_READ_ONLY_THP_FOR_FS can collapse any file.
-_GOOD_SINCE = {"ext4": (6, 16), "xfs": (6, 1), "tmpfs": (6, 1)}
+GOOD_SINCE = {"ext4": (6, 16), "xfs": (6, 1), "tmpfs": (6, 1)}
 _FILES_SINCE = (6, 1)  # MADV_COLLAPSE; before it, only xfs has huge folios, and only when read
 
 
@@ -175,7 +175,7 @@ def directories(options: Options) -> list[tuple[str, str | None]]:
     good: list[str] = []
     other: list[str] = []
     for path in store.candidates():
-        since = _GOOD_SINCE.get(store.filesystem(path))
+        since = GOOD_SINCE.get(store.filesystem(path))
         (good if since and kernel() >= since else other).append(path)
     reason = None
     if options.backing == "auto" and kernel() < _FILES_SINCE:
@@ -191,30 +191,34 @@ def _image(move: Move, pmd: int, options: Options) -> Iterator[Attempt]:
             continue
         try:
             with store.Store(path) as directory:
-                yield from _from_store(directory, layout)
+                yield from from_store(directory, layout)
         except (store.Unusable, image.CannotLayOut) as error:
             yield Refused(path, str(error))
         except OSError as error:
             yield Refused(path, reason_of(error))
 
 
-def _from_store(directory: store.Store, layout: image.Layout) -> Iterator[Attempt]:
-    for fresh in (False, True):
-        found = directory.get(layout, fresh=fresh)
-        prepared = _map_image(found, layout)
-        yield prepared
-        if found.written and prepared.huge < prepared.wanted:
-            # Not as written: on some kernels (xfs before 6.12) only what is read back can be huge.
-            fd = os.open(found.path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                os.fsync(fd)
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-            finally:
-                os.close(fd)
-            found = directory.get(layout)
-            yield _map_image(found, layout)
+def from_store(directory: store.Store, layout: image.Layout) -> Iterator[Attempt]:
+    """Attempts with an image in one directory: the one that is there, then a new one, since the
+    pages of a file that somebody else read first are in memory as small ones."""
+    found = directory.get(layout)
+    try:
+        yield _map_image(found, layout)
+    except OSError as error:
         if found.written:
-            break
+            raise
+        yield Refused(found.path, reason_of(error))
+    if not found.written:
+        found = directory.get(layout, fresh=True)
+        yield _map_image(found, layout)
+    # Not huge as written: on some kernels (xfs before 6.12) only what is read back can be.
+    fd = os.open(found.path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)
+    yield _map_image(replace(directory.get(layout), written=found.written), layout)
 
 
 def _map_image(found: store.Image, layout: image.Layout) -> Prepared:

@@ -770,7 +770,7 @@ def try_directory(path: str, pmd: int) -> Trial:
     layout = image.Layout(move.object, move.image, pmd, "trial")
     try:
         with _TrialStore(path) as directory:
-            return _best("image", path, backing._from_store(directory, layout))
+            return _best("image", path, backing.from_store(directory, layout))
     except store.Unusable as error:
         cause = error.__cause__
         number = cause.errno if isinstance(cause, OSError) else None
@@ -934,7 +934,7 @@ def _not_huge(filesystem: str, settings: Settings) -> tuple[str, str | None]:
         fix = _shmem_fix(settings)
         if fix:
             return "shmem_enabled forbids it", fix
-    since = backing._GOOD_SINCE.get(filesystem)
+    since = backing.GOOD_SINCE.get(filesystem)
     if since and kernel < since:
         why = f"{filesystem} gives huge pages from Linux {since[0]}.{since[1]} on"
     elif since:
@@ -1055,8 +1055,7 @@ def try_lock(size: int) -> str | None:
     try:
         address = _core.reserve(size, page, 0)
         # Readable: Linux 5.10 does not lock what nobody can touch.
-        kind = _core.MAP_PRIVATE | _core.MAP_ANONYMOUS | _core.MAP_NORESERVE
-        _core.map(address, size, _core.PROT_READ, kind, -1, 0)
+        _core.protect(address, size, _core.PROT_READ)
         _core.lock(address, size, _core.MLOCK_ONFAULT)
         _core.unlock(address, size)
     except OSError as error:

@@ -71,8 +71,10 @@ class Store:
             with contextlib.suppress(FileExistsError):
                 os.mkdir(path, 0o755)
             self._fd = os.open(path, _DIRECTORY)
+        except FileExistsError as error:
+            raise Unusable("its parent is not a directory") from error
         except OSError as error:
-            raise Unusable(error.strerror) from error
+            raise Unusable(error.strerror or str(error)) from error
         status = os.fstat(self._fd)
         if status.st_uid != os.geteuid() or status.st_mode & 0o022:
             os.close(self._fd)
@@ -143,8 +145,9 @@ class Store:
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
             status = os.fstat(fd)
             ours = status.st_uid == os.geteuid() and not status.st_mode & 0o022
+            whole = status.st_size >= layout.content_end
             # Without links it was pruned between opening and locking.
-            if stat.S_ISREG(status.st_mode) and ours and status.st_nlink and status.st_size:
+            if stat.S_ISREG(status.st_mode) and ours and whole and status.st_nlink:
                 os.utime(fd)  # the time of last use, for pruning
                 found = Image(f"{self.path}/{layout.name}/{name}", fd, _identity(status), 0)
         except OSError:

@@ -73,9 +73,7 @@ def python_of(tmp: Path, base: str) -> str:
 
 
 @pytest.fixture(scope="session", params=list(INTERPRETERS))
-def every_python(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> str:
+def every_python(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Each interpreter in turn."""
     return python_of(tmp_path_factory.mktemp("every"), INTERPRETERS[request.param])
 
@@ -91,5 +89,3 @@ def images(tmp_path: Path) -> Iterator[Path]:
     """A directory for images, on the temporary directory's file system."""
     yield tmp_path / "images"
     shutil.rmtree(tmp_path / "images", ignore_errors=True)
-
-

@@ -6,6 +6,8 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
 
 from elftools.elf.elffile import ELFFile
 
@@ -58,7 +60,13 @@ def smaps(pid: int) -> list[Vma]:
 
 def file_mappings(pid: int) -> list[tuple[int, int, str, int, str]]:
     """What /proc/PID/maps says of the mappings of ELF files: range, protection, offset, path."""
-    return [v.file_mapping for v in smaps(pid) if v.path.startswith("/")]
+    with open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as file:
+        rows = [line.split(maxsplit=5) for line in file]
+    return [
+        (*(int(part, 16) for part in row[0].split("-")), row[1], int(row[2], 16), row[5].strip())
+        for row in rows
+        if len(row) > 5 and row[5].startswith("/")
+    ]
 
 
 @dataclass
@@ -91,15 +99,20 @@ def interpreter_file(pid: int) -> str:
     return os.readlink(f"/proc/{pid}/exe")
 
 
+@lru_cache
+def elf_file(path: str, _mtime: int) -> tuple[Any, list[Any], bool]:
+    """Its .text section header, its PT_LOADs, and whether it is an ET_EXEC."""
+    with open(path, "rb") as file:
+        elf = ELFFile(file)
+        section = elf.get_section_by_name(".text").header
+        return section, [s.header for s in elf.iter_segments("PT_LOAD")], elf["e_type"] == "ET_EXEC"
+
+
 def text_of(pid: int, path: str | None = None) -> Text:
     """Measure the .text of an object, by default of the interpreter."""
     path = path or interpreter_file(pid)
     vmas = smaps(pid)
-    with open(path, "rb") as file:
-        elf = ELFFile(file)
-        section = elf.get_section_by_name(".text")
-        loads = [s.header for s in elf.iter_segments("PT_LOAD")]
-        fixed = elf["e_type"] == "ET_EXEC"
+    section, loads, fixed = elf_file(path, os.stat(path).st_mtime_ns)
     # Writable data stays on the object's own file, so it tells where the object is.
     base = 0
     if not fixed:

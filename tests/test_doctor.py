@@ -98,7 +98,8 @@ def test_leaves_nothing_behind(tmp_path: Path) -> None:
     program = """
 def state():
     with open("/proc/self/maps") as maps:
-        lines = {line for line in maps if "[heap]" not in line and " 00:00 " not in line}
+        # But for the interpreter's own writable memory, which comes and goes.
+        lines = {line for line in maps if not (" rw-p " in line and " 00:00 " in line)}
     with open("/proc/self/status") as status:
         locked = [line for line in status if line.startswith("VmLck")]
     return sorted(lines), locked, sorted(os.listdir("/proc/self/fd"))
@@ -306,12 +307,13 @@ with open("/proc/self/maps") as maps:
         low, high = (int(n, 16) for n in line.split()[0].split("-"))
         if low < end and start < high and line.split()[1][:3] == "r-x":
             code += high - low
-say([sizes, code, report.lock_wanted_bytes, core.code_huge_bytes])
+say([sizes, code, report.lock_wanted_bytes, core.backing])
 """
-    (code, everything), really, wanted, huge = run(program, tmp_path)
-    if not huge:
+    (code, everything), really, wanted, backing = run(program, tmp_path)
+    if backing is None:
         pytest.skip("no backing works here")
-    assert code == really
+    # Other memory than an image takes less of the span.
+    assert code == really if backing == "image" else code >= really
     # prime() loads a module or two itself, which it locks as well.
     assert everything <= wanted <= everything + 4 * MIB
 

@@ -104,7 +104,8 @@ def test_other_platforms_get_a_report(platform):
     source = (
         "import sys; sys.platform = %r\n"
         "import page_primer\n"
-        "for report in page_primer.prime(), page_primer.restore(): print(report.reason)\n" % platform
+        "for report in page_primer.prime(), page_primer.restore(): print(report.reason)\n"
+        % platform
     )
     done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
     assert done.stdout.splitlines() == [f"not supported on {platform}"] * 2, done.stderr

@@ -1,5 +1,7 @@
 """The plan is a pure function: made-up layouts, and properties that hold for every layout."""
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -277,7 +279,7 @@ def test_every_byte_is_moved_or_explained(made, merge, keep):
 
 
 def check_regions(made, regions, merge):
-    for low, high in zip(regions, regions[1:], strict=False):
+    for low, high in itertools.pairwise(regions):
         assert low.end <= high.start
     for region in regions:
         inside = [s for s in made.segments if s.start < region.end and region.start < s.end]

@@ -428,9 +428,7 @@ def build_library(tmp_path, name, *flags):
 def test_unloaded_and_loaded_again(python, images, tmp_path):
     library = build_library(tmp_path, "libbig.so")
     with Process(python) as process:
-        process.run(
-            f"import ctypes, _ctypes; path = {str(library)!r}; lib = ctypes.CDLL(path)"
-        )
+        process.run(f"import ctypes, _ctypes; path = {str(library)!r}; lib = ctypes.CDLL(path)")
         for _ in range(3):
             report = process.prime(image_dir=str(images))
             assert str(library) in report["moved"]

@@ -227,7 +227,8 @@ def smaps(pid: int) -> list[Mapping]:
 def locked_bytes(pid: int) -> int:
     """What the kernel charges the process for locks, VmLck (proc(5))."""
     status = Path(f"/proc/{pid}/status").read_text()
-    return int(re.search(r"^VmLck:\s+(\d+) kB$", status, re.MULTILINE)[1]) << 10
+    (found,) = re.findall(r"^VmLck:\s+(\d+) kB$", status, re.MULTILINE)
+    return int(found) << 10
 
 
 def count_nameless(mappings: list[Mapping]) -> int:

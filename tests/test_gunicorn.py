@@ -1,0 +1,536 @@
+"""A real gunicorn, primed by one option; every claim is checked from outside in smaps."""
+
+import contextlib
+import http.client
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import outside
+import pytest
+
+HERE = Path(__file__).parent
+CONF = "python:page_primer.integrations.gunicorn_conf"
+IS_ROOT = os.geteuid() == 0
+
+APP = """
+import os
+def app(environ, start_response):
+    if environ["PATH_INFO"] == "/late":
+        import ssl, decimal, sqlite3
+    body = str(os.getpid()).encode()
+    start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", str(len(body)))])
+    return [body]
+"""
+
+
+def free_port():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def children(pid):
+    text = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True
+    ).stdout
+    return sorted(int(part) for part in text.split())
+
+
+def wait_for(condition, what, seconds=30):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        with contextlib.suppress(OSError, StopIteration, ValueError):
+            if condition():
+                return
+        time.sleep(0.05)
+    raise AssertionError(f"waited {seconds} s for {what}")
+
+
+class Gunicorn:
+    """A gunicorn serving APP on a free port, with its log in a file."""
+
+    def __init__(self, python, directory, *options, conf=CONF, env=None, app=APP, wrapper=()):
+        self.directory = Path(directory)
+        (self.directory / "served.py").write_text(app)
+        self.log_file = self.directory / "gunicorn.log"
+        self.pid_file = self.directory / "gunicorn.pid"
+        self.port = free_port()
+        conf_option = ["-c", conf] if conf else []
+        command = [
+            *wrapper, python, "-m", "gunicorn", *conf_option, "--bind", f"127.0.0.1:{self.port}",
+            "--pid", str(self.pid_file), "--log-file", str(self.log_file), "--log-level", "debug",
+            "--no-control-socket", *options, "served:app",
+        ]  # fmt: skip
+        self.output = open(self.directory / "output", "wb")
+        self.process = subprocess.Popen(
+            command, cwd=self.directory, stdin=subprocess.DEVNULL, stdout=self.output,
+            stderr=self.output, env={**os.environ, **(env or {})},
+        )  # fmt: skip
+
+    def __enter__(self):
+        wait_for(lambda: self.get() and self.master, f"gunicorn: {self.log()}")
+        return self
+
+    def __exit__(self, *_):
+        with contextlib.suppress(OSError, ValueError):
+            os.kill(self.master, signal.SIGTERM)
+        try:
+            self.process.wait(20)
+        finally:
+            if self.process.poll() is None:
+                self.process.kill()
+            self.output.close()
+
+    @property
+    def master(self):
+        return int(self.pid_file.read_text())
+
+    @property
+    def workers(self):
+        return children(self.master)
+
+    def log(self):
+        text = self.log_file.read_text() if self.log_file.exists() else ""
+        return text + (self.directory / "output").read_text()
+
+    def lines(self, level):
+        """page-primer's lines of a level: (pid, message)."""
+        pattern = rf"\[(\d+)\] \[{level}\] page-primer: (.*)"
+        return [(int(pid), message) for pid, message in re.findall(pattern, self.log())]
+
+    def get(self, path="/"):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        try:
+            connection.request("GET", path)
+            return connection.getresponse().read()
+        finally:
+            connection.close()
+
+    def wait_for_workers(self, count, but_not=()):
+        wait_for(
+            lambda: len(self.workers) == count and not set(self.workers) & set(but_not),
+            f"{count} new workers",
+        )
+        for _ in range(3 * count):
+            self.get()
+
+
+def check(pids, locked=True):
+    """All attainable .text is on huge pages in each process; returns the measurements."""
+    texts = [outside.text_of(pid) for pid in pids]
+    for text in texts:
+        assert text.huge == text.attainable > 0, text
+        assert text.locked or not locked, text
+    return texts
+
+
+def require_no_failure(server):
+    log = server.log()
+    assert "Traceback" not in log, log
+    assert "SIGSEGV" not in log, log
+    assert "SIGBUS" not in log, log
+    assert "SIGILL" not in log, log
+
+
+@pytest.mark.parametrize("preload", [(), ("--preload",)], ids=["", "preload"])
+def test_every_process_is_huge_and_locked(every_python, images, tmp_path, preload):
+    env = {"PAGE_PRIMER_IMAGE_DIR": str(images)}
+    with Gunicorn(every_python, tmp_path, "--workers", "4", *preload, env=env) as server:
+        server.wait_for_workers(4)
+        family = [server.master, *server.workers]
+        assert len(family) == 5
+        texts = check(family)
+
+        # One copy for all of them.
+        assert sum(text.pss for text in texts) == pytest.approx(texts[0].span, rel=0.05)
+
+        # One line at INFO, of the master; a worker says only what differs.
+        ((pid, message),) = server.lines("INFO")
+        assert pid == server.master
+        assert "of code on huge pages" in message
+        assert "locked" in message
+        assert {pid for pid, _ in server.lines("DEBUG")} >= set(server.workers)
+
+        # HUP: new workers of the same master.
+        old = server.workers
+        os.kill(server.master, signal.SIGHUP)
+        server.wait_for_workers(4, but_not=old)
+        check([server.master, *server.workers])
+
+        # USR2: a new master by exec, then the old one is told to go.
+        first = server.master
+        os.kill(first, signal.SIGUSR2)
+        wait_for(lambda: int((tmp_path / "gunicorn.pid.2").read_text()), "a new master")
+        second = int((tmp_path / "gunicorn.pid.2").read_text())
+        wait_for(lambda: len(children(second)) == 4, "the new master's workers")
+        wait_for(lambda: all(outside.text_of(pid).locked for pid in children(second)), "locks")
+        texts = check([second, *children(second), first])
+        assert len({v.path for text in texts for v in text.span_vmas}) == 1
+        os.kill(first, signal.SIGQUIT)
+        server.process.wait(20)
+        wait_for(lambda: server.master == second, "the new master's pid file")
+        server.wait_for_workers(4)
+        check([second, *server.workers])
+        require_no_failure(server)
+
+
+def test_two_hundred_re_forks(python, images, tmp_path):
+    env = {"PAGE_PRIMER_IMAGE_DIR": str(images)}
+    with Gunicorn(python, tmp_path, "--workers", "2", "--max-requests", "2", env=env) as server:
+        seen = set()
+        end = time.monotonic() + 240
+        while len(seen) < 202 and time.monotonic() < end:
+            seen.add(server.get())
+        assert len(seen) >= 202
+        server.wait_for_workers(2)
+        wait_for(lambda: all(outside.text_of(pid).locked for pid in server.workers), "locks")
+        texts = check([server.master, *server.workers])
+        assert sum(text.pss for text in texts) == pytest.approx(texts[0].span, rel=0.05)
+        assert len(server.lines("INFO")) == 1
+        require_no_failure(server)
+
+
+def test_unrelated_server_maps_the_same_image(python, images, tmp_path):
+    env = {"PAGE_PRIMER_IMAGE_DIR": str(images)}
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    with Gunicorn(python, tmp_path / "a", env=env) as one:
+        check([one.master])
+        with Gunicorn(python, tmp_path / "b", env=env) as two:
+            family = [one.master, *one.workers, two.master, *two.workers]
+            texts = check(family)
+            files = {(v.device, v.inode, v.path) for text in texts for v in text.span_vmas}
+            assert len(files) == 1
+            assert sum(text.pss for text in texts) == pytest.approx(texts[0].span, rel=0.05)
+
+
+@pytest.mark.parametrize("worker_class", ["sync", "gthread"])
+def test_late_library_of_an_unpreloaded_app(python, images, tmp_path, worker_class):
+    app = "import ssl\n" + APP
+    env = {"PAGE_PRIMER_IMAGE_DIR": str(images)}
+    conf = "threads = 4\n"
+    (tmp_path / "gunicorn.conf.py").write_text(conf)
+    with Gunicorn(
+        python, tmp_path, "--workers", "2", "--worker-class", worker_class, env=env, app=app
+    ) as server:
+        server.wait_for_workers(2)
+        check([server.master, *server.workers])
+        for pid in server.workers:
+            paths = {v.path for v in outside.smaps(pid) if "libcrypto" in v.path and "w" in v.perms}
+            if not paths:
+                pytest.skip("this interpreter has no libcrypto of its own to load")
+            (path,) = paths
+            wait_for(lambda pid=pid, path=path: outside.text_of(pid, path).huge, "libcrypto")
+            text = outside.text_of(pid, path)
+            assert text.huge == text.attainable > 0
+            assert text.locked
+
+
+def test_the_users_own_configuration_is_not_hidden(python, images, tmp_path):
+    (tmp_path / "helper.py").write_text(
+        "def reloaded(server): server.log.info('their on_reload')\n"
+    )
+    (tmp_path / "gunicorn.conf.py").write_text(
+        textwrap.dedent("""
+        import os
+        workers = 3
+        proc_name = "theirs"
+        def on_starting(server): server.log.info("their on_starting")
+        def post_fork(server, worker): worker.log.info("their post_fork")
+        def post_worker_init(worker): worker.log.info("their post_worker_init")
+        on_reload = "helper.reloaded"
+        """)
+    )
+    env = {"PAGE_PRIMER_IMAGE_DIR": str(images), "PYTHONPATH": str(tmp_path)}
+    with Gunicorn(python, tmp_path, env=env) as server:
+        server.wait_for_workers(3)
+        check([server.master, *server.workers])
+        log = server.log()
+        assert log.index("their on_starting") < log.index("page-primer: ")
+        assert log.count("their post_fork") == 3
+        assert log.count("their post_worker_init") == 3
+        # A reload reads their file anew, every time.
+        for workers in (1, 2):
+            text = (tmp_path / "gunicorn.conf.py").read_text()
+            text = re.sub(r"workers = \d", f"workers = {workers}", text)
+            (tmp_path / "gunicorn.conf.py").write_text(text)
+            old = server.workers
+            os.kill(server.master, signal.SIGHUP)
+            server.wait_for_workers(workers, but_not=old)
+            assert server.log().count("their on_reload") == workers
+        check([server.master, *server.workers])
+
+
+@pytest.mark.parametrize("form", ["path", "file:", "python:"])
+def test_configuration_named_by_variable(python, images, tmp_path, form):
+    (tmp_path / "theirs.py").write_text("workers = 2\n_private = 1\n")
+    value = {"path": "theirs.py", "file:": f"file:{tmp_path}/theirs.py", "python:": "python:theirs"}
+    env = {
+        "PAGE_PRIMER_IMAGE_DIR": str(images), "PAGE_PRIMER_GUNICORN_CONF": value[form],
+        "PYTHONPATH": str(tmp_path),
+    }  # fmt: skip
+    with Gunicorn(python, tmp_path, env=env) as server:
+        server.wait_for_workers(2)
+        check([server.master, *server.workers])
+
+
+@pytest.mark.parametrize("name", ["gunicorn.conf.py", "other.py"])
+def test_star_import_in_the_users_own_file(python, images, tmp_path, name):
+    (tmp_path / name).write_text(
+        "from page_primer.integrations.gunicorn_conf import *\nworkers = 2\n"
+    )
+    if name == "other.py":  # a file that gunicorn would not read must not be read by us
+        (tmp_path / "gunicorn.conf.py").write_text("workers = 3\n")
+    env = {"PAGE_PRIMER_IMAGE_DIR": str(images)}
+    with Gunicorn(python, tmp_path, conf=name if name == "other.py" else None, env=env) as server:
+        server.wait_for_workers(2)
+        check([server.master, *server.workers])
+        old = server.workers
+        os.kill(server.master, signal.SIGHUP)
+        server.wait_for_workers(2, but_not=old)
+        check([server.master, *server.workers])
+
+
+def test_path_form(python, images, tmp_path):
+    path = subprocess.run(
+        [python, "-m", "page_primer.integrations.gunicorn_conf"], capture_output=True, text=True
+    ).stdout.strip()
+    (tmp_path / "gunicorn.conf.py").write_text("workers = 2\n")
+    env = {"PAGE_PRIMER_IMAGE_DIR": str(images)}
+    with Gunicorn(python, tmp_path, conf=path, env=env) as server:
+        server.wait_for_workers(2)
+        check([server.master, *server.workers])
+
+
+def test_check_config_primes_nothing(python, images, tmp_path):
+    (tmp_path / "served.py").write_text(APP)
+    env = {**os.environ, "PAGE_PRIMER_IMAGE_DIR": str(images)}
+    done = subprocess.run(
+        [python, "-m", "gunicorn", "--check-config", "-c", CONF, "served:app"],
+        cwd=tmp_path, env=env, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert not images.exists()
+
+
+@pytest.mark.parametrize(
+    ("env", "said"),
+    [
+        ({"PAGE_PRIMER_LIMIT": "lots"}, "page-primer: PAGE_PRIMER_LIMIT must be a number of bytes"),
+        ({"PAGE_PRIMER_GUNICORN_CONF": "/none/such.py"}, "'/none/such.py', which does not exist"),
+    ],
+)
+def test_bad_setting_stops_the_start_with_one_line(python, tmp_path, env, said):
+    (tmp_path / "served.py").write_text(APP)
+    done = subprocess.run(
+        [python, "-m", "gunicorn", "-c", CONF, "served:app"],
+        cwd=tmp_path, env={**os.environ, **env}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1
+    (line,) = done.stderr.strip().splitlines()
+    assert said in line
+
+
+def test_daemon(python, images, tmp_path):
+    env = {"PAGE_PRIMER_IMAGE_DIR": str(images)}
+    with Gunicorn(python, tmp_path, "--daemon", "--workers", "2", env=env) as server:
+        assert server.process.wait(20) == 0
+        server.wait_for_workers(2)
+        master = server.master
+        check([master, *server.workers])
+    wait_for(lambda: not os.path.exists(f"/proc/{master}"), "the daemon's end")
+
+
+@pytest.mark.skipif(not IS_ROOT, reason="only root can drop privileges")
+def test_user_and_group(python, images, tmp_path):
+    """Workers lock before they become nobody, and an application's own libraries are primed after:
+    with what nobody may do."""
+    env = {"HOME": "/root"}
+    options = ["--user", "65534", "--group", "65534", "--workers", "2"]
+    as_nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+    if subprocess.run([*as_nobody, python, "-c", "import page_primer"]).returncode:
+        pytest.skip("another user may not run this interpreter")
+    with Gunicorn(python, tmp_path, *options, env=env, app="import ssl\n" + APP) as server:
+        server.wait_for_workers(2)
+        for pid in server.workers:
+            assert Path(f"/proc/{pid}").stat().st_uid == 65534
+        texts = check([server.master, *server.workers])
+        assert sum(text.pss for text in texts) <= texts[0].span * 1.05
+        require_no_failure(server)
+
+
+def test_default_memlock(python, images, tmp_path):
+    """8 MiB: every worker has the interpreter's code locked; the log says what did not fit."""
+    env = {"PAGE_PRIMER_IMAGE_DIR": str(images), "PAGE_PRIMER_MLOCK": "1"}
+    wrapper = ["prlimit", "--memlock=8388608:8388608"]
+    if IS_ROOT:
+        wrapper += ["setpriv", "--bounding-set=-ipc_lock", "--inh-caps=-ipc_lock"]
+    with Gunicorn(python, tmp_path, "--workers", "4", env=env, wrapper=wrapper) as server:
+        server.wait_for_workers(4)
+        check([server.master, *server.workers])
+        warnings = server.lines("WARNING")
+        assert [pid for pid, _ in warnings] == [server.master]
+        assert "RLIMIT_MEMLOCK is 8.0 MiB" in warnings[0][1]
+        assert "LimitMEMLOCK=" in warnings[0][1]
+    server.log_file.unlink()
+    env.pop("PAGE_PRIMER_MLOCK")
+    with Gunicorn(python, tmp_path, env=env, wrapper=wrapper) as server:
+        # Nobody asked for it by name, so the same line is no warning.
+        assert server.lines("WARNING") == []
+        assert any("RLIMIT_MEMLOCK" in message for _, message in server.lines("INFO"))
+
+
+def test_off_switch(python, images, tmp_path):
+    env = {"PAGE_PRIMER_IMAGE_DIR": str(images), "PAGE_PRIMER": "0"}
+    with Gunicorn(python, tmp_path, env=env) as server:
+        assert outside.text_of(server.master).huge == 0
+        assert server.lines("INFO") == [
+            (server.master, "nothing done: switched off by PAGE_PRIMER=0")
+        ]
+
+
+def test_unwritable_image_directory_is_an_outcome(python, tmp_path):
+    (tmp_path / "file").write_text("")
+    env = {"PAGE_PRIMER_IMAGE_DIR": str(tmp_path / "file" / "images")}
+    with Gunicorn(python, tmp_path, env=env) as server:
+        # `auto` goes on to memory without a file.
+        ((_, message),) = server.lines("INFO")
+        assert "(memfd)" in message or "(anonymous)" in message
+        assert any(
+            "its parent is not a directory" in message for _, message in server.lines("DEBUG")
+        )
+
+
+def py_spy(*arguments):
+    path = Path(sys.executable).with_name("py-spy")
+    done = subprocess.run([str(path), *arguments], capture_output=True, text=True)
+    return done.stdout + done.stderr
+
+
+def can_ptrace():
+    scope = Path("/proc/sys/kernel/yama/ptrace_scope")
+    return IS_ROOT or not scope.exists() or scope.read_text().strip() == "0"
+
+
+PROFILED = (
+    """
+import json, threading
+def spin_in_json():
+    while True:
+        json.loads('[1, 2.5, {"a": [null, true]}]')
+threading.Thread(target=spin_in_json, daemon=True).start()
+"""
+    + APP
+)
+
+
+@pytest.mark.skipif(not can_ptrace(), reason="ptrace of other processes is not allowed here")
+def test_py_spy_and_gdb_name_the_frames(every_python, images, tmp_path):
+    env = {"PAGE_PRIMER_IMAGE_DIR": str(images)}
+    with Gunicorn(every_python, tmp_path, env=env, app=PROFILED) as server:
+        (worker,) = server.workers
+        check([worker])
+        dump = py_spy("dump", "--pid", str(worker))
+        assert "spin_in_json (served.py" in dump, dump
+        assert re.search(r"run_for_one|run \(gunicorn/workers/sync.py", dump), dump
+        native = py_spy("dump", "--native", "--pid", str(worker))
+        assert "spin_in_json (served.py" in native, native
+        gdb = subprocess.run(
+            ["gdb", "-p", str(worker), "-batch", "-ex", "thread apply all bt"],
+            stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        ).stdout  # fmt: skip
+        assert "_PyEval_EvalFrameDefault" in gdb, gdb
+        assert "select" in gdb, gdb
+        server.get()
+
+
+def kernel_faults():
+    """Faults of user programs that the kernel has logged; None where its log is not readable."""
+    done = subprocess.run(["dmesg"], capture_output=True, text=True)
+    if done.returncode:
+        return None
+    words = ("segfault", "trap ", "general protection", "Bad page", "BUG:", "Out of memory")
+    return [line for line in done.stdout.splitlines() if any(word in line for word in words)]
+
+
+class Load:
+    """Threads that send requests until so many have been answered, counting failures."""
+
+    def __init__(self, server, total, threads=4):
+        self.server, self.left, self.failed = server, total, 0
+        self.lock = threading.Lock()
+        self.threads = [threading.Thread(target=self._run) for _ in range(threads)]
+        for thread in self.threads:
+            thread.start()
+
+    def _run(self):
+        while True:
+            with self.lock:
+                if self.left <= 0:
+                    return
+                self.left -= 1
+            try:
+                assert self.server.get().isdigit()
+            except (OSError, http.client.HTTPException, AssertionError):
+                with self.lock:
+                    self.failed += 1
+
+    def running(self):
+        return any(thread.is_alive() for thread in self.threads)
+
+    def join(self):
+        for thread in self.threads:
+            thread.join()
+        return self.failed
+
+
+def churn(server, total):
+    """Serve `total` requests while workers are killed, HUPped and re-forked; returns the number
+    of failed requests and of kills."""
+    load = Load(server, total)
+    turn = kills = 0
+    while load.running():
+        time.sleep(0.1)
+        turn += 1
+        with contextlib.suppress(OSError, IndexError):
+            if turn % 8 == 0:
+                os.kill(server.master, signal.SIGHUP)
+            elif turn % 2 == 0:
+                os.kill(server.workers[turn % 4], signal.SIGTERM)
+            elif turn % 5 == 0:
+                os.kill(server.workers[turn % 4], signal.SIGKILL)
+                kills += 1
+    return load.join(), kills
+
+
+def test_twenty_thousand_requests_under_churn(python, images, tmp_path):
+    """No more failed requests than the same churn costs an unprimed server: a request that a
+    SIGKILLed worker was serving, and no others."""
+    faults = kernel_faults()
+    for primed in ("0", "1"):
+        directory = tmp_path / primed
+        directory.mkdir()
+        env = {"PAGE_PRIMER_IMAGE_DIR": str(images), "PAGE_PRIMER": primed}
+        options = ["--workers", "4", "--max-requests", "300", "--max-requests-jitter", "100"]
+        with Gunicorn(python, directory, *options, env=env) as server:
+            failed, kills = churn(server, 20_000)
+            assert kills
+            # Each thread has one request under way at most.
+            assert failed <= 4 * kills, server.log()[-4000:]
+            if primed == "1":
+                server.wait_for_workers(4)
+                time.sleep(0.5)
+                check([server.master, *server.workers])
+        log = server.log()
+        ends = set(re.findall(r"was sent (SIG\w+)", log))
+        assert ends <= {"SIGKILL", "SIGTERM", "SIGHUP"}, ends
+        assert "Traceback" not in log
+    assert kernel_faults() == faults

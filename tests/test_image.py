@@ -1,0 +1,120 @@
+"""Images: ELF files that say of themselves what is true of the process that maps them."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from elftools.elf.elffile import ELFFile
+from process import Process, interpreter
+
+
+@pytest.fixture(scope="module")
+def primed(tmp_path_factory):
+    """(object's path, image's path, base, mappings) of the interpreter and of libcrypto."""
+    directory = tmp_path_factory.mktemp("images")
+    with Process(sys.executable) as process:
+        process.run("import ssl")
+        report = process.prime(image_dir=str(directory))
+        found = [
+            (obj["path"], obj["where"], obj["segments"][0]["start"])
+            for obj in report["objects"]
+            if obj["where"]
+        ]
+        maps = open(f"/proc/{process.pid}/maps").read()
+        memory = open(f"/proc/{process.pid}/mem", "rb", buffering=0)
+        yield found, maps, memory
+        memory.close()
+
+
+def loads(path):
+    with open(path, "rb") as file:
+        return [dict(s.header) for s in ELFFile(file).iter_segments("PT_LOAD")]
+
+
+def build_id(path):
+    done = subprocess.run(["readelf", "-nW", path], capture_output=True, text=True)
+    return [line.split()[-1] for line in done.stdout.splitlines() if "Build ID" in line]
+
+
+def test_a_well_formed_file(primed):
+    for _, image, _ in primed[0]:
+        done = subprocess.run(["readelf", "-aW", image], capture_output=True, text=True)
+        assert done.returncode == 0
+        assert "Error" not in done.stderr
+        assert "Warning" not in done.stderr, done.stderr
+        mode = os.stat(image).st_mode & 0o777
+        assert mode == 0o555
+
+
+def test_content_is_the_originals_at_its_addresses(primed):
+    for path, image, _ in primed[0]:
+        with open(path, "rb") as one, open(image, "rb") as two:
+            table = loads(image)
+            for load in loads(path):
+                one.seek(load["p_offset"])
+                content = one.read(load["p_filesz"])
+                home = next(
+                    t for t in table
+                    if t["p_vaddr"] <= load["p_vaddr"] < t["p_vaddr"] + t["p_memsz"]
+                )  # fmt: skip
+                two.seek(home["p_offset"] + load["p_vaddr"] - home["p_vaddr"])
+                assert two.read(len(content)) == content
+
+
+def test_program_headers_are_the_mappings(primed):
+    """py-spy: bias = start of the executable mapping - p_vaddr of the executable PT_LOAD."""
+    for _, image, base in primed[0]:
+        first = None
+        for line in primed[1].splitlines():
+            if line.endswith(image) and "r-xp" in line:
+                start, end = (int(part, 16) for part in line.split()[0].split("-"))
+                first = first or (start, end, int(line.split()[2], 16))
+        executable = next(load for load in loads(image) if load["p_flags"] & 1)
+        address = base if base > 0x400000 else 0
+        assert first == (
+            address + executable["p_vaddr"],
+            address + executable["p_vaddr"] + executable["p_memsz"],
+            executable["p_offset"],
+        )
+
+
+def test_memory_is_what_the_file_says(primed):
+    memory = primed[2]
+    for line in primed[1].splitlines():
+        fields = line.split()
+        if len(fields) > 5 and fields[5] in [image for _, image, _ in primed[0]]:
+            start, end = (int(part, 16) for part in fields[0].split("-"))
+            memory.seek(start)
+            with open(fields[5], "rb") as file:
+                file.seek(int(fields[2], 16))
+                assert memory.read(end - start) == file.read(end - start)
+
+
+def test_symbols_are_the_originals(primed):
+    def symbols(path):
+        done = subprocess.run(["nm", "-D", "--defined-only", path], capture_output=True, text=True)
+        table = subprocess.run(["nm", "--defined-only", path], capture_output=True, text=True)
+        return done.stdout, table.stdout
+
+    for path, image, _ in primed[0]:
+        assert symbols(image) == symbols(path)
+        assert symbols(path)[0]
+
+
+def test_the_build_id_is_its_own(primed):
+    for path, image, _ in primed[0]:
+        assert len(build_id(image)) == 1
+        assert build_id(image) != build_id(path)
+        # Within the first page, where the kernel looks (perf record --buildid-mmap).
+        assert bytes.fromhex(build_id(image)[0]) in open(image, "rb").read(4096)
+    assert len({build_id(image)[0] for _, image, _ in primed[0]}) == len(primed[0])
+
+
+def test_the_same_image_is_written_the_same(python, tmp_path):
+    files = []
+    for name in ("one", "two"):
+        with Process(python) as process:
+            core = interpreter(process.prime(image_dir=str(tmp_path / name)))
+            files.append(open(core["where"], "rb").read())
+    assert files[0] == files[1]

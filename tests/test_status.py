@@ -1,0 +1,116 @@
+"""`page-primer status`, compared with smaps as the tests read them."""
+
+import json
+import subprocess
+import sys
+
+import outside
+import pytest
+from process import Process, interpreter
+
+MIB = 1 << 20
+
+
+def status(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "page_primer", "status", *map(str, arguments)],
+        capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def by_path(process_status, path):
+    return next(obj for obj in process_status["objects"] if obj["path"] == path)
+
+
+@pytest.mark.parametrize("backing", ["image", "memfd", "anonymous", None])
+def test_it_tells_what_smaps_tells(every_python, images, backing):
+    with Process(every_python) as process:
+        if backing:
+            report = process.prime(backing=backing, image_dir=str(images), keep_profilers=False)
+            path = interpreter(report)["path"]
+        path = outside.interpreter_file(process.pid)
+        text = outside.text_of(process.pid, path)
+        ((found),) = json.loads(status("--json", process.pid).stdout)
+        assert (found["pid"], found["problem"]) == (process.pid, None)
+        core = by_path(found, path)
+        # Code is all of the executable segments, .text the greatest part of them.
+        assert 0 <= core["code_huge_bytes"] - text.huge <= 0x10000
+        assert core["code_bytes"] >= text.size
+        if backing:  # other processes come and go on an unprimed interpreter's pages
+            assert core["pss_bytes"] == text.pss
+        assert core["copied_bytes"] == sum(
+            v.end - v.start for v in text.span_vmas if v.path != path
+        )
+        assert bool(core["copied_bytes"]) == bool(text.huge)
+        if backing:
+            assert found["locked_bytes"] > 0
+            assert core["locked_bytes"] >= text.span
+            measured = interpreter(report)
+            for name in ("code_bytes", "code_huge_bytes", "copied_bytes", "locked_bytes"):
+                assert core[name] == measured[name], name
+        paths = [obj["path"] for obj in found["objects"]]
+        assert len(paths) == len(set(paths)), "an object is listed once"
+        assert any(path.endswith("libc.so.6") for path in paths)
+
+
+def test_children_are_shown(python, images):
+    with Process(python) as process:
+        process.prime(image_dir=str(images))
+        child = process.run(
+            "import os, signal\nchild = os.fork()\n"
+            "if child == 0: signal.pause(); os._exit(0)\nresult = child"
+        )
+        try:
+            found = json.loads(status("--json", process.pid).stdout)
+            assert [one["pid"] for one in found] == [process.pid, child]
+            assert found[1]["parent"] == process.pid
+            assert found[1]["locked_bytes"] == 0, "a fork does not inherit locks"
+            text = status(process.pid).stdout
+            assert f"{child}  " in text
+            assert "image in" in text
+            assert "100 %" in text
+        finally:
+            process.run(f"os.kill({child}, 9); os.waitpid({child}, 0)")
+
+
+def test_not_a_python_process():
+    sleeper = subprocess.Popen(["sleep", "60"])
+    try:
+        done = status(sleeper.pid)
+        assert done.returncode == 0
+        assert "libc.so.6" in done.stdout
+    finally:
+        sleeper.kill()
+        sleeper.wait()
+
+
+def test_no_such_process():
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    done = status(ended.pid)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"page-primer: no process {ended.pid}\n"
+
+
+def test_a_process_without_mappings():
+    """A kernel thread, or a zombie."""
+    zombie = subprocess.Popen(["true"])
+    try:
+        while open(f"/proc/{zombie.pid}/stat").read().split()[2] != "Z":
+            pass
+        assert status(zombie.pid).returncode in (0, 1)
+        assert "Traceback" not in status(zombie.pid).stderr
+    finally:
+        zombie.wait()
+
+
+def test_a_closed_pipe_is_quiet():
+    script = f'"{sys.executable}" -m page_primer status --all $$ | true'
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert done.stderr == ""
+
+
+def test_command_line_errors():
+    done = status("nonsense")
+    assert done.returncode == 2
+    assert "invalid int value" in done.stderr

@@ -1,0 +1,253 @@
+"""The store of images: sharing, pruning, and everything an environment can do to it."""
+
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import textwrap
+import time
+from pathlib import Path
+
+import outside
+import pytest
+from process import Process, interpreter
+
+IS_ROOT = os.geteuid() == 0
+
+
+def huge(process):
+    text = outside.text_of(process.pid)
+    return text.huge == text.attainable > 0
+
+
+def test_names_and_modes(python, images):
+    with Process(python) as process:
+        core = interpreter(process.prime(image_dir=str(images)))
+        where = Path(core["where"])
+        assert images.stat().st_mode & 0o777 == 0o755
+        assert where.stat().st_mode & 0o777 == 0o555
+        assert os.readlink(where.parent / "origin") == core["path"]
+        assert {entry.name for entry in where.parent.iterdir()} == {"origin", where.name}
+
+
+def test_a_wrong_image_is_never_mapped_and_is_written_again(python, images):
+    with Process(python) as process:
+        core = interpreter(process.prime(image_dir=str(images)))
+        where = Path(core["where"])
+    for position in (0x200000 + 0x1000, 0x200000 + 0x150000):
+        where.chmod(0o755)
+        with open(where, "r+b") as file:
+            file.seek(position)
+            byte = file.read(1)
+            file.seek(position)
+            file.write(bytes([byte[0] ^ 0xFF]))
+        where.chmod(0o555)
+        with Process(python) as process:
+            core = interpreter(process.prime(image_dir=str(images)))
+            assert huge(process)
+            assert any("wrong content" in note for note in core["notes"])
+            assert core["written_bytes"] > 0
+        with Process(python) as process:
+            core = interpreter(process.prime(image_dir=str(images)))
+            assert (core["written_bytes"], core["notes"]) == (0, [])
+
+
+@pytest.mark.parametrize("size", [0, 4096, 0x200000 + 4096])
+def test_a_truncated_image_is_written_again(python, images, size):
+    """What a crash of the machine can leave behind; reading beyond its end would be a SIGBUS."""
+    with Process(python) as process:
+        where = Path(interpreter(process.prime(image_dir=str(images)))["where"])
+    where.chmod(0o755)
+    os.truncate(where, size)
+    where.chmod(0o555)
+    with Process(python) as process:
+        process.prime(image_dir=str(images))
+        assert huge(process)
+
+
+def test_an_image_others_can_write_is_not_used(python, images):
+    with Process(python) as process:
+        where = Path(interpreter(process.prime(image_dir=str(images)))["where"])
+    where.chmod(0o777)
+    before = where.stat().st_ino
+    with Process(python) as process:
+        process.prime(image_dir=str(images))
+        assert where.stat().st_ino != before
+        assert where.stat().st_mode & 0o777 == 0o555
+
+
+@pytest.mark.parametrize(
+    ("prepare", "reason"),
+    [
+        (lambda path: path.mkdir(mode=0o777) or path.chmod(0o777), "not ours alone"),
+        (lambda path: path.write_text(""), "Not a directory"),
+        (lambda path: path.symlink_to("/tmp"), "Not a directory"),
+        pytest.param(
+            lambda path: path.mkdir() or os.chown(path, 65534, 65534), "not ours alone",
+            marks=pytest.mark.skipif(not IS_ROOT, reason="only root can give a directory away"),
+        ),
+    ],
+    ids=["world-writable", "file", "symlink", "foreign"],
+)  # fmt: skip
+def test_a_directory_that_is_not_ours_is_refused(python, images, prepare, reason):
+    prepare(images)
+    with Process(python) as process:
+        core = interpreter(process.prime(image_dir=str(images), backing="image"))
+        assert core["backing"] is None
+        assert any(reason in note for note in core["notes"]), core["notes"]
+    assert not images.is_dir() or images.is_symlink() or not list(images.iterdir())
+
+
+def as_mount(tmp_path, options):
+    """A command prefix: a private mount namespace with a tmpfs at tmp_path/mounted."""
+    (tmp_path / "mounted").mkdir()
+    script = f'mount -t tmpfs -o {options} none {tmp_path}/mounted && exec "$@"'
+    prefix = ["unshare", "--mount", "sh", "-c", script, "sh"]
+    if subprocess.run([*prefix, "true"], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    return prefix
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [("size=2m", "No space left"), ("size=2m,ro", "Read-only"), ("noexec", "not permitted")],
+)
+def test_a_full_readonly_or_noexec_disk_is_an_outcome(python, tmp_path, options, said):
+    with Process(python, wrapper=as_mount(tmp_path, options)) as process:
+        directory = tmp_path / "mounted" / "images"
+        report = process.prime(image_dir=str(directory))
+        core = interpreter(report)
+        assert any(said in note for note in core["notes"]), core["notes"]
+        assert core["backing"] in ("memfd", "anonymous", None)
+        # Nothing half-written stays behind.
+        left = process.run(
+            f"import glob; result = glob.glob('{directory}/*/.new*') + "
+            f"[p for p in glob.glob('{directory}/*/*') if os.path.getsize(p) == 0]"
+        )
+        assert left == []
+        assert process.run("import decimal; result = str(decimal.Decimal(1))") == "1"
+
+
+@pytest.mark.skipif(not IS_ROOT, reason="only root can become nobody")
+def test_no_permission_is_an_outcome(python, tmp_path):
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o700)
+    wrapper = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+    if subprocess.run([*wrapper, python, "-c", "import page_primer"]).returncode:
+        pytest.skip("another user may not run this interpreter")
+    with Process(python, wrapper=wrapper) as process:
+        core = interpreter(process.prime(image_dir=str(locked / "images")))
+        assert any("Permission denied" in note for note in core["notes"])
+        assert core["backing"] in ("memfd", "anonymous", None)
+
+
+def test_processes_that_start_together_write_one_image(python, images):
+    code = f"import page_primer; r = page_primer.prime(image_dir={str(images)!r}); "
+    code += "print(r.interpreter.written_bytes, r.interpreter.where, flush=True); input()"
+    started = [
+        subprocess.Popen(
+            [python, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(8)
+    ]
+    try:
+        answers = [process.stdout.readline().split() for process in started]
+        written = [int(answer[0]) for answer in answers]
+        assert sum(size > 0 for size in written) == 1, written
+        assert len({answer[1] for answer in answers}) == 1
+        texts = [outside.text_of(process.pid) for process in started]
+        assert all(text.huge == text.attainable for text in texts)
+        assert sum(text.pss for text in texts) == pytest.approx(texts[0].span, rel=0.05)
+    finally:
+        for process in started:
+            process.communicate("\n")
+
+
+def test_a_writer_killed_half_way_is_no_obstacle(python, images):
+    code = textwrap.dedent(f"""
+        import os, signal, page_primer, page_primer.image as image
+        write = image._write_all
+        def half(fd, data, offset):
+            write(fd, data[: len(data) // 2], offset)
+            os.kill(os.getpid(), signal.SIGKILL)
+        image._write_all = half
+        page_primer.prime(image_dir={str(images)!r})
+    """)
+    done = subprocess.run([python, "-c", code])
+    assert done.returncode == -signal.SIGKILL
+    (draft,) = images.glob("*/.new-*")
+    with Process(python) as process:
+        began = time.monotonic()
+        assert interpreter(process.prime(image_dir=str(images)))["written_bytes"] > 0
+        assert huge(process)
+        assert time.monotonic() - began < 20
+    assert draft.exists()  # in a folder in use; it goes when the folder is pruned
+
+
+def test_pruning_removes_what_nobody_uses(python, images):
+    """Images of a changed file go, images in use stay, and a few spare ones of each file stay."""
+    with Process(python) as process:
+        core = interpreter(process.prime(image_dir=str(images)))
+        where = Path(core["where"])
+        kept = where.parent
+
+        # Folders as if of an earlier content of the same file, and of other load phases.
+        parts = kept.name.split("-")
+        stale = images / "-".join([*parts[:3], "1", *parts[4:]])
+        used = images / "-".join([*parts[:3], "2", *parts[4:]])
+        spare = [images / "-".join([*parts[:7], f"{n:x}000", parts[8]]) for n in range(1, 9)]
+        for number, folder in enumerate((stale, used, *spare)):
+            folder.mkdir()
+            os.symlink(core["path"], folder / "origin")
+            shutil.copy(where, folder / where.name)
+            os.utime(folder / where.name, (number + 1, number + 1))
+            os.utime(folder, (number + 1, number + 1))
+        (stale / ".new-1-0").write_text("half")
+        foreign = images / "something-else"
+        foreign.mkdir()
+        with open(used / where.name, "rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            process.run(f"import page_primer.store; s = page_primer.store.Store({str(images)!r})")
+            process.run("s.prune()")
+            assert not stale.exists()
+            assert used.exists()
+            assert kept.exists()
+            assert sum(folder.exists() for folder in spare) == 3  # with `kept` four of this file
+            assert spare[-1].exists()
+            assert foreign.exists()
+        process.run("s.prune()")
+        assert not used.exists()
+        assert huge(process)
+
+
+def test_a_forked_child_holds_the_image_too(python, images):
+    """The parent restores and ends; its child runs on with the image, which must stay."""
+    with Process(python) as process:
+        core = interpreter(process.prime(image_dir=str(images)))
+        child = process.run(
+            "import os, signal\n"
+            "child = os.fork()\n"
+            "if child == 0: signal.pause(); os._exit(0)\n"
+            "result = child"
+        )
+        try:
+            process.restore()
+            folder = Path(core["where"]).parent
+            process.run(f"import page_primer.store; s = page_primer.store.Store({str(images)!r})")
+            process.run(f"s._remove({folder.name!r})")
+            assert folder.exists()
+        finally:
+            process.run(f"os.kill({child}, 9); os.waitpid({child}, 0)")
+        process.run(f"s._remove({folder.name!r})")
+        assert not folder.exists()
+
+
+def test_default_directory(python, tmp_path):
+    env = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "HOME": str(tmp_path)}
+    source = "import page_primer.store; result = page_primer.store.candidates()"
+    with Process(python, env=env) as process:
+        found = process.run(source)
+    assert f"{tmp_path}/cache/page-primer" in found
+    assert f"/dev/shm/page-primer-{os.geteuid()}" in found
+    assert (found[0] == "/var/cache/page-primer") == IS_ROOT
