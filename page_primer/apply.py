@@ -282,15 +282,12 @@ def _choose(move: Move, pmd: int, options: Options, notes: list[str]) -> Prepare
 def _swap_in(obj: Object, prepared: Prepared) -> None:
     original = os.open(obj.path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        _core.swap(
-            obj.base,
-            obj.headers,
-            [(p.region.start, p.size, p.protection, p.source, p.fd, p.offset)
-             for p in prepared.pieces],
-            [(start, end - start, protection, 0, original, offset)
-             for start, end, protection, offset in _original_mappings(
-                 obj, [piece.region for piece in prepared.pieces])],
-        )  # fmt: skip
+        regions = [piece.region for piece in prepared.pieces]
+        undo = [
+            (start, end - start, protection, 0, original, offset)
+            for start, end, protection, offset in _original_mappings(obj, regions)
+        ]
+        _core.swap(obj.base, obj.headers, [piece.swap for piece in prepared.pieces], undo)
     finally:
         os.close(original)
 
@@ -315,19 +312,29 @@ def _put_back(primed: Primed) -> None:
     obj = primed.object
     fd = os.open(obj.path, os.O_RDONLY | os.O_CLOEXEC)
     areas: list[tuple[int, int]] = []
+    between: Prepared | None = None
     try:
         if obj.source is None or survey.Source.of(obj.path, os.fstat(fd)) != obj.source:
             raise OSError(errno.ESTALE, survey.FILE_GONE)
-        pieces = []
+        originals = []
         for start, end, protection, offset in _original_mappings(obj, primed.regions):
             source = _core.reserve(end - start, survey.page_size(), 0)
             _core.map(source, end - start, protection, _core.MAP_PRIVATE, fd, offset)
             areas.append((source, end - start))
-            pieces.append((start, end - start, protection, source, fd, offset))
-        _core.swap(obj.base, obj.headers, pieces, pieces)
+            originals.append((start, end - start, protection, source, fd, offset))
+        pieces = originals
+        if primed.prepared.backing == "hugetlb":
+            # Such a mapping can be cut at whole huge pages only (EINVAL): other memory takes its
+            # place first, each region at once, and the file's mappings take that one's.
+            between = backing.small(obj, primed.regions, primed.prepared.pmd)
+            pieces = [piece.swap for piece in between.pieces] + originals
+        _core.swap(obj.base, obj.headers, pieces, originals)
     finally:
+        if between is not None:
+            between.unmap()
         for source, length in areas:
-            _core.unmap(source, length)
+            with contextlib.suppress(OSError):
+                _core.unmap(source, length)
         os.close(fd)
 
 

@@ -58,6 +58,11 @@ class Piece:
     def size(self) -> int:
         return self.region.end - self.region.start
 
+    @property
+    def swap(self) -> tuple[int, int, int, int, int, int]:
+        """The piece as _core.swap() takes it."""
+        return self.region.start, self.size, self.protection, self.source, self.fd, self.offset
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -293,6 +298,15 @@ def _memory_file(name: str, move: Move, pmd: int, flags: int) -> Iterator[Attemp
     finally:
         if fd >= 0:
             os.close(fd)
+
+
+def small(obj: Object, regions: Sequence[Region], pmd: int) -> Prepared:
+    """A copy of regions in a memory file, on whatever pages: allowed under MDWE as well, unlike
+    anonymous memory that becomes executable. Raises OSError."""
+    found = next(_memory_file("memfd", Move(obj, (), tuple(regions)), pmd, 0))
+    if isinstance(found, Refused):
+        raise OSError(errno.ENOMEM, found.reason)
+    return found
 
 
 def _memfd_create(name: str, flags: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -99,7 +100,7 @@ def _status(given: argparse.Namespace) -> int:
                 "",
             ]
         )
-        print(_table(("object", "code", "huge", "locked", "copied", "shared", "PSS", "on"), rows))
+        _show_table(("object", "code", "huge", "locked", "copied", "shared", "PSS", "on"), rows)
     return 0 if any(process.problem is None for process in processes) else 1
 
 
@@ -122,15 +123,27 @@ def _doctor(given: argparse.Namespace) -> int:
     return 0
 
 
-def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns, the first and the last aligned to the left, numbers to the right."""
+def _show_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print columns: the first and the last aligned to the left, numbers to the right."""
     last = len(titles) - 1
+    if sys.stdout.isatty():
+        # With the extra `cli` long names fold to the width of the terminal.
+        with contextlib.suppress(ImportError):
+            from rich.console import Console
+            from rich.table import Table
+
+            table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 1), header_style="bold")
+            for column, title in enumerate(titles):
+                left = column in (0, last)
+                table.add_column(title, justify="left" if left else "right", overflow="fold")
+            for row in rows:
+                table.add_row(*row)
+            Console(highlight=False).print(table)
+            return
     widths = [max(len(line[i]) for line in (titles, *rows)) for i in range(len(titles))]
-    return "\n".join(
-        "  "
-        + "  ".join(
+    for line in (titles, *rows):
+        cells = [
             cell.ljust(width) if column in (0, last) else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in (titles, *rows)
-    )
+        ]
+        print("  " + "  ".join(cells).rstrip())

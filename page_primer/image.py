@@ -159,9 +159,11 @@ def _content(layout: Layout, original: int) -> Iterator[tuple[int, memoryview]]:
         if not inside:
             continue
         low, high = inside[0][0], max(end for _, end, _, _ in inside)
-        buffer[low - block : high - block] = bytes(high - low)
+        at = low
         for start, end, segment, offset in inside:
+            buffer[at - block : start - block] = bytes(start - at)
             _read_into(original, buffer[start - block : end - block], offset + start - segment)
+            at = end
         yield low, buffer[low - block : high - block]
 
 
@@ -169,8 +171,9 @@ def _read_into(fd: int, buffer: memoryview, offset: int) -> None:
     done = 0
     while done < len(buffer):
         count = os.preadv(fd, [buffer[done:]], offset + done)
-        if count == 0:
-            return  # beyond the end of the file a mapping reads zeroes; so does the buffer
+        if count == 0:  # beyond the end of the file a mapping reads zeroes
+            buffer[done:] = bytes(len(buffer) - done)
+            return
         done += count
 
 

@@ -29,7 +29,7 @@ def _huge_ranges(mappings: Iterable[Mapping], pmd: int) -> Iterator[tuple[int, i
     """(start, end, bytes): the part of each mapping that huge pages can cover, and how much of it
     they do."""
     for mapping in mappings:
-        if pmd and mapping.huge:
+        if pmd and mapping.size >= pmd and mapping.huge:
             start, end = Region(mapping.start, mapping.end, 0).huge(pmd)
             yield start, end, mapping.huge
 

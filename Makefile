@@ -1,0 +1,52 @@
+# make demo    a real gunicorn application, primed, with the report shown
+# make test    the whole test suite
+# make lint    formatting, lint rules, types
+# make bench   what priming costs
+# make kernels Debian's Python under other kernels, in qemu
+#
+# Each does all the set-up it needs, in .venv and (as root on Debian) with apt-get.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml setup.py page_primer/_core.c
+
+.PHONY: demo test lint bench kernels clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/gunicorn/demo.py
+
+test: $(VENV)/.dev
+	tools/system-packages gdb:gdb ps:procps setpriv:util-linux readelf:binutils
+	$(BIN)/pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/prime_cost.py
+
+kernels: $(VENV)/.dev
+	tools/kernels
+
+$(VENV)/.created:
+	tools/system-packages gcc:build-essential
+	@$(PYTHON) -c "import ensurepip, venv" 2>/dev/null || \
+	    tools/system-packages /usr/share/doc/python3-venv:python3-venv
+	@test -e "$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" || \
+	    tools/system-packages /usr/include/none/Python.h:python3-dev
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.created $(SOURCES)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[gunicorn,cli]" flask
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.created $(SOURCES)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info page_primer/*.so
