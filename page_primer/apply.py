@@ -33,7 +33,6 @@ class Primed:
     object: Object
     regions: tuple[Region, ...]
     prepared: Prepared
-    huge: int  # bytes on huge pages after the swap
     notes: tuple[str, ...]
 
     @property
@@ -55,6 +54,7 @@ class Process:
     notes: dict[Key, tuple[str, ...]] = field(default_factory=dict)
     locked: dict[Range, Lock] = field(default_factory=dict)
     refused: dict[Range, tuple[Lock, OSError]] = field(default_factory=dict)
+    huge: int = 0  # bytes of moved regions on huge pages, when last measured
     report: Report | None = None
 
     def prime(self, options: Options) -> Report:
@@ -65,25 +65,30 @@ class Process:
         last = self.report
         if last is not None and self.options == options and self.loads == _core.loads():
             if child and not self._inherit():
-                last = self.report = self._measure([], began)
+                last = self.report = self._measure((), smaps.read_smaps(), began)
             return replace(last, pid=self.pid, moved=(), milliseconds=_since(began))
         if child:
             self.locked.clear()
         moved = self._move_new(options)
         self._lock(plan.locks(self.objects, smaps.read_maps(), options))
-        self.report = self._measure(moved, began)
+        mappings = smaps.read_smaps()
+        if self._take_back_small(moved, mappings):
+            mappings = smaps.read_smaps()
+        self.report = self._measure(moved, mappings, began)
         return self.report
 
     def _inherit(self) -> bool:
         """In a forked child: lock what the parent had locked, which a fork does not inherit, and
         have the moved code mapped. Returns whether everything is as it was in the parent, so that
         the parent's measurements hold."""
-        before = set(self.locked), sum(primed.huge for primed in self.primed.values())
+        before = set(self.locked), self.huge
         wanted = [*self.locked.values(), *(lock for lock, _ in self.refused.values())]
         self.locked.clear()
         self._lock(wanted)
-        after = set(self.locked), sum(_fault_in(p.regions) for p in self.primed.values())
-        return before == after
+        for primed in self.primed.values():
+            _fault_in(primed.regions)
+        self.huge = self._huge(smaps.starting_at(self._starts()))
+        return before == (set(self.locked), self.huge)
 
     def restore(self) -> Report:
         """Put everything back; see page_primer.restore()."""
@@ -107,12 +112,13 @@ class Process:
         self.left.clear()
         self.notes.clear()
         self.options = None
-        self.report = self._measure([], began)
+        self.report = self._measure((), smaps.read_smaps(), began)
         return self.report
 
     # -------------------------------------------------------------------------------- moving ---
 
-    def _move_new(self, options: Options) -> list[str]:
+    def _move_new(self, options: Options) -> list[Key]:
+        """Survey the process and move what can be moved and is not yet; returns what was."""
         found = survey.take()
         self._forget_unloaded(found)
         used = sum(primed.bytes for primed in self.primed.values())
@@ -121,10 +127,11 @@ class Process:
         for left in planned.left:
             self.left.setdefault(_key(left.object), []).append(left)
         moved = []
+        places = backing.directories(options) if planned.moves else []
         for move in planned.moves:
             key = _key(move.object)
             try:
-                primed = _carry_out(move, found.pmd_size, options)
+                primed = _carry_out(move, found.pmd_size, options, places)
             except NotMoved as why:
                 self._leave(move.object, str(why), why.notes)
                 continue
@@ -133,12 +140,37 @@ class Process:
                 continue
             self.primed[key] = primed
             self.left[key] = plan.explain(move.object, primed.regions, found.pmd_size)
-            moved.append(move.object.path)
+            moved.append(key)
         if _core.loads() != found.loads:
             found = survey.take()  # writing an image loads modules, which are to be locked as well
         self.objects, self.pmd = found.objects, found.pmd_size
         self.options, self.loads = options, found.loads
         return moved
+
+    def _take_back_small(self, moved: list[Key], mappings: Sequence[Mapping]) -> bool:
+        """Put back what was huge where it was prepared, but is not where it was moved to: that is
+        not what was asked for. Returns whether there was any."""
+        taken_back = False
+        for key in list(moved):
+            primed = self.primed[key]
+            starts = {region.start for region in primed.regions}
+            if any(m.huge for m in mappings if m.start in starts):
+                continue
+            with contextlib.suppress(OSError):
+                _put_back(primed)
+                del self.primed[key]
+                reason = f"no huge pages after the swap ({primed.prepared.where})"
+                self._leave(primed.object, reason, primed.notes)
+                moved.remove(key)
+                taken_back = True
+        return taken_back
+
+    def _starts(self) -> set[int]:
+        return {region.start for primed in self.primed.values() for region in primed.regions}
+
+    def _huge(self, mappings: Iterable[Mapping]) -> int:
+        starts = self._starts()
+        return sum(mapping.huge for mapping in mappings if mapping.start in starts)
 
     def _forget_unloaded(self, found: Survey) -> None:
         """Drop what was unloaded since, or unloaded and loaded again at the same address."""
@@ -173,8 +205,8 @@ class Process:
 
     # ----------------------------------------------------------------------------- measuring ---
 
-    def _measure(self, moved: Sequence[str], began: float) -> Report:
-        mappings = smaps.read_smaps()
+    def _measure(self, moved: Sequence[Key], mappings: Sequence[Mapping], began: float) -> Report:
+        self.huge = self._huge(mappings)
         _, refusal = next(iter(self.refused.values()), (None, None))
         limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
         over = refusal is not None and refusal.errno in (errno.ENOMEM, errno.EPERM, errno.EAGAIN)
@@ -184,7 +216,7 @@ class Process:
             pid=self.pid,
             reason=None,
             objects=tuple(self._measure_object(obj, mappings) for obj in self.objects),
-            moved=tuple(moved),
+            moved=tuple(self.primed[key].object.path for key in moved),
             lock_wanted_bytes=refused + sum(end - start for start, end in self.locked),
             lock_refused_bytes=refused,
             lock_refusal=backing.reason_of(refusal) if refusal else None,
@@ -223,7 +255,7 @@ class NotMoved(Exception):
         self.notes = tuple(notes)
 
 
-def _carry_out(move: Move, pmd: int, options: Options) -> Primed:
+def _carry_out(move: Move, pmd: int, options: Options, places: Sequence[backing.Place]) -> Primed:
     """Move one object to the first backing that smaps confirms.
 
     Raises:
@@ -231,11 +263,12 @@ def _carry_out(move: Move, pmd: int, options: Options) -> Primed:
     """
     notes: list[str] = []
     for last_try in (False, True):
-        prepared = _choose(move, pmd, options, notes)
+        prepared = _choose(backing.attempts(move, pmd, options, places), notes)
         try:
             _swap_in(move.object, prepared)
         except _core.Error as error:
-            prepared.discard()
+            # Pieces are replaced in order: those before the one that failed have been moved.
+            prepared.discard(moved_below=error.start if error.step in ("replace", "undo") else 0)
             if error.step != "compare":
                 raise NotMoved(f"swap failed at {backing.reason_of(error)}", notes) from error
             if last_try or not _discard_wrong_image(move.object, prepared, error.start):
@@ -246,21 +279,16 @@ def _carry_out(move: Move, pmd: int, options: Options) -> Primed:
             prepared.discard()
             raise NotMoved(backing.reason_of(error), notes) from error
         regions = tuple(piece.region for piece in prepared.pieces)
-        primed = Primed(move.object, regions, prepared, _fault_in(regions), tuple(notes))
-        prepared.unmap(moved=True)
-        if primed.huge:
-            return primed
-        # Huge where it was prepared, and not here: not what was asked for, so not worth it.
-        with contextlib.suppress(OSError):
-            _put_back(primed)
-        raise NotMoved(f"{prepared.where}: no huge pages after the swap", notes)
+        _fault_in(regions)
+        prepared.unmap(moved_below=regions[-1].end)
+        return Primed(move.object, regions, prepared, tuple(notes))
     raise AssertionError("unreachable")
 
 
-def _choose(move: Move, pmd: int, options: Options, notes: list[str]) -> Prepared:
+def _choose(attempts: Iterable[backing.Attempt], notes: list[str]) -> Prepared:
     """The first attempt that is huge throughout, or else the one that came nearest."""
     best: Prepared | None = None
-    for attempt in backing.attempts(move, pmd, options):
+    for attempt in attempts:
         if isinstance(attempt, Refused):
             notes.append(f"{attempt.where}: {attempt.reason}")
             continue
@@ -356,14 +384,13 @@ def _discard_wrong_image(obj: Object, prepared: Prepared, address: int) -> bool:
     return False
 
 
-def _fault_in(regions: Sequence[Region]) -> int:
-    """Have the regions mapped, by huge entries where possible; returns the bytes that are."""
+def _fault_in(regions: Sequence[Region]) -> None:
+    """Have the regions mapped, by huge entries where possible; smaps will tell."""
     for region in regions:
         with contextlib.suppress(OSError):
             _core.advise(region.start, region.end - region.start, _core.MADV_HUGEPAGE)
         with contextlib.suppress(OSError):
             _core.populate(region.start, region.end - region.start)
-    return sum(m.huge for m in smaps.starting_at({region.start for region in regions}))
 
 
 def _key(obj: Object) -> Key:

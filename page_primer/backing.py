@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from page_primer import _core, image, smaps, store
+from page_primer.mounts import mount_at
 from page_primer.options import Options
 from page_primer.plan import Move, Region
 from page_primer.survey import PF_X, Object
@@ -86,16 +87,17 @@ class Prepared:
         """Bytes that smaps shows on huge pages."""
         return sum(m.huge for m in smaps.starting_at({p.source for p in self.pieces}))
 
-    def discard(self) -> None:
+    def discard(self, *, moved_below: int = 0) -> None:
         """Give the replacement up."""
-        self.unmap()
+        self.unmap(moved_below=moved_below)
         if self.image is not None:
             self.image.close()
 
-    def unmap(self, *, moved: bool = False) -> None:
-        """Unmap what was mapped for comparison (with `moved`, what a move left behind)."""
+    def unmap(self, *, moved_below: int = 0) -> None:
+        """Unmap what was mapped for comparison. What was moved to a target below `moved_below` is
+        no longer there, and its place may be somebody else's by now."""
         for piece in self.pieces:
-            gone = piece.size if moved and piece.fd < 0 else 0
+            gone = piece.size if piece.fd < 0 and piece.region.start < moved_below else 0
             with contextlib.suppress(OSError):
                 _core.unmap(piece.source + gone, piece.size + _GUARD - gone)
         for fd in self.keep:
@@ -103,18 +105,29 @@ class Prepared:
 
 
 Attempt = Prepared | Refused
+Place = tuple[str, str | None]  # a directory for images, and why it is passed over, if it is
 
 # A page behind every piece, so that the kernel does not merge it with what is mapped next to it
 # and smaps speaks of it alone.
 _GUARD = os.sysconf("SC_PAGESIZE")
 
 
-def attempts(move: Move, pmd: int, options: Options) -> Iterator[Attempt]:
+def attempts(move: Move, pmd: int, options: Options, places: Sequence[Place]) -> Iterator[Attempt]:
     """Try the backings that the options allow, in order. The caller takes the first that is good
-    enough and discards the others; nothing is prepared before it is asked for."""
+    enough and discards the others; nothing is prepared before it is asked for.
+
+    Args:
+        move: the object and its regions.
+        pmd: the size of a huge page, bytes.
+        options: what the caller wants.
+        places: what directories() says.
+    """
     wanted = ("image", "memfd", "anonymous") if options.backing == "auto" else (options.backing,)
     for name in wanted:
-        yield from _BACKINGS[name](move, pmd, options)
+        if name == "image":
+            yield from _image(move, pmd, places)
+        else:
+            yield from _MEMORY[name](move, pmd)
 
 
 def _place(region: Region, obj: Object, pmd: int, fd: int, offset: int, flags: int) -> Piece:
@@ -173,14 +186,14 @@ def kernel() -> tuple[int, int]:
     return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
-def directories(options: Options) -> list[tuple[str, str | None]]:
+def directories(options: Options) -> list[Place]:
     """The image directories to try, in order, each with the reason to pass it over, if any."""
     if options.image_dir is not None:
         return [(options.image_dir, None)]
     good: list[str] = []
     other: list[str] = []
     for path in store.candidates():
-        since = GOOD_SINCE.get(store.filesystem(path))
+        since = GOOD_SINCE.get(mount_at(path).filesystem)
         (good if since and kernel() >= since else other).append(path)
     reason = None
     if options.backing == "auto" and kernel() < _FILES_SINCE:
@@ -188,9 +201,9 @@ def directories(options: Options) -> list[tuple[str, str | None]]:
     return [(path, reason) for path in good + other]
 
 
-def _image(move: Move, pmd: int, options: Options) -> Iterator[Attempt]:
+def _image(move: Move, pmd: int, places: Sequence[Place]) -> Iterator[Attempt]:
     layout = image.lay_out(move.object, move.image, pmd)
-    for path, reason in directories(options):
+    for path, reason in places:
         if reason:
             yield Refused(path, reason)
             continue
@@ -249,11 +262,11 @@ def _map_image(found: store.Image, layout: image.Layout) -> Prepared:
 # --------------------------------------------------------------- memory without a file's name ---
 
 
-def _memfd(move: Move, pmd: int, options: Options) -> Iterator[Attempt]:
+def _memfd(move: Move, pmd: int) -> Iterator[Attempt]:
     yield from _memory_file("memfd", move, pmd, 0)
 
 
-def _hugetlb(move: Move, pmd: int, options: Options) -> Iterator[Attempt]:
+def _hugetlb(move: Move, pmd: int) -> Iterator[Attempt]:
     size = (pmd.bit_length() - 1) << _MFD_HUGE_SHIFT
     yield from _memory_file("hugetlb", move, pmd, _MFD_HUGETLB | size)
 
@@ -354,7 +367,7 @@ def originals(region: Region, obj: Object) -> Iterator[tuple[int, int, int]]:
             yield low, high, segment.offset + low - segment.start
 
 
-def _anonymous(move: Move, pmd: int, options: Options) -> Iterator[Attempt]:
+def _anonymous(move: Move, pmd: int) -> Iterator[Attempt]:
     if not move.memory:
         yield Refused("anonymous", "nothing is left but what profilers need on the file")
         return
@@ -382,8 +395,7 @@ def _anonymous(move: Move, pmd: int, options: Options) -> Iterator[Attempt]:
     yield Prepared("anonymous", "anonymous memory", pieces, pmd, written=written)
 
 
-_BACKINGS: dict[str, Callable[[Move, int, Options], Iterator[Attempt]]] = {
-    "image": _image,
+_MEMORY: dict[str, Callable[[Move, int], Iterator[Attempt]]] = {
     "memfd": _memfd,
     "anonymous": _anonymous,
     "hugetlb": _hugetlb,

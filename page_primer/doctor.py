@@ -9,23 +9,24 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
 import os
 import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from page_primer import _unsupported
+from page_primer.mounts import Mount, mount_at, mount_of
 from page_primer.options import Options
 from page_primer.report import mib, percent
 
 try:
-    from page_primer import _core, backing, image, plan, store, survey
-    from page_primer.plan import Move, Plan, Region
-    from page_primer.survey import PF_R, PF_X, Object, Segment, Survey
+    from page_primer import _core, backing, plan, survey
+    from page_primer.plan import Plan, Region
+    from page_primer.survey import PF_R, PF_X, Object, Survey
+    from page_primer.trial import Trial, try_directory, try_lock, try_memory
 except ImportError as error:  # not Linux, or built without the C core: examine() says so
     _missing: str | None = str(error)
 else:
@@ -74,31 +75,6 @@ class Process:
     hard: int | None
     capable: bool  # CAP_IPC_LOCK in the effective set
     locked: int  # bytes, VmLck
-
-
-@dataclass(frozen=True)
-class Trial:
-    """What came of trying a backing with two huge pages at a scratch address."""
-
-    backing: str
-    where: str
-    wanted: int = 0  # bytes
-    huge: int = 0  # bytes that smaps showed on huge pages
-    refused: str | None = None  # why smaps could not be asked
-    number: int | None = None  # errno of that, if known
-
-    @property
-    def works(self) -> bool:
-        return 0 < self.wanted == self.huge
-
-
-@dataclass(frozen=True)
-class Mount:
-    """The file system that a path is, or would be, on."""
-
-    point: str
-    filesystem: str
-    options: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -594,26 +570,6 @@ def judge_container(sign: str | None, root: str) -> Check:
     return Check(name, INFO if sign or root == "overlay" else OK, text)
 
 
-def mount_of(path: str, mountinfo: str) -> Mount:
-    """The mount that an absolute path without symbolic links belongs to.
-
-    From /proc/self/mountinfo (proc(5)): the mount point is the fifth field, the mount's options are
-    the sixth; type, source and the file system's options follow a lone hyphen.
-    """
-    best = Mount("", "")
-    for line in mountinfo.splitlines():
-        left, _, right = line.partition(" - ")
-        fields, rest = left.split(" "), right.split(" ")
-        if len(fields) < 6 or len(rest) < 3:
-            continue
-        point = re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), fields[4])
-        inside = path == point or path.startswith(point.rstrip("/") + "/")
-        if inside and len(point) >= len(best.point):
-            options = {*fields[5].split(","), *rest[2].split(",")}
-            best = Mount(point, rest[0], frozenset(options))
-    return best
-
-
 # ------------------------------------------------------------------------------ the interpreter --
 
 
@@ -630,7 +586,7 @@ def _describe(found: Survey, planned: Plan) -> Interpreter:
     return Interpreter(
         path=obj.path,
         kind=_kind(obj),
-        filesystem=store.filesystem(obj.path),
+        filesystem=mount_at(obj.path).filesystem,
         segments=tuple(SegmentLayout(s.start, s.end - s.start, s.kind) for s in obj.segments),
         span=(start, end),
         pmd_size=pmd,
@@ -721,117 +677,6 @@ def _coverage_fix(
 
 
 # ----------------------------------------------------------------------------------- the trials --
-
-_trials = itertools.count()
-
-
-def _trial_move(pmd: int) -> Move:
-    """The move of an object that does not exist: two huge pages of code, all of them zeroes."""
-    segment = Segment(
-        start=pmd, end=3 * pmd, file_end=3 * pmd, offset=0, flags=PF_R | PF_X,
-        address=pmd, size=2 * pmd,
-    )  # fmt: skip
-    regions = (Region(pmd, 3 * pmd, PF_R | PF_X),)
-    return Move(Object("", "/dev/zero", 0, b"", (segment,)), regions, regions)
-
-
-def _best(name: str, where: str, attempts: Iterable[backing.Attempt]) -> Trial:
-    """Go through the attempts as apply.py does, keeping nothing."""
-    best = Trial(name, where, refused="not tried")
-    for attempt in attempts:
-        if isinstance(attempt, backing.Refused):
-            best = replace(best, refused=attempt.reason) if best.refused else best
-            continue
-        try:
-            if best.refused or attempt.huge > best.huge:
-                best = Trial(name, where, attempt.wanted, attempt.huge)
-        finally:
-            attempt.discard()
-        if best.works:
-            break
-    return best
-
-
-def try_memory(name: str, pmd: int) -> Trial:
-    """Try "memfd", "anonymous" or "hugetlb" at a scratch address."""
-    options = Options(backing=name)
-    return _best(name, name, backing.attempts(_trial_move(pmd), pmd, options))
-
-
-def try_directory(path: str, pmd: int) -> Trial:
-    """Write a file of two huge pages into an image directory, map it as an image would be, and see
-    what came of it; file and directories that were made for it are removed."""
-    missing = []
-    parent = path
-    while not os.path.lexists(parent):
-        missing.append(parent)
-        parent = os.path.dirname(parent)
-    move = _trial_move(pmd)
-    layout = image.Layout(move.object, move.image, pmd, "trial")
-    try:
-        with _TrialStore(path) as directory:
-            return _best("image", path, backing.from_store(directory, layout))
-    except store.Unusable as error:
-        cause = error.__cause__
-        number = cause.errno if isinstance(cause, OSError) else None
-        return Trial("image", path, refused=str(error), number=number)
-    except OSError as error:
-        return Trial("image", path, refused=backing.reason_of(error), number=error.errno)
-    finally:
-        for created in missing:
-            with contextlib.suppress(OSError):
-                os.rmdir(created)
-
-
-class _TrialStore(store.Store if not _missing else object):  # type: ignore[misc]
-    """A store whose only image is a file without a name, so that nothing can be left behind."""
-
-    _kept: int | None = None
-
-    def __exit__(self, *exception: object) -> None:
-        self._forget()
-        super().__exit__(*exception)
-
-    def get(self, layout: image.Layout, *, fresh: bool = False) -> store.Image:
-        written = 0
-        if fresh:
-            self._forget()
-        if self._kept is None:
-            self._kept = self._create()
-            written = self._fill(self._kept, layout)
-        status = os.fstat(self._kept)
-        # The caller gives its descriptor up before it asks for the file once more.
-        fd = os.dup(self._kept)
-        return store.Image(
-            f"/proc/self/fd/{self._kept}", fd, (status.st_dev, status.st_ino), written
-        )
-
-    def _create(self) -> int:
-        name = f".doctor-{os.getpid()}-{next(_trials)}"
-        flags = os.O_RDONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        fd = os.open(name, flags, 0o600, dir_fd=self._fd)
-        os.unlink(name, dir_fd=self._fd)
-        return fd
-
-    @staticmethod
-    def _fill(kept: int, layout: image.Layout) -> int:
-        # By another descriptor, closed before the file is mapped: what is open for writing cannot
-        # be made huge with CONFIG_READ_ONLY_THP_FOR_FS.
-        target = os.open(f"/proc/self/fd/{kept}", os.O_WRONLY | os.O_CLOEXEC)
-        block = memoryview(b"page-primer trial".ljust(64) * (layout.pmd // 64))
-        written = 0
-        try:
-            while written < 2 * layout.pmd:
-                rest = block[written % layout.pmd :]
-                written += os.pwrite(target, rest, layout.pad + written)
-        finally:
-            os.close(target)
-        return written
-
-    def _forget(self) -> None:
-        if self._kept is not None:
-            os.close(self._kept)
-        self._kept = None
 
 
 def read_directory(path: str) -> Directory:
@@ -1037,33 +882,6 @@ def lock_sizes(found: Survey, planned: Plan, options: Options) -> tuple[int, int
             outside = [s for s in move.object.segments if s.code and s.end <= move.image[0].start]
             code = sum(r.end - r.start for r in regions) + sum(s.end - s.start for s in outside)
     return code, max(everything, code)
-
-
-def try_lock(size: int) -> str | None:
-    """Lock as many bytes of address space that has no memory behind it, and unlock them.
-
-    The limit is on addresses, and MLOCK_ONFAULT needs no memory, so this is the kernel's own answer
-    and costs nothing. A capability inside a user namespace, for one, does not count (mlock(2)).
-
-    Returns:
-        None, or why the kernel refused.
-    """
-    if not size:
-        return None
-    page = survey.page_size()
-    address = 0
-    try:
-        address = _core.reserve(size, page, 0)
-        # Readable: Linux 5.10 does not lock what nobody can touch.
-        _core.protect(address, size, _core.PROT_READ)
-        _core.lock(address, size, _core.MLOCK_ONFAULT)
-        _core.unlock(address, size)
-    except OSError as error:
-        return os.strerror(error.errno) if error.errno else str(error)
-    finally:
-        if address:
-            _core.unmap(address, size)
-    return None
 
 
 def judge_locking(

@@ -250,24 +250,3 @@ def candidates() -> list[str]:
     if runtime:
         found.append(f"{runtime}/page-primer")
     return [path for path in found if os.path.isabs(path)]
-
-
-def filesystem(path: str) -> str:
-    """The type of the file system that a path is, or would be, on; empty if unknown.
-
-    From /proc/self/mountinfo (proc(5)): fields are separated by blanks, the mount point is the
-    fifth, and the type follows a lone hyphen.
-    """
-    path = os.path.realpath(path)
-    best, kind = "", ""
-    try:
-        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-            for line in file:
-                left, _, right = line.partition(" - ")
-                point = left.split(" ")[4].replace("\\040", " ")
-                inside = path == point or path.startswith(point.rstrip("/") + "/")
-                if inside and len(point) >= len(best):
-                    best, kind = point, right.split(" ")[0]
-    except OSError:
-        pass
-    return kind

@@ -1,0 +1,45 @@
+"""Which file system a path is on."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mount:
+    """The file system that a path is, or would be, on."""
+
+    point: str
+    filesystem: str
+    options: frozenset[str] = frozenset()
+
+
+def mount_of(path: str, mountinfo: str) -> Mount:
+    """The mount that an absolute path without symbolic links belongs to.
+
+    From /proc/self/mountinfo (proc(5)): the mount point is the fifth field, the mount's options are
+    the sixth; type, source and the file system's options follow a lone hyphen.
+    """
+    best = Mount("", "")
+    for line in mountinfo.splitlines():
+        left, _, right = line.partition(" - ")
+        fields, rest = left.split(" "), right.split(" ")
+        if len(fields) < 6 or len(rest) < 3:
+            continue
+        point = re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), fields[4])
+        inside = path == point or path.startswith(point.rstrip("/") + "/")
+        if inside and len(point) >= len(best.point):
+            options = {*fields[5].split(","), *rest[2].split(",")}
+            best = Mount(point, rest[0], frozenset(options))
+    return best
+
+
+def mount_at(path: str) -> Mount:
+    """The file system that a path is, or would be, on, as this process sees it now."""
+    try:
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+            return mount_of(os.path.realpath(path), file.read())
+    except OSError:
+        return Mount("", "")
