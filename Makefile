@@ -28,8 +28,11 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/prime_cost.py
 
-kernels: $(VENV)/.dev
-	tools/kernels
+# Of Debian's own Python, whatever $(PYTHON) is; the runner is named by KERNEL_BOOT.
+kernels:
+	tools/system-packages qemu-system-x86_64:qemu-system-x86 zstd:zstd mkfs.xfs:xfsprogs
+	$(MAKE) PYTHON=/usr/bin/python3 VENV=.venv-debian .venv-debian/.demo
+	tools/kernels --python .venv-debian/bin/python
 
 $(VENV)/.created:
 	tools/system-packages gcc:build-essential
@@ -49,4 +52,4 @@ $(VENV)/.dev: $(VENV)/.created $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info page_primer/*.so
+	rm -rf $(VENV) .venv-debian build dist *.egg-info page_primer/*.so

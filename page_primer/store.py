@@ -28,7 +28,7 @@ from page_primer.image import Layout
 # Unused images of one file that stay: an address space laid out at random asks for another load
 # phase each time.
 _SPARE_IMAGES = 4
-_WAIT_FOR_WRITER = 2.0  # seconds
+_WAIT_FOR_WRITER = 1.0  # seconds
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,9 +74,13 @@ def python_of(tmp: Path, base: str) -> str:
 
 
 @pytest.fixture(scope="session", params=list(INTERPRETERS))
-def every_python(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Each interpreter in turn."""
-    return python_of(tmp_path_factory.mktemp("every"), INTERPRETERS[request.param])
+def every_python(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each interpreter in turn, where other users may run it too, which is not so in pytest's own
+    directories."""
+    home = Path(tempfile.mkdtemp(prefix="page-primer-"))
+    home.chmod(0o755)
+    yield python_of(home, INTERPRETERS[request.param])
+    shutil.rmtree(home)
 
 
 @pytest.fixture(scope="session")

@@ -389,6 +389,28 @@ def test_modified_code_is_left_alone(python, images):
         assert interpreter(report)["code_huge_bytes"] > 0
 
 
+@pytest.mark.skipif(kernel() < (6, 10), reason="mseal(2) is there from Linux 6.10 on")
+def test_sealed_code_is_left_alone(python, images):
+    with Process(python) as process:
+        process.run("import ssl, ctypes")
+        path = process.run(
+            textwrap.dedent("""
+            line = next(l for l in open("/proc/self/maps") if "libcrypto" in l and "r-xp" in l)
+            start, end = (int(part, 16) for part in line.split()[0].split("-"))
+            syscall = ctypes.CDLL(None, use_errno=True).syscall
+            syscall.argtypes = [ctypes.c_long, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_long]
+            mseal = 462  # the same on every architecture
+            result = syscall(mseal, start, end - start, 0) or line.split()[5]
+            """)
+        )
+        if path == -1:
+            pytest.skip("this kernel does not know mseal(2)")
+        report = process.prime(image_dir=str(images))
+        assert list(left_of(report, os.path.basename(path))) == ["sealed"]
+        assert next(o for o in report["objects"] if o["path"] == path)["locked_bytes"] > 0
+        assert interpreter(report)["code_huge_bytes"] > 0
+
+
 def test_file_replaced_on_disk_is_left_alone(python, images, tmp_path):
     library = build_library(tmp_path, "libbig.so")
     with Process(python) as process:
