@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import outside
 import pytest
+from servers import check, children, free_port, wait_for
 
 HERE = Path(__file__).parent
 CONF = "python:page_primer.integrations.gunicorn_conf"
@@ -31,29 +31,6 @@ def app(environ, start_response):
     start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", str(len(body)))])
     return [body]
 """
-
-
-def free_port():
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
-
-
-def children(pid):
-    text = subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True
-    ).stdout
-    return sorted(int(part) for part in text.split())
-
-
-def wait_for(condition, what, seconds=30):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        with contextlib.suppress(OSError, StopIteration, ValueError):  # ended meanwhile
-            if condition():
-                return
-        time.sleep(0.05)
-    raise AssertionError(f"waited {seconds} s for {what}")
 
 
 class Gunicorn:
@@ -133,15 +110,6 @@ class Gunicorn:
             return len(before) == count and self.workers == before
 
         wait_for(settled, f"{count} settled workers")
-
-
-def check(pids, locked=True):
-    """All attainable .text is on huge pages in each process; returns the measurements."""
-    texts = [outside.text_of(pid) for pid in pids]
-    for text in texts:
-        assert text.huge == text.attainable > 0, text
-        assert text.locked or not locked, text
-    return texts
 
 
 def require_no_failure(server):

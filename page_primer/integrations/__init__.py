@@ -1,1 +1,25 @@
 """One module per framework: when to prime, where the options come from, who logs the report."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import page_primer
+
+if TYPE_CHECKING:
+    import logging
+
+    from page_primer.options import Options
+    from page_primer.report import Logger, Report
+
+_last: Report | None = None
+
+
+def prime_and_log(logger: Logger | logging.Logger, options: Options | None = None) -> Report:
+    """Prime this process and log what differs from the last report, which may be one of the process
+    that this one was forked from. However many hooks call it, each thing is said once."""
+    global _last
+    report = page_primer.prime(options)
+    report.log(logger, since=_last)
+    _last = report
+    return report

@@ -15,35 +15,24 @@ from __future__ import annotations
 
 from typing import Any
 
-import page_primer
-from page_primer.report import Report
-
-# What the process above this one reported: a worker logs only what differs.
-_last: Report | None = None
+from page_primer.integrations import prime_and_log
 
 
 def on_starting(server: Any) -> None:
     """Prime the master: after a preloaded application, before sockets, threads and forks."""
-    _prime(server.log)
+    prime_and_log(server.log)
 
 
 def on_reload(server: Any) -> None:
     """After a HUP: prime what the reloaded configuration or preloaded application brought in."""
-    _prime(server.log)
+    prime_and_log(server.log)
 
 
 def post_fork(server: Any, worker: Any) -> None:
     """Lock again, since a fork does not inherit locks; before the worker drops its privileges."""
-    _prime(worker.log)
+    prime_and_log(worker.log)
 
 
 def post_worker_init(worker: Any) -> None:
     """Prime what an application that was not preloaded has brought in."""
-    _prime(worker.log)
-
-
-def _prime(log: Any) -> None:
-    global _last
-    report = page_primer.prime()
-    report.log(log, since=_last)
-    _last = report
+    prime_and_log(worker.log)

@@ -1,0 +1,69 @@
+"""ASGI middleware: primes each process when its application starts up.
+
+    from page_primer.integrations.asgi import primed
+    app = primed(app)
+
+The moment is the server's lifespan: once as it begins, before the application starts threads, and
+once when start-up is complete, for the libraries that it brought in. A server without lifespan
+events primes at the first request. After that the middleware only passes calls on.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from page_primer.integrations import prime_and_log
+from page_primer.options import Options
+from page_primer.report import Logger
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Application = Callable[[Message, Receive, Send], Awaitable[None]]
+
+
+class Primed:
+    """An ASGI application that primes the process it runs in; attributes are the application's."""
+
+    def __init__(self, app: Application, logger: Logger | logging.Logger) -> None:
+        self._app = app
+        self._logger = logger
+        self._process = 0  # the process that was primed: a forked one is another
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if self._process == os.getpid():
+            await self._app(scope, receive, send)
+            return
+        prime_and_log(self._logger)
+        self._process = os.getpid()
+        if scope["type"] == "lifespan":
+            send = self._primes_when_complete(send)
+        await self._app(scope, receive, send)
+
+    def _primes_when_complete(self, send: Send) -> Send:
+        async def send_and_prime(message: Message) -> None:
+            if message["type"] == "lifespan.startup.complete":
+                prime_and_log(self._logger)
+            await send(message)
+
+        return send_and_prime
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._app, name)
+
+
+def primed(app: Application, logger: Logger | logging.Logger | None = None) -> Primed:
+    """Wrap an ASGI 3 application.
+
+    Args:
+        app: the application.
+        logger: where the report goes; the logger "page_primer" by default.
+
+    Raises:
+        ValueError: a PAGE_PRIMER_* variable has a value that does not make sense.
+    """
+    Options.load()
+    return Primed(app, logger or logging.getLogger("page_primer"))

@@ -1,0 +1,98 @@
+"""Real servers under test: started on a free port, asked over HTTP, and looked at from outside."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import outside
+
+
+def free_port():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def children(pid):
+    text = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True
+    ).stdout
+    return sorted(int(part) for part in text.split())
+
+
+def wait_for(condition, what, seconds=30):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        with contextlib.suppress(OSError, StopIteration, ValueError):  # ended meanwhile
+            if condition():
+                return
+        time.sleep(0.05)
+    raise AssertionError(f"waited {seconds} s for {what}")
+
+
+def check(pids, locked=True):
+    """All attainable .text is on huge pages in each process; returns the measurements."""
+    texts = [outside.text_of(pid) for pid in pids]
+    for text in texts:
+        assert text.huge == text.attainable > 0, text
+        assert text.locked or not locked, text
+    return texts
+
+
+class Server:
+    """A command that serves HTTP on a port, with its output in a file."""
+
+    def __init__(self, directory, port, *command, env=None):
+        self.directory, self.port = Path(directory), port
+        self.output = open(self.directory / "output", "wb")
+        self.process = subprocess.Popen(
+            command, cwd=directory, stdin=subprocess.DEVNULL, stdout=self.output,
+            stderr=self.output, env={**os.environ, **(env or {})},
+        )  # fmt: skip
+
+    def __enter__(self):
+        def answers():
+            assert self.process.poll() is None, self.log()
+            return self.get()
+
+        wait_for(answers, "the server")
+        return self
+
+    def __exit__(self, *_):
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(20)
+        finally:
+            for pid in [*self.family()[1:], *([self.pid] if self.process.poll() is None else [])]:
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
+            self.output.close()
+
+    @property
+    def pid(self):
+        return self.process.pid
+
+    def family(self):
+        """The server's process and all that descend from it."""
+        found = [self.pid]
+        for pid in found:
+            found += children(pid)
+        return found
+
+    def log(self):
+        return (self.directory / "output").read_text()
+
+    def get(self, path="/"):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        try:
+            connection.request("GET", path)
+            return connection.getresponse().read()
+        finally:
+            connection.close()
