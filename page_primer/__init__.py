@@ -58,7 +58,7 @@ def prime(options: Options | None = None, /, **values: Unpack[OptionValues]) -> 
     elif values:
         raise TypeError("prime() takes either Options or keyword arguments")
     if not options.enabled:
-        return Report(pid=os.getpid(), reason="switched off by PAGE_PRIMER=0")
+        return Report(pid=os.getpid(), reason="switched off")
     return _on_process(lambda process: process.prime(options))
 
 

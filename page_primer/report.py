@@ -120,14 +120,14 @@ class Report:
 
         Args:
             logger: a logging.Logger, or a framework's own with the same methods.
-            since: the report of the process this one was forked from. Then only what differs is
-                worth a line above DEBUG.
+            since: an earlier report, of this process or of the one it was forked from. Then only
+                what differs is worth a line above DEBUG.
         """
         if since is None or self.moved or self.reason != since.reason:
             logger.info("page-primer: %s", self._summary())
             for line in self._details():
                 logger.debug("page-primer: %s", line)
-        else:
+        elif self.pid != since.pid:
             logger.debug("page-primer: as before, %.1f ms", self.milliseconds)
         shortfall = self._lock_shortfall()
         if shortfall and (since is None or shortfall != since._lock_shortfall()):

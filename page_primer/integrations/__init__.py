@@ -16,10 +16,15 @@ _last: Report | None = None
 
 
 def prime_and_log(logger: Logger | logging.Logger, options: Options | None = None) -> Report:
-    """Prime this process and log what differs from the last report, which may be one of the process
-    that this one was forked from. However many hooks call it, each thing is said once."""
-    global _last
+    """Prime this process and say what came of it, as announce() does."""
     report = page_primer.prime(options)
+    announce(report, logger)
+    return report
+
+
+def announce(report: Report, logger: Logger | logging.Logger) -> None:
+    """Log what differs from the last report, which may be one of the process that this one was
+    forked from. However many hooks call it, each thing is said once."""
+    global _last
     report.log(logger, since=_last)
     _last = report
-    return report

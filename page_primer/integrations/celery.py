@@ -1,0 +1,100 @@
+"""Celery: prime the worker before its pool forks, lock again in each child, and handle the
+libraries that tasks bring in.
+
+In the application's configuration::
+
+    imports = ["page_primer.integrations.celery"]
+    page_primer = True                     # or False, or {"limit": "128M", ...}
+    page_primer_backing = "image"          # the same options one by one
+
+With a namespace, as in Django's settings, they are CELERY_IMPORTS and CELERY_PAGE_PRIMER. Or in
+code: `page_primer.integrations.celery.setup(app)`. Only worker processes are primed, never the
+processes that send tasks. The report goes to the logger "celery.worker.page_primer".
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from celery import current_app, signals
+from celery.utils.log import get_logger
+
+import page_primer
+from page_primer.integrations import announce, prime_and_log
+from page_primer.options import Options, OptionValues
+from page_primer.report import Report
+
+_LOGGER = get_logger("celery.worker.page_primer")
+
+_options: Options | None = None
+_first: Report | None = None  # made before logging was set up
+
+
+def setup(app: Any) -> None:
+    """Connect to the application's workers. Importing this module connects to those of every
+    application of the process; this also checks the options at once.
+
+    Raises:
+        TypeError, ValueError: an option is unknown or does not make sense.
+    """
+    options_of(app.conf)
+
+
+def options_of(conf: Mapping[str, Any]) -> Options:
+    """The options in an application's configuration, over the environment's.
+
+    Raises:
+        TypeError, ValueError: an option is unknown or does not make sense; the message names it.
+    """
+    given = conf.get("page_primer")
+    if given is None or isinstance(given, bool):
+        values: dict[str, Any] = {}
+    elif isinstance(given, Mapping):
+        values = dict(given)
+    else:
+        raise TypeError(f"page_primer must be True, False or a dict of options, not {given!r}")
+    for name in OptionValues.__annotations__:
+        value = conf.get(f"page_primer_{name}")
+        if value is not None:
+            values[name] = value
+    options = Options.load(values)
+    return replace(options, enabled=False) if given is False else options
+
+
+def _prime_parent(conf: Any = None, **_: Any) -> None:
+    """Before the pool forks or starts threads."""
+    global _options, _first
+    try:
+        _options = options_of(current_app.conf if conf is None else conf)
+    except (TypeError, ValueError) as error:
+        # Celery swallows exceptions of receivers; this one is to stop the worker.
+        sys.exit(f"page-primer: {error}")
+    _first = page_primer.prime(_options)
+
+
+def _log_parent(**_: Any) -> None:
+    """The first moment that logging works; modules that came since are primed as well."""
+    if _first is not None:
+        announce(_first, _LOGGER)
+    _prime()
+
+
+def _prime(**_: Any) -> None:
+    """In each child of the pool: lock again after a fork, prime after a spawn. After each task: it
+    may have imported large libraries; when it did not, this takes microseconds."""
+    global _options
+    if _options is None:  # a spawned child: a fresh interpreter, in which no worker started
+        _options = options_of(current_app.conf)
+    prime_and_log(_LOGGER, _options)
+
+
+for _signal, _receiver in (
+    (signals.celeryd_init, _prime_parent),
+    (signals.celeryd_after_setup, _log_parent),
+    (signals.worker_process_init, _prime),
+    (signals.task_postrun, _prime),
+):
+    _signal.connect(_receiver, weak=False, dispatch_uid=f"page_primer.{_signal.name}")

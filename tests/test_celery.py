@@ -1,0 +1,293 @@
+"""A real Celery worker with a real Redis; every process that runs tasks is looked at in smaps."""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import outside
+import pytest
+from servers import check, children, free_port, wait_for
+
+pytest.importorskip("celery", reason="Celery is not installed")
+
+TASKS = """
+import os, sys, time
+from celery import Celery
+
+app = Celery("work", broker=os.environ["BROKER"], backend=os.environ["BROKER"])
+app.conf.update(broker_connection_retry_on_startup=True, worker_prefetch_multiplier=1)
+exec(os.environ.get("CONFIGURE", ""))
+
+@app.task
+def pid():
+    return os.getpid()
+
+@app.task
+def add(a, b):
+    return a + b
+
+@app.task
+def late():
+    import numpy, pandas, pyarrow
+    frame = pandas.DataFrame({"a": numpy.arange(1000.0)})
+    return float(pyarrow.table(frame)["a"].to_numpy() @ numpy.ones(1000)), os.getpid()
+
+@app.task
+def nap(seconds):
+    time.sleep(seconds)
+    return os.getpid()
+"""
+BY_IMPORT = "app.conf.imports = ['page_primer.integrations.celery']\n"
+
+
+@pytest.fixture(scope="module")
+def broker(tmp_path_factory):
+    """A Redis server of our own; its URL."""
+    if shutil.which("redis-server") is None:
+        pytest.skip("no redis-server (Debian's package of that name)")
+    port = free_port()
+    directory = tmp_path_factory.mktemp("redis")
+    server = subprocess.Popen(
+        ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "",
+         "--dir", str(directory)], stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    ping = ["redis-cli", "-p", str(port), "ping"]
+    wait_for(
+        lambda: subprocess.run(ping, capture_output=True, text=True).stdout == "PONG\n", "Redis"
+    )
+    yield f"redis://127.0.0.1:{port}"
+    server.terminate()
+    server.wait(20)
+
+
+class Worker:
+    """A Celery worker, and a client that sends it tasks."""
+
+    def __init__(self, directory, broker, images, *options, configure=BY_IMPORT, env=None):
+        self.directory = Path(directory)
+        (self.directory / "work.py").write_text(TASKS)
+        number = len(list(self.directory.iterdir()))
+        self.env = {
+            **os.environ, "BROKER": f"{broker}/{number % 16}", "CONFIGURE": configure,
+            "PAGE_PRIMER_IMAGE_DIR": str(images), "C_FORCE_ROOT": "1", **(env or {}),
+        }  # fmt: skip
+        self.output = open(self.directory / "output", "wb")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "celery", "-A", "work", "worker", "-l", "DEBUG", *options],
+            cwd=self.directory, env=self.env, stdin=subprocess.DEVNULL, stdout=self.output,
+            stderr=self.output,
+        )  # fmt: skip
+
+    def __enter__(self):
+        def ready():
+            assert self.process.poll() is None, self.log()
+            return " ready." in self.log()
+
+        wait_for(ready, "the worker", 60)
+        return self
+
+    def __exit__(self, *_):
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(30)
+        finally:
+            if self.process.poll() is None:
+                for pid in children(self.process.pid):
+                    with contextlib.suppress(OSError):
+                        os.kill(pid, signal.SIGKILL)
+                self.process.kill()
+            self.output.close()
+
+    def log(self):
+        return (self.directory / "output").read_text()
+
+    def lines(self, level):
+        pattern = rf"\[[^\]]*: {level}/[^\]]*\] (?:celery.worker.page_primer: )?page-primer: (.*)"
+        return re.findall(pattern, self.log())
+
+    def call(self, source):
+        """Evaluate a Python expression in a client process, with the tasks' module as `work`."""
+        code = f"import work, json; print(json.dumps({source}))"
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=self.directory, env=self.env, capture_output=True,
+            text=True, timeout=240,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr + self.log()[-3000:]
+        return __import__("json").loads(done.stdout)
+
+    @property
+    def pid(self):
+        return self.process.pid
+
+    @property
+    def pool(self):
+        return children(self.pid)
+
+
+def spread(count):
+    """An expression: tasks that run at the same time; the ids of the processes that ran them."""
+    return f"sorted({{r.get(timeout=60) for r in [work.nap.delay(0.5) for _ in range({count})]}})"
+
+
+@pytest.mark.parametrize(
+    "configure",
+    [BY_IMPORT, "import page_primer.integrations.celery as primer; primer.setup(app)"],
+    ids=["imports", "setup"],
+)
+def test_prefork(tmp_path, broker, images, configure):
+    with Worker(tmp_path, broker, images, "-c", "3", configure=configure) as worker:
+        assert set(worker.call(spread(6))) <= set(worker.pool)
+        assert len(worker.pool) == 3
+        texts = check([worker.pid, *worker.pool])
+        assert sum(text.pss for text in texts) == pytest.approx(texts[0].span, rel=0.05)
+        (line,) = [line for line in worker.lines("INFO") if "of code on huge pages" in line]
+        assert "locked" in line
+        assert len(worker.lines("DEBUG")) >= 3
+
+
+@pytest.mark.parametrize(
+    "options", [("-P", "solo"), ("-P", "threads", "-c", "3"), ("--autoscale", "3,1")],
+    ids=["solo", "threads", "autoscale"],
+)  # fmt: skip
+def test_pools(tmp_path, broker, images, options):
+    with Worker(tmp_path, broker, images, *options) as worker:
+        ran = worker.call(spread(4))
+        alive = [pid for pid in ran if os.path.exists(f"/proc/{pid}")]
+        assert alive
+        check({worker.pid, *alive})
+
+
+def test_gevent(tmp_path, broker, images):
+    pytest.importorskip("gevent", reason="gevent is not installed")
+    with Worker(tmp_path, broker, images, "-P", "gevent", "-c", "3") as worker:
+        assert worker.call(spread(4)) == [worker.pid]
+        check([worker.pid])
+
+
+def test_beat_in_the_worker(tmp_path, broker, images):
+    with Worker(tmp_path, broker, images, "-c", "2", "-B") as worker:
+        ran = worker.call(spread(4))
+        check([worker.pid, *ran])
+
+
+def test_spawned_children(tmp_path, broker, images):
+    """Fresh interpreters: each primes for itself, and maps the image that is there."""
+    configure = BY_IMPORT + "app.conf.worker_pool_start_method = 'spawn'\n"
+    with Worker(tmp_path, broker, images, "-c", "2", configure=configure) as worker:
+        ran = worker.call(spread(4))
+        texts = check([worker.pid, *ran])
+        assert len({v.path.rpartition("/")[2] for text in texts for v in text.span_vmas}) == 1
+
+
+def test_a_thousand_tasks_of_one_child_each(tmp_path, broker, images):
+    options = ["-c", "4", "--max-tasks-per-child", "1"]
+    with Worker(tmp_path, broker, images, *options, env={"PAGE_PRIMER_MLOCK": "1"}) as worker:
+        source = "sum(r.get(timeout=200) for r in [work.add.delay(i, 1) for i in range(1000)])"
+        assert worker.call(source) == sum(range(1000)) + 1000
+        wait_for(lambda: len(worker.pool) == 4, "a full pool")
+        time.sleep(1)
+        check(worker.pool)
+        log = worker.log()
+        assert "Timed out waiting for UP message" not in log
+        assert "WorkerLostError" not in log
+        assert "SIGKILL" not in log
+        # Each child said that it was locked as its parent, and nothing above DEBUG.
+        assert len([line for line in worker.lines("DEBUG") if "as before" in line]) >= 1000
+        assert len([line for line in worker.lines("INFO") if "huge pages" in line]) == 1
+        milliseconds = [float(ms) for ms in re.findall(r"as before, ([\d.]+) ms", log)]
+        # A small share of the four seconds that the parent allows.
+        assert sorted(milliseconds)[len(milliseconds) // 2] < 400
+
+
+def test_late_libraries_of_a_task(tmp_path, broker, images):
+    for module in ("numpy", "pandas", "pyarrow"):
+        pytest.importorskip(module, reason=f"{module} is not installed")
+    configure = BY_IMPORT + "app.conf.page_primer = {'limit': '100M'}\n"
+    with Worker(tmp_path, broker, images, "-c", "1", configure=configure) as worker:
+        total, pid = worker.call("work.late.delay().get(timeout=120)")
+        assert total == sum(range(1000))
+        wait_for(lambda: len(worker.lines("INFO")) >= 2, "the report of the late libraries")
+        large = {
+            v.path for v in outside.smaps(pid)
+            if re.search(r"libarrow\.so|openblas", v.path) and "w" in v.perms
+        }  # fmt: skip
+        assert len(large) >= 2
+        for path in large:
+            text = outside.text_of(pid, path)
+            assert text.huge == text.attainable > 0, path
+            assert text.locked
+
+
+def test_the_limit_names_what_it_left_out(tmp_path, broker, images):
+    pytest.importorskip("numpy", reason="numpy is not installed")
+    pytest.importorskip("pandas", reason="pandas is not installed")
+    pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    configure = BY_IMPORT + "app.conf.page_primer_limit = '8M'\n"
+    with Worker(tmp_path, broker, images, "-c", "1", configure=configure) as worker:
+        worker.call("work.late.delay().get(timeout=120)")
+        wait_for(
+            lambda: any("over the limit" in line and "arrow" in line
+                        for line in worker.lines("DEBUG") + worker.lines("INFO")),
+            "the report of what was left out",
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("configure", "said"),
+    [
+        ("app.conf.page_primer = {'bakcing': 'auto'}", "unknown page-primer option 'bakcing'"),
+        ("app.conf.page_primer = {'limit': 'lots'}", "limit must be a number of bytes"),
+        ("app.conf.page_primer_backing = 'tape'", "backing must be one of"),
+        ("app.conf.page_primer = 7", "page_primer must be True, False or a dict of options"),
+    ],
+)
+def test_a_bad_option_stops_the_worker_with_one_line(tmp_path, broker, images, configure, said):
+    worker = Worker(tmp_path, broker, images, configure=BY_IMPORT + configure)
+    try:
+        assert worker.process.wait(60) != 0
+        (line,) = [line for line in worker.log().splitlines() if "page-primer: " in line]
+        assert said in line
+        assert "Traceback" not in worker.log()
+    finally:
+        if worker.process.poll() is None:
+            worker.process.kill()
+        worker.output.close()
+
+
+def test_switched_off(tmp_path, broker, images):
+    configure = BY_IMPORT + "app.conf.page_primer = False\n"
+    with Worker(tmp_path, broker, images, "-c", "1", configure=configure) as worker:
+        assert outside.text_of(worker.pid).huge == 0
+        assert worker.lines("INFO") == ["nothing done: switched off"]
+
+
+def test_namespace(tmp_path, broker, images):
+    configure = (
+        "app.config_from_object({'CELERY_IMPORTS': ['page_primer.integrations.celery'], "
+        "'CELERY_PAGE_PRIMER': {'backing': 'memfd', 'keep_profilers': False}, "
+        "'CELERY_BROKER_URL': os.environ['BROKER'], 'CELERY_RESULT_BACKEND': os.environ['BROKER']"
+        "}, namespace='CELERY')\n"
+    )
+    with Worker(tmp_path, broker, images, "-c", "1", configure=configure) as worker:
+        check([worker.pid, *worker.pool])
+        (line,) = [line for line in worker.lines("INFO") if "of code on huge pages" in line]
+        assert "(memfd)" in line
+
+
+def test_a_client_is_never_primed(tmp_path, broker, images):
+    source = (
+        "import work, page_primer.integrations.celery, sys; work.app.conf; "
+        "print('page_primer.apply' in sys.modules)"
+    )
+    (tmp_path / "work.py").write_text(TASKS)
+    env = {**os.environ, "BROKER": broker, "CONFIGURE": BY_IMPORT}
+    done = subprocess.run(
+        [sys.executable, "-c", source], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert done.stdout == "False\n", done.stderr
