@@ -82,7 +82,13 @@ def _on_process(action: Callable[[Process], Report]) -> Report:
             # Whatever surprise the environment has, the server runs on.
             try:
                 with apply.lock:
-                    return action(apply.process)
+                    if not apply.process.busy:
+                        apply.process.busy = True
+                        try:
+                            return action(apply.process)
+                        finally:
+                            apply.process.busy = False
+                    reason = "called by a signal handler while it was under way"
             except Exception as error:
                 reason = f"{type(error).__name__}: {error}"
     return Report(pid=os.getpid(), reason=reason)

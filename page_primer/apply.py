@@ -56,6 +56,7 @@ class Process:
     refused: dict[Range, tuple[Lock, OSError]] = field(default_factory=dict)
     huge: int = 0  # bytes of moved regions on huge pages, when last measured
     report: Report | None = None
+    busy: bool = False  # a call is under way; another in the same thread is a signal handler's
 
     def prime(self, options: Options) -> Report:
         """Bring the process to the primed state; see page_primer.prime()."""
@@ -262,16 +263,17 @@ def _carry_out(move: Move, pmd: int, options: Options, places: Sequence[backing.
         NotMoved: no backing was good enough, or the swap was refused. The object is as it was.
     """
     notes: list[str] = []
-    for last_try in (False, True):
-        prepared = _choose(backing.attempts(move, pmd, options, places), notes)
+    for fresh in (False, True):
+        prepared = _choose(backing.attempts(move, pmd, options, places, fresh), notes)
         try:
             _swap_in(move.object, prepared)
         except _core.Error as error:
             # Pieces are replaced in order: those before the one that failed have been moved.
+            wrong = error.step == "compare" and _is_wrong(prepared, move.object, error.start)
             prepared.discard(moved_below=error.start if error.step in ("replace", "undo") else 0)
             if error.step != "compare":
                 raise NotMoved(f"swap failed at {backing.reason_of(error)}", notes) from error
-            if last_try or not _discard_wrong_image(move.object, prepared, error.start):
+            if fresh or not wrong:
                 raise NotMoved(MODIFIED, notes) from error
             notes.append(f"{prepared.where}: wrong content, written again")
             continue
@@ -281,6 +283,8 @@ def _carry_out(move: Move, pmd: int, options: Options, places: Sequence[backing.
         regions = tuple(piece.region for piece in prepared.pieces)
         _fault_in(regions)
         prepared.unmap(moved_below=regions[-1].end)
+        if prepared.image is not None:
+            prepared.image.close_file()
         return Primed(move.object, regions, prepared, tuple(notes))
     raise AssertionError("unreachable")
 
@@ -366,21 +370,17 @@ def _put_back(primed: Primed) -> None:
         os.close(fd)
 
 
-def _discard_wrong_image(obj: Object, prepared: Prepared, address: int) -> bool:
-    """After a failed comparison: whether the image is to blame, which is then removed, rather than
-    code that was modified in memory."""
+def _is_wrong(prepared: Prepared, obj: Object, address: int) -> bool:
+    """After a failed comparison: whether an image's content is to blame, rather than code that was
+    modified in memory."""
     if prepared.image is None:
         return False
     piece = next(p for p in prepared.pieces if p.region.start <= address < p.region.end)
-    byte = Region(address, address + 1, 0)
     with contextlib.suppress(OSError), open(obj.path, "rb") as original:
-        for _, _, offset in backing.originals(byte, obj):
-            with open(prepared.image.path, "rb") as image:
-                image.seek(piece.offset + address - piece.region.start)
-                original.seek(offset)
-                if image.read(1) != original.read(1):
-                    os.unlink(prepared.image.path)
-                    return True
+        for _, _, offset in backing.originals(Region(address, address + 1, 0), obj):
+            original.seek(offset)
+            there = piece.offset + address - piece.region.start
+            return os.pread(prepared.image.fd, 1, there) != original.read(1)
     return False
 
 
@@ -404,6 +404,14 @@ def _since(began: float) -> float:
 process = Process()
 
 # One prime() at a time; and a fork waits for one that is under way in another thread, or the child
-# would inherit a half-kept book and a lock that nobody holds.
-lock = threading.Lock()
-os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)
+# would inherit a half-kept book and a lock that nobody holds. Reentrant for signal handlers, which
+# run in the midst of it and may fork.
+lock = threading.RLock()
+
+
+def _release() -> None:
+    with contextlib.suppress(RuntimeError):  # the acquisition was interrupted
+        lock.release()
+
+
+os.register_at_fork(before=lock.acquire, after_in_parent=_release, after_in_child=_release)

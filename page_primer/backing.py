@@ -112,7 +112,9 @@ Place = tuple[str, str | None]  # a directory for images, and why it is passed o
 _GUARD = os.sysconf("SC_PAGESIZE")
 
 
-def attempts(move: Move, pmd: int, options: Options, places: Sequence[Place]) -> Iterator[Attempt]:
+def attempts(
+    move: Move, pmd: int, options: Options, places: Sequence[Place], fresh: bool = False
+) -> Iterator[Attempt]:
     """Try the backings that the options allow, in order. The caller takes the first that is good
     enough and discards the others; nothing is prepared before it is asked for.
 
@@ -121,11 +123,12 @@ def attempts(move: Move, pmd: int, options: Options, places: Sequence[Place]) ->
         pmd: the size of a huge page, bytes.
         options: what the caller wants.
         places: what directories() says.
+        fresh: the image that is there has wrong content: write a new one.
     """
     wanted = ("image", "memfd", "anonymous") if options.backing == "auto" else (options.backing,)
     for name in wanted:
         if name == "image":
-            yield from _image(move, pmd, places)
+            yield from _image(move, pmd, places, fresh)
         else:
             yield from _MEMORY[name](move, pmd)
 
@@ -201,7 +204,7 @@ def directories(options: Options) -> list[Place]:
     return [(path, reason) for path in good + other]
 
 
-def _image(move: Move, pmd: int, places: Sequence[Place]) -> Iterator[Attempt]:
+def _image(move: Move, pmd: int, places: Sequence[Place], fresh: bool) -> Iterator[Attempt]:
     layout = image.lay_out(move.object, move.image, pmd)
     for path, reason in places:
         if reason:
@@ -209,17 +212,20 @@ def _image(move: Move, pmd: int, places: Sequence[Place]) -> Iterator[Attempt]:
             continue
         try:
             with store.Store(path) as directory:
-                yield from from_store(directory, layout)
+                yield from from_store(directory, layout, fresh)
         except (store.Unusable, image.CannotLayOut) as error:
             yield Refused(path, str(error))
         except OSError as error:
             yield Refused(path, reason_of(error))
 
 
-def from_store(directory: store.Store, layout: image.Layout) -> Iterator[Attempt]:
-    """Attempts with an image in one directory: the one that is there, then a new one, since the
-    pages of a file that somebody else read first are in memory as small ones."""
-    found = directory.get(layout)
+def from_store(
+    directory: store.Store, layout: image.Layout, fresh: bool = False
+) -> Iterator[Attempt]:
+    """Attempts with an image in one directory: the one that is there (unless a fresh one is asked
+    for), then a new one, since the pages of a file that somebody else read first are in memory as
+    small ones."""
+    found = directory.get(layout, fresh=fresh)
     try:
         yield _map_image(found, layout)
     except OSError as error:
@@ -230,13 +236,10 @@ def from_store(directory: store.Store, layout: image.Layout) -> Iterator[Attempt
         found = directory.get(layout, fresh=True)
         yield _map_image(found, layout)
     # Not huge as written: on some kernels (xfs before 6.12) only what is read back can be.
-    fd = os.open(found.path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(fd)
-    yield _map_image(replace(directory.get(layout), written=found.written), layout)
+    again = directory.get(layout)
+    os.fsync(again.fd)
+    os.posix_fadvise(again.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    yield _map_image(replace(again, written=found.written), layout)
 
 
 def _map_image(found: store.Image, layout: image.Layout) -> Prepared:

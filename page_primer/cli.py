@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import sys
@@ -40,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     doctor.set_defaults(run=_doctor)
 
     given = parser.parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names are bytes
     try:
         return int(given.run(given))
     except ValueError as error:
@@ -55,7 +58,11 @@ def _status(given: argparse.Namespace) -> int:
     if sys.platform != "linux":
         print(f"page-primer: not supported on {sys.platform}", file=sys.stderr)
         return 1
-    from page_primer.status import examine, family
+    try:
+        from page_primer.status import examine, family
+    except ImportError as error:  # built without its C core
+        print(f"page-primer: not available here: {error}", file=sys.stderr)
+        return 1
 
     processes = [examine(pid) for pid in family(given.pid)]
     if not processes:
@@ -130,6 +137,7 @@ def _show_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         # With the extra `cli` long names fold to the width of the terminal.
         with contextlib.suppress(ImportError):
             from rich.console import Console
+            from rich.markup import escape
             from rich.table import Table
 
             table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 1), header_style="bold")
@@ -137,7 +145,7 @@ def _show_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
                 left = column in (0, last)
                 table.add_column(title, justify="left" if left else "right", overflow="fold")
             for row in rows:
-                table.add_row(*row)
+                table.add_row(*map(escape, row))
             Console(highlight=False).print(table)
             return
     widths = [max(len(line[i]) for line in (titles, *rows)) for i in range(len(titles))]

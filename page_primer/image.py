@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from page_primer.survey import PF_R, PF_W, PF_X, PROGRAM_HEADER, PT_LOAD, Object
 
 # Part of an image's name in the store: raise it when what is written here changes.
 LAYOUT_VERSION = 1
+_NAME = re.compile(r"\d+(-[0-9a-f]+){7}-[0-9a-frx.]+")
 
 _PT_NULL, _PT_NOTE, _PT_PHDR, _PT_GNU_STACK = 0, 4, 6, 0x6474E551
 _SHT_SYMTAB, _SHF_ALLOC = 2, 2
@@ -270,6 +272,11 @@ def _build_id(layout: Layout) -> bytes:
     # into the server for the sake of a name.
     identity = random.Random(layout.name).randbytes(20)
     return _NOTE.pack(4, 20, _NT_GNU_BUILD_ID, b"GNU\0", identity)
+
+
+def is_name(name: str) -> bool:
+    """Whether a name is one that lay_out() gives, in any version."""
+    return _NAME.fullmatch(name) is not None
 
 
 def belongs_to(name: str, path: str) -> bool:

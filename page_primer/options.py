@@ -115,7 +115,8 @@ def _bytes(name: str, value: Any) -> int:
     if isinstance(value, str):
         text = value.strip().upper().removesuffix("B").removesuffix("I")
         number, unit = text.rstrip("KMG"), text.lstrip("0123456789")
-        if number.isascii() and number.isdigit() and unit in _UNITS:
+        sane = number.isascii() and number.isdigit() and len(number) < 20
+        if sane and unit in _UNITS:
             value = int(number) * _UNITS[unit]
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ValueError(
@@ -130,9 +131,9 @@ def _directory(name: str, value: Any) -> str | None:
     if not isinstance(value, str | os.PathLike):
         raise TypeError(f"{name} must be a path, not {value!r}")
     path = os.fspath(value)
-    if not isinstance(path, str) or not os.path.isabs(path):
+    if not isinstance(path, str) or not os.path.isabs(path) or "\0" in path:
         raise ValueError(f"{name} must be an absolute path, not {path!r}")
-    return path
+    return path.rstrip("/") or "/"
 
 
 _PARSERS = {

@@ -227,6 +227,8 @@ def mib(size: int) -> str:
 
 def percent(part: int, whole: int) -> str:
     """A share for people; 100 % only when nothing is missing."""
+    if not whole:
+        return "-"
     if part >= whole:
         return "100 %"
     return f"{min(100 * part / whole, 99.9):.1f} %"

@@ -3,11 +3,15 @@
 A store is a directory with a folder for each image:
 
     <store>/<layout name>/<the object's own file name>     the image, mode 0555
-    <store>/<layout name>/origin                            symbolic link to the object's file
+    <store>/<layout name>/origin      symbolic link to the object's file
+    <store>/<layout name>/.users      every user holds a shared flock(2) on it for its life
+    <store>/<layout name>/.writer     locked by the process that writes the image
 
-Every user of an image holds a shared flock(2) on it for its life (a forked child inherits it), and
-pruning removes only what it can lock exclusively. Trust does not rest on any of this: an image is
-compared with live memory, byte for byte, before it is mapped over code.
+A forked child inherits its parent's lock, and pruning removes only what it can lock exclusively.
+The lock files are ours alone (mode 0600), since whoever can open a file can lock it. Where locks
+cannot be had (no flock on that file system, a store mounted read-only) images are used without.
+Trust does not rest on any of this: an image is compared with live memory, byte for byte, before it
+is mapped over code.
 """
 
 from __future__ import annotations
@@ -31,6 +35,8 @@ _SPARE_IMAGES = 4
 _WAIT_FOR_WRITER = 1.0  # seconds
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+_NEW = os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+_ORIGIN, _USERS, _WRITER, _DRAFT = "origin", ".users", ".writer", ".new-"
 
 _counter = count()
 
@@ -41,19 +47,30 @@ class Unusable(Exception):
 
 @dataclass(frozen=True)
 class Image:
-    """An image in use: the open file holds the lock that keeps it from being pruned."""
+    """An image in use. `fd` is the file, to map it from; `lock` keeps it from being pruned, and is
+    negative where locks are not to be had."""
 
     path: str
     fd: int
-    inode: tuple[int, int]
+    lock: int
     written: int  # bytes; 0 when the image was there already
+    identities: tuple[tuple[int, int], ...]  # device and inode of both
 
     def close(self) -> None:
-        """Give the image up. A server that daemonizes may have closed our descriptor and opened
-        something else under its number: then there is nothing of ours to close."""
-        with contextlib.suppress(OSError):
-            if _identity(os.fstat(self.fd)) == self.inode:
-                os.close(self.fd)
+        """Give the image up. A server that daemonizes may have closed our descriptors and opened
+        something else under their numbers: then there is nothing of ours to close."""
+        self.close_file()
+        _close(self.lock, self.identities)
+
+    def close_file(self) -> None:
+        """The file need not stay open once it is mapped."""
+        _close(self.fd, self.identities)
+
+
+def _close(fd: int, identities: tuple[tuple[int, int], ...]) -> None:
+    with contextlib.suppress(OSError):
+        if fd >= 0 and _identity(os.fstat(fd)) in identities:
+            os.close(fd)
 
 
 class Store:
@@ -67,14 +84,12 @@ class Store:
         """
         self.path = path
         try:
-            os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(path, 0o755)
+            made = _make(path)
             self._fd = os.open(path, _DIRECTORY)
-        except FileExistsError as error:
-            raise Unusable("its parent is not a directory") from error
         except OSError as error:
             raise Unusable(error.strerror or str(error)) from error
+        if made:
+            os.fchmod(self._fd, 0o755)  # whatever the umask: other users' profilers read images
         status = os.fstat(self._fd)
         if status.st_uid != os.geteuid() or status.st_mode & 0o022:
             os.close(self._fd)
@@ -98,35 +113,24 @@ class Store:
             image.CannotLayOut: the object's file has a form that no image can be written of.
             OSError: reading the object's file or writing the image failed.
         """
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(layout.name, 0o755, dir_fd=self._fd)
-        folder = os.open(layout.name, _DIRECTORY, dir_fd=self._fd)
         try:
-            found = None if fresh else self._open(folder, layout)
-            if found is not None:
-                return found
-            # One process writes; the others wait for it and use what it wrote. If it takes too
-            # long they write one each: only memory is lost by that.
-            with _locked(folder):
-                found = None if fresh else self._open(folder, layout)
-                found = found or self._write(folder, layout)
-        finally:
-            os.close(folder)
-        self.prune()
+            found = self._get(layout, fresh)
+        except FileNotFoundError:  # pruned between being found and being locked
+            found = self._get(layout, fresh)
+        if found.written:
+            self.prune()
         return found
 
     def prune(self) -> None:
-        """Remove images that nobody uses: of files that changed, and all but a few of each file."""
+        """Remove images that nobody uses: of files that changed, and all but a few of each file.
+        Nothing is touched that is not an image of ours by its name."""
         spare: dict[str, list[tuple[float, str]]] = {}
         with contextlib.suppress(OSError):
-            for name in os.listdir(self._fd):
+            for name in filter(image.is_name, os.listdir(self._fd)):
                 with contextlib.suppress(OSError):
-                    origin = os.readlink(f"{name}/origin", dir_fd=self._fd)
-                    used = max(
-                        os.stat(f"{name}/{entry}", dir_fd=self._fd, follow_symlinks=False).st_mtime
-                        for entry in (os.path.basename(origin), ".")
-                    )
+                    origin = os.readlink(f"{name}/{_ORIGIN}", dir_fd=self._fd)
                     current = image.belongs_to(name, origin)
+                    used = self._last_use(name, os.path.basename(origin))
                     spare.setdefault(origin, []).append((used if current else 0.0, name))
             for images in spare.values():
                 images.sort(reverse=True)
@@ -134,54 +138,75 @@ class Store:
                     if index >= _SPARE_IMAGES or not used:
                         self._remove(name)
 
-    def _open(self, folder: int, layout: Layout) -> Image | None:
+    def _last_use(self, folder: str, name: str) -> float:
+        times = []
+        for entry in (name, "."):
+            with contextlib.suppress(OSError):
+                path = f"{folder}/{entry}"
+                times.append(os.stat(path, dir_fd=self._fd, follow_symlinks=False).st_mtime)
+        return max(times, default=0.0)
+
+    def _get(self, layout: Layout, fresh: bool) -> Image:
+        made = False
+        with contextlib.suppress(FileExistsError, PermissionError):
+            os.mkdir(layout.name, 0o755, dir_fd=self._fd)
+            made = True
+        folder = os.open(layout.name, _DIRECTORY, dir_fd=self._fd)
+        lock = -1
+        try:
+            if made:
+                os.fchmod(folder, 0o755)
+            lock = _lock_shared(folder)
+            found = None if fresh else self._open(folder, layout, lock)
+            if found is None:
+                # One process writes; the others wait for it and use what it wrote. If it takes too
+                # long they write one each: only memory is lost by that.
+                with _locked(folder):
+                    found = None if fresh else self._open(folder, layout, lock)
+                    found = found or self._write(folder, layout, lock)
+            lock = -1
+            return found
+        finally:
+            os.close(folder)
+            if lock >= 0:
+                os.close(lock)
+
+    def _open(self, folder: int, layout: Layout, lock: int, written: int = 0) -> Image | None:
         name = os.path.basename(layout.object.path)
         try:
             fd = os.open(name, _FILE, dir_fd=folder)
         except OSError:
             return None
-        found = None
-        try:
-            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            status = os.fstat(fd)
-            ours = status.st_uid == os.geteuid() and not status.st_mode & 0o022
-            whole = status.st_size >= layout.content_end
-            # Without links it was pruned between opening and locking.
-            if stat.S_ISREG(status.st_mode) and ours and whole and status.st_nlink:
-                os.utime(fd)  # the time of last use, for pruning
-                found = Image(f"{self.path}/{layout.name}/{name}", fd, _identity(status), 0)
-        except OSError:
-            pass
-        finally:
-            if found is None:
-                os.close(fd)
-        return found
+        status = os.fstat(fd)
+        ours = status.st_uid == os.geteuid() and not status.st_mode & 0o022
+        whole = stat.S_ISREG(status.st_mode) and status.st_size >= layout.content_end
+        if not ours or not whole:
+            os.close(fd)
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(fd)  # the time of last use, for pruning
+        identities = tuple(_identity(os.fstat(one)) for one in (fd, lock) if one >= 0)
+        return Image(f"{self.path}/{layout.name}/{name}", fd, lock, written, identities)
 
-    def _write(self, folder: int, layout: Layout) -> Image:
+    def _write(self, folder: int, layout: Layout, lock: int) -> Image:
         source = layout.object.source
         assert source is not None
         name = os.path.basename(layout.object.path)
-        draft = f".new-{os.getpid()}-{next(_counter)}"
+        draft = f"{_DRAFT}{os.getpid()}-{next(_counter)}"
         original = os.open(source.path, os.O_RDONLY | os.O_CLOEXEC)
         target = -1
         try:
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            target = os.open(draft, flags, 0o600, dir_fd=folder)
-            fcntl.flock(target, fcntl.LOCK_EX)
+            # First of all: what a killed writer leaves behind is found by it.
+            with contextlib.suppress(FileExistsError):
+                os.symlink(source.path, _ORIGIN, dir_fd=folder)
+            target = os.open(draft, os.O_RDWR | os.O_EXCL | _NEW, 0o600, dir_fd=folder)
             written = image.write(layout, original, target)
             if type(source).of(source.path, os.fstat(original)) != source:
                 raise OSError(errno.ESTALE, "the file changed while it was read")
             os.fchmod(target, 0o555)
-            with contextlib.suppress(FileExistsError):
-                os.symlink(source.path, "origin", dir_fd=folder)
             # No fsync: a file that a crash leaves half-written fails the comparison with memory
             # and is written again.
             os.replace(draft, name, src_dir_fd=folder, dst_dir_fd=folder)
-            fd = os.open(name, _FILE, dir_fd=folder)
-            fcntl.flock(target, fcntl.LOCK_UN)
-            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            path = f"{self.path}/{layout.name}/{name}"
-            return Image(path, fd, _identity(os.fstat(fd)), written)
         except BaseException:
             with contextlib.suppress(OSError):
                 os.unlink(draft, dir_fd=folder)
@@ -190,47 +215,97 @@ class Store:
             os.close(original)
             if target >= 0:
                 os.close(target)
+        found = self._open(folder, layout, lock, written)
+        if found is None:
+            raise OSError(errno.ESTALE, "somebody changed the image as soon as it was written")
+        return found
 
     def _remove(self, name: str) -> None:
         """Remove an image's folder, unless somebody uses or is writing the image."""
+        locks = []
         with contextlib.suppress(OSError):
             folder = os.open(name, _DIRECTORY, dir_fd=self._fd)
-            try:
-                entries = os.listdir(folder)
-                held = [
-                    entry
-                    for entry in entries
-                    if entry != "origin" and not _unlink_unused(entry, folder)
-                ]
-                if not held:
-                    os.unlink("origin", dir_fd=folder)
-                    os.rmdir(name, dir_fd=self._fd)
-            finally:
-                os.close(folder)
+            locks.append(folder)
+            for entry in (_WRITER, _USERS):
+                locks.append(os.open(entry, os.O_RDWR | _NEW, 0o600, dir_fd=folder))
+                fcntl.flock(locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            image_name = os.path.basename(os.readlink(_ORIGIN, dir_fd=folder))
+            for entry in os.listdir(folder):
+                if entry in (image_name, _WRITER, _USERS) or entry.startswith(_DRAFT):
+                    os.unlink(entry, dir_fd=folder)
+            # Last: a folder without it would never be looked at again.
+            os.unlink(_ORIGIN, dir_fd=folder)
+            os.rmdir(name, dir_fd=self._fd)
+        for fd in locks:
+            os.close(fd)
 
 
-def _unlink_unused(name: str, folder: int) -> bool:
-    fd = os.open(name, _FILE, dir_fd=folder)
+def _make(path: str) -> bool:
+    """Create a directory, and its parent where that would be ours: never a part of the system, nor
+    of somebody else's home. Returns whether it was missing."""
+    parent = os.path.dirname(path)
+    if not os.path.lexists(parent):
+        above = os.path.dirname(parent)
+        if above in ("/", "/var", "/dev") or os.stat(above).st_uid != os.geteuid():
+            raise FileNotFoundError(errno.ENOENT, "its parent does not exist")
+        os.mkdir(parent, 0o700)
+    elif not os.path.isdir(parent):
+        raise NotADirectoryError(errno.ENOTDIR, "its parent is not a directory")
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.unlink(name, dir_fd=folder)
-    except OSError:
+        os.mkdir(path, 0o755)
+    except FileExistsError:
         return False
-    finally:
-        os.close(fd)
+    except OSError:
+        if os.path.isdir(path):  # a read-only file system says so before it looks
+            return False
+        raise
     return True
+
+
+def _lock_shared(folder: int) -> int:
+    """Open and lock the users' file; negative where that cannot be done, which a store on a file
+    system without locks, or a read-only one, is no worse for."""
+    try:
+        fd = os.open(_USERS, os.O_RDWR | _NEW, 0o600, dir_fd=folder)
+    except FileNotFoundError:
+        raise  # the folder was pruned
+    except OSError:
+        return -1
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(fd)
+        raise FileNotFoundError(errno.ENOENT, "being pruned") from error
+    except OSError:
+        os.close(fd)
+        return -1
+    if not os.fstat(fd).st_nlink:
+        os.close(fd)
+        raise FileNotFoundError(errno.ENOENT, "pruned")
+    return fd
 
 
 @contextlib.contextmanager
 def _locked(folder: int) -> Iterator[None]:
-    """Hold the folder's lock, or go on without it after a while."""
+    """Hold the writer's lock, or go on without it after a while."""
     end = time.monotonic() + _WAIT_FOR_WRITER
-    while time.monotonic() < end:
-        with contextlib.suppress(OSError):
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        time.sleep(0.002)
-    yield  # closing the folder unlocks it
+    try:
+        fd = os.open(_WRITER, os.O_RDWR | _NEW, 0o600, dir_fd=folder)
+    except OSError:
+        yield
+        return
+    try:
+        while time.monotonic() < end:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.002)
+            except OSError:
+                break
+        yield
+    finally:
+        os.close(fd)
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:
@@ -249,4 +324,15 @@ def candidates() -> list[str]:
         found.insert(0, "/var/cache/page-primer")
     if runtime:
         found.append(f"{runtime}/page-primer")
-    return [path for path in found if os.path.isabs(path)]
+    return [path for path in found if os.path.isabs(path) and _trusted(path)]
+
+
+def _trusted(path: str) -> bool:
+    """Whether what there is of a path belongs to us or to root: under sudo, HOME may be somebody
+    else's, where root should leave nothing."""
+    while not os.path.lexists(path):
+        path = os.path.dirname(path)
+    try:
+        return os.stat(path).st_uid in (0, os.geteuid())
+    except OSError:
+        return False

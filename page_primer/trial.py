@@ -110,9 +110,8 @@ class _TrialStore(store.Store):
         status = os.fstat(self._kept)
         # The caller gives its descriptor up before it asks for the file once more.
         fd = os.dup(self._kept)
-        return store.Image(
-            f"/proc/self/fd/{self._kept}", fd, (status.st_dev, status.st_ino), written
-        )
+        identities = ((status.st_dev, status.st_ino),)
+        return store.Image(f"/proc/self/fd/{self._kept}", fd, -1, written, identities)
 
     def _create(self) -> int:
         name = f".doctor-{os.getpid()}-{next(_trials)}"

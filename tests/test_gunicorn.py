@@ -14,11 +14,15 @@ import threading
 import time
 from pathlib import Path
 
+import gunicorn.config
 import outside
 import pytest
 from servers import check, children, free_port, wait_for
 
-HERE = Path(__file__).parent
+# Since gunicorn 25.1; the tests' servers would share one.
+NO_CONTROL_SOCKET = (
+    ["--no-control-socket"] if "control_socket_disable" in gunicorn.config.make_settings() else []
+)
 CONF = "python:page_primer.integrations.gunicorn_conf"
 IS_ROOT = os.geteuid() == 0
 
@@ -46,7 +50,7 @@ class Gunicorn:
         command = [
             *wrapper, python, "-m", "gunicorn", *conf_option, "--bind", f"127.0.0.1:{self.port}",
             "--pid", str(self.pid_file), "--log-file", str(self.log_file), "--log-level", "debug",
-            "--no-control-socket", *options, "served:app",
+            *NO_CONTROL_SOCKET, *options, "served:app",
         ]  # fmt: skip
         self.output = open(self.directory / "output", "wb")
         self.process = subprocess.Popen(
@@ -55,7 +59,10 @@ class Gunicorn:
         )  # fmt: skip
 
     def __enter__(self):
-        wait_for(lambda: self.get() and self.master, f"gunicorn: {self.log()}")
+        try:
+            wait_for(lambda: self.get() and self.master, "gunicorn")
+        except AssertionError as error:
+            raise AssertionError(self.log()) from error
         return self
 
     def __exit__(self, *_):
@@ -319,6 +326,45 @@ def test_bad_setting_stops_the_start_with_one_line(python, tmp_path, env, said):
     assert done.returncode == 1
     (line,) = done.stderr.strip().splitlines()
     assert said in line
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ("def post_fork(server): pass", "invalid value for post_fork: Value must have an arity"),
+        ("on_starting = 5", "invalid value for on_starting: Value is not callable: 5"),
+        ("on_starting = 'none.such.hook'", "invalid value for on_starting: No module named 'none'"),
+        ("workers = foo", "NameError: name 'foo' is not defined"),
+        ("def", "SyntaxError"),
+    ],
+)
+def test_mistakes_in_the_users_configuration_stop_the_start(python, tmp_path, config, said):
+    (tmp_path / "served.py").write_text(APP)
+    (tmp_path / "gunicorn.conf.py").write_text(config + "\n")
+    done = subprocess.run(
+        [python, "-m", "gunicorn", "-c", CONF, "served:app"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert said in done.stderr
+    if "invalid" not in said:
+        assert f"Failed to read config file: {tmp_path}/gunicorn.conf.py" in done.stderr
+        assert "line 1" in done.stderr
+
+
+def test_names_of_the_users_that_are_no_settings_do_no_harm(python, images, tmp_path):
+    text = "sys = os = contextlib = _gunicorn = Options = 'theirs'\nWORKERS = 2\n"
+    (tmp_path / "gunicorn.conf.py").write_text(text)
+    with Gunicorn(python, tmp_path, env={"PAGE_PRIMER_IMAGE_DIR": str(images)}) as server:
+        server.wait_for_workers(2 if "WORKERS" in text else 1)
+        check([server.master, *server.workers])
+
+
+def test_a_bad_variable_that_comes_later_does_not_stop_the_server(python, tmp_path):
+    (tmp_path / "gunicorn.conf.py").write_text("raw_env = ['PAGE_PRIMER_LIMIT=lots']\n")
+    with Gunicorn(python, tmp_path) as server:
+        assert server.get()
+        assert "PAGE_PRIMER_LIMIT must be a number of bytes" in server.log()
 
 
 def test_daemon(python, images, tmp_path):

@@ -643,3 +643,27 @@ def test_report_reads_well(python, images):
         assert text.startswith("100 % of ") or "% of " in text.splitlines()[0]
         assert "image in" in text.splitlines()[0]
         assert process.run("import json; result = len(json.dumps(report.as_dict()))") > 1000
+
+
+@pytest.mark.parametrize("action", ["os.fork() or os._exit(0)", "page_primer.prime()"])
+def test_a_signal_handler_in_the_midst_of_prime(python, images, action):
+    """It may fork, and it may even call prime(): neither may hang."""
+    source = """
+        import os, signal, page_primer, page_primer.apply, page_primer.survey as survey
+        take = survey.take
+        def interrupted():
+            os.kill(os.getpid(), signal.SIGUSR1)
+            return take()
+        survey.take = interrupted
+        signal.signal(signal.SIGUSR1, lambda *_: %s)
+        result = page_primer.prime(image_dir=%r).as_dict()
+    """
+    with Process(python) as process:
+        report = process.run(textwrap.dedent(source) % (action, str(images)))
+        assert interpreter(report)["code_huge_bytes"] > 0
+
+
+def test_image_directory_with_a_trailing_slash(python, images):
+    with Process(python) as process:
+        core = interpreter(process.prime(image_dir=f"{images}//"))
+        assert core["where"].startswith(f"{images}/1-")

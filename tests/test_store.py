@@ -28,7 +28,11 @@ def test_names_and_modes(python, images):
         assert images.stat().st_mode & 0o777 == 0o755
         assert where.stat().st_mode & 0o777 == 0o555
         assert os.readlink(where.parent / "origin") == core["path"]
-        assert {entry.name for entry in where.parent.iterdir()} == {"origin", where.name}
+        assert {entry.name for entry in where.parent.iterdir()} == {
+            "origin", where.name, ".users", ".writer",
+        }  # fmt: skip
+        for name in (".users", ".writer"):
+            assert (where.parent / name).stat().st_mode & 0o777 == 0o600
 
 
 def test_a_wrong_image_is_never_mapped_and_is_written_again(python, images):
@@ -182,7 +186,11 @@ def test_a_writer_killed_half_way_is_no_obstacle(python, images):
         assert interpreter(process.prime(image_dir=str(images)))["written_bytes"] > 0
         assert huge(process)
         assert time.monotonic() - began < 20
-    assert draft.exists()  # in a folder in use; it goes when the folder is pruned
+        assert draft.exists()  # in a folder in use; it goes when the folder is pruned
+        process.restore()
+        process.run(f"import page_primer.store; s = page_primer.store.Store({str(images)!r})")
+        process.run(f"s._remove({draft.parent.name!r})")
+        assert not draft.parent.exists()
 
 
 def test_pruning_removes_what_nobody_uses(python, images):
@@ -206,7 +214,9 @@ def test_pruning_removes_what_nobody_uses(python, images):
         (stale / ".new-1-0").write_text("half")
         foreign = images / "something-else"
         foreign.mkdir()
-        with open(used / where.name, "rb") as lock:
+        (foreign / "upstream.tar").write_text("precious")
+        (foreign / "origin").symlink_to("upstream.tar")
+        with open(used / ".users", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH)
             process.run(f"import page_primer.store; s = page_primer.store.Store({str(images)!r})")
             process.run("s.prune()")
@@ -215,7 +225,7 @@ def test_pruning_removes_what_nobody_uses(python, images):
             assert kept.exists()
             assert sum(folder.exists() for folder in spare) == 3  # with `kept` four of this file
             assert spare[-1].exists()
-            assert foreign.exists()
+            assert (foreign / "upstream.tar").exists()
         process.run("s.prune()")
         assert not used.exists()
         assert huge(process)
@@ -251,3 +261,64 @@ def test_default_directory(python, tmp_path):
     assert f"{tmp_path}/cache/page-primer" in found
     assert f"/dev/shm/page-primer-{os.geteuid()}" in found
     assert (found[0] == "/var/cache/page-primer") == IS_ROOT
+
+
+def test_what_others_do_to_the_system_is_not_ours_to_repair(python, tmp_path):
+    """Neither /var/cache nor somebody else's ~/.cache is created; what we create has our modes."""
+    if not IS_ROOT:
+        pytest.skip("only root can give a directory away")
+    home = tmp_path / "alice"
+    home.mkdir()
+    os.chown(home, 65534, 65534)
+    env = {"HOME": str(home), "XDG_CACHE_HOME": ""}
+    with Process(python, env=env) as process:
+        found = process.run("import page_primer.store; result = page_primer.store.candidates()")
+        assert not any(path.startswith(str(home)) for path in found)
+    with Process(python, env={"HOME": str(tmp_path), "XDG_CACHE_HOME": ""}) as process:
+        directory = tmp_path / ".cache" / "page-primer"
+        core = interpreter(process.run(
+            "import os; os.umask(0o077); import page_primer\n"
+            f"result = page_primer.prime(image_dir={str(directory)!r}).as_dict()"
+        ))  # fmt: skip
+        where = Path(core["where"])
+        assert [p.stat().st_mode & 0o777 for p in (where, where.parent, directory)] == [
+            0o555, 0o755, 0o755,
+        ]  # fmt: skip
+        deep = tmp_path / "none" / "such" / "images"
+        core = interpreter(process.run(
+            "page_primer.restore()\n"
+            f"result = page_primer.prime(image_dir={str(deep)!r}).as_dict()"
+        ))  # fmt: skip
+        assert not (tmp_path / "none").exists()
+        assert core["backing"] != "image"
+
+
+def test_other_users_cannot_lock_what_we_lock(python, images):
+    """Everybody can open an image; whoever can open a file can lock it."""
+    with Process(python) as process:
+        where = Path(interpreter(process.prime(image_dir=str(images)))["where"])
+    locks = [open(path, "rb") for path in (where, where.parent / "origin")]
+    folder = os.open(where.parent, os.O_RDONLY)
+    try:
+        for lock in (*locks, folder):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with Process(python) as process:
+            core = interpreter(process.prime(image_dir=str(images)))
+            assert (core["backing"], core["written_bytes"]) == ("image", 0)
+    finally:
+        os.close(folder)
+        for lock in locks:
+            lock.close()
+
+
+def test_a_read_only_store_can_be_used(python, images, tmp_path):
+    """Images that are baked into a container."""
+    with Process(python) as process:
+        where = interpreter(process.prime(image_dir=str(images)))["where"]
+    script = f'mount --bind {images} {images} && mount -o remount,ro,bind {images} && exec "$@"'
+    wrapper = ["unshare", "--mount", "sh", "-c", script, "sh"]
+    if subprocess.run([*wrapper, "true"], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    with Process(python, wrapper=wrapper) as process:
+        core = interpreter(process.prime(image_dir=str(images)))
+        assert (core["backing"], core["where"], core["written_bytes"]) == ("image", where, 0)

@@ -4,6 +4,7 @@ gunicorn's log, and `page-primer status` of the running server."""
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -12,12 +13,17 @@ import urllib.request
 from pathlib import Path
 
 HERE = Path(__file__).parent
-BASE = "http://127.0.0.1:8000"
 
 
-def call(path: str, data: dict | None = None) -> object:
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def call(url: str, data: dict | None = None) -> object:
     body = json.dumps(data).encode() if data else None
-    request = urllib.request.Request(BASE + path, body, {"Content-Type": "application/json"})
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=10) as answer:
         return json.load(answer)
 
@@ -25,10 +31,11 @@ def call(path: str, data: dict | None = None) -> object:
 def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         log = Path(scratch, "gunicorn.log")
+        url = f"http://127.0.0.1:{(port := free_port())}/entries"
         command = [
             sys.executable, "-m", "gunicorn",
             "-c", "python:page_primer.integrations.gunicorn_conf",
-            "--log-file", str(log), "app:app",
+            "--bind", f"127.0.0.1:{port}", "--log-file", str(log), "app:app",
         ]  # fmt: skip
         print("$", "gunicorn", *command[3:], "\n", flush=True)
         server = subprocess.Popen(
@@ -38,12 +45,14 @@ def main() -> int:
             for _ in range(200):
                 time.sleep(0.1)
                 if server.poll() is not None:
-                    break
+                    raise SystemExit("gunicorn did not start")
                 if log.exists() and "the guest book is open" in log.read_text():
                     break
+            else:
+                raise SystemExit("gunicorn did not start")
             for number in range(200):
-                call("/entries", {"name": f"guest {number}", "text": "was here"})
-                entries = call("/entries")
+                call(url, {"name": f"guest {number}", "text": "was here"})
+                entries = call(url)
             print(f"400 requests answered; the newest entry is {entries[0]}\n")
             print("$ page-primer status", server.pid, flush=True)
             subprocess.run([sys.executable, "-m", "page_primer", "status", str(server.pid)])

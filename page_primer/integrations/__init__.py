@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import page_primer
+from page_primer.report import Report
 
 if TYPE_CHECKING:
     import logging
 
     from page_primer.options import Options
-    from page_primer.report import Logger, Report
+    from page_primer.report import Logger
 
 _last: Report | None = None
 
 
 def prime_and_log(logger: Logger | logging.Logger, options: Options | None = None) -> Report:
-    """Prime this process and say what came of it, as announce() does."""
-    report = page_primer.prime(options)
+    """Prime this process and say what came of it, as announce() does. Options that were fine at
+    start-up and are bad now (somebody changed the environment) do not stop a server that runs."""
+    try:
+        report = page_primer.prime(options)
+    except (TypeError, ValueError) as error:
+        report = Report(os.getpid(), f"{error}")
     announce(report, logger)
     return report
 

@@ -14,13 +14,16 @@ settings and calls its hooks before ours. A configuration file may instead say::
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
-from pkgutil import resolve_name
+import traceback
+from collections.abc import Callable, Iterator
 from typing import Any
+
+from gunicorn.config import make_settings
 
 from page_primer.integrations import gunicorn as _gunicorn
 from page_primer.options import Options
@@ -49,7 +52,8 @@ def _user_settings() -> dict[str, Any]:
     """The names that the user's configuration defines; none where there is no such file."""
     location = os.environ.get(_VARIABLE, "")
     if location.startswith("python:"):
-        return vars(importlib.import_module(location.removeprefix("python:")))
+        with _errors_as_gunicorn_says_them(location):
+            return vars(importlib.import_module(location.removeprefix("python:")))
     path = location.removeprefix("file:") or os.path.join(os.getcwd(), _DEFAULT)
     if not os.path.exists(path):
         if location:
@@ -59,20 +63,34 @@ def _user_settings() -> dict[str, Any]:
     if spec is None or spec.loader is None:
         sys.exit(f"page-primer: {_VARIABLE} names {path!r}, which is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with _errors_as_gunicorn_says_them(path):
+        spec.loader.exec_module(module)
     return vars(module)
 
 
-def _chain(ours: Callable[..., None], theirs: Any) -> Callable[..., None]:
-    """Call the user's hook, which may be given as "package.module.function", and then ours.
+@contextlib.contextmanager
+def _errors_as_gunicorn_says_them(location: str) -> Iterator[None]:
+    """Of a module, gunicorn would print the error's text alone, without the file and line."""
+    try:
+        yield
+    except Exception:
+        print(f"Failed to read config file: {location}", file=sys.stderr)
+        traceback.print_exc()
+        sys.exit(1)
 
-    Each hook has the number of parameters that gunicorn insists on."""
-    if isinstance(theirs, str):
-        try:
-            theirs = resolve_name(theirs)
-        except (ImportError, AttributeError, ValueError) as error:
-            sys.exit(f"page-primer: cannot import the hook {theirs!r}: {error}")
-    if theirs in (None, ours) or getattr(theirs, "__module__", "") == _gunicorn.__name__:
+
+def _chain(name: str, ours: Callable[..., None], theirs: Any) -> Callable[..., None]:
+    """Call the user's hook and then ours.
+
+    The user's is held to what gunicorn asks of it: a callable with so many parameters, or the name
+    of one, "package.module.function". Ours has as many."""
+    setting = make_settings()[name]
+    try:
+        setting.set(theirs)
+    except TypeError as error:
+        sys.exit(f"page-primer: invalid value for {name}: {error}")
+    theirs = setting.get()
+    if theirs is ours or getattr(theirs, "__module__", "") == _gunicorn.__name__:
         return ours
 
     def one(process: Any) -> None:
@@ -83,7 +101,7 @@ def _chain(ours: Callable[..., None], theirs: Any) -> Callable[..., None]:
         theirs(server, worker)
         ours(server, worker)
 
-    return two if ours is post_fork else one
+    return two if name == "post_fork" else one
 
 
 def on_starting(server: Any) -> None:
@@ -106,10 +124,14 @@ def _reread_next_time() -> None:
     sys.modules.pop("page_primer.integrations.gunicorn_conf", None)
 
 
-def _take_over(settings: dict[str, Any]) -> dict[str, Any]:
-    """The user's settings with their hooks and ours chained."""
-    chained = {name: _chain(globals()[name], settings.get(name)) for name in __all__}
-    return {name: value for name, value in settings.items() if name[0] != "_"} | chained
+def _take_over(theirs: dict[str, Any]) -> dict[str, Any]:
+    """The user's settings, all that gunicorn looks at, with their hooks and ours chained."""
+    names = make_settings().keys()
+    settings = {name: value for name, value in theirs.items() if name.lower() in names}
+    for name in __all__:
+        if name in settings:
+            settings[name] = _chain(name, globals()[name], settings[name])
+    return settings
 
 
 try:
