@@ -1,4 +1,5 @@
 # make demo    a real gunicorn application, primed, with the report shown
+# make demo-celery    a real Celery worker, likewise
 # make test    the whole test suite
 # make lint    formatting, lint rules, types
 # make bench   what priming costs
@@ -11,13 +12,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py page_primer/_core.c
 
-.PHONY: demo test lint bench kernels clean
+.PHONY: demo demo-celery test lint bench kernels clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/gunicorn/demo.py
 
+demo-celery: $(VENV)/.demo-celery
+	tools/system-packages redis-server:redis-server
+	$(BIN)/python examples/celery/demo.py
+
 test: $(VENV)/.dev
-	tools/system-packages gdb:gdb ps:procps setpriv:util-linux readelf:binutils
+	tools/system-packages gdb:gdb ps:procps setpriv:util-linux readelf:binutils \
+	    redis-server:redis-server
 	$(BIN)/pytest
 
 lint: $(VENV)/.dev
@@ -45,6 +51,10 @@ $(VENV)/.created:
 
 $(VENV)/.demo: $(VENV)/.created $(SOURCES)
 	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[gunicorn,cli]" flask
+	touch $@
+
+$(VENV)/.demo-celery: $(VENV)/.created $(SOURCES)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[celery,cli]" redis numpy pandas
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.created $(SOURCES)

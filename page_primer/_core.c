@@ -11,7 +11,6 @@
 #ifndef Py_GIL_DISABLED
 #define Py_LIMITED_API 0x030A0000
 #endif
-#define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
 #include <errno.h>
@@ -46,6 +45,17 @@
 typedef struct {
     PyObject *error;            /* page_primer._core.Error */
 } core_state;
+
+/* The headers of 3.12 and newer leave the reference out of Py_RETURN_NONE, and
+ * those of 3.13 changed what "#" means in formats; a module built with them for
+ * the stable ABI of 3.10 must do neither.
+ */
+static PyObject *
+none(void)
+{
+    Py_INCREF(Py_None);
+    return Py_None;
+}
 
 /* ------------------------------------------------------------- errors --- */
 
@@ -172,9 +182,10 @@ core_objects(PyObject *module, PyObject *Py_UNUSED(ignored))
     for (size_t i = 0; i < all.count; i++) {
         found_object *o = &all.objects[i];
         PyObject *item = Py_BuildValue(
-            "(yKy#)", o->name, (unsigned long long)o->base,
-            (const char *)o->headers,
-            (Py_ssize_t)(o->count * sizeof(ElfW(Phdr))));
+            "(yKN)", o->name, (unsigned long long)o->base,
+            PyBytes_FromStringAndSize(
+                (const char *)o->headers,
+                (Py_ssize_t)(o->count * sizeof(ElfW(Phdr)))));
         if (item == NULL || PyList_Append(list, item) < 0) {
             Py_XDECREF(item);
             goto done;
@@ -244,7 +255,8 @@ core_threads(PyObject *module, PyObject *Py_UNUSED(ignored))
 
     if (stat("/proc/self/task", &st) < 0)
         return fail(module, errno, "threads", 0, 0);
-    return PyLong_FromUnsignedLong(st.st_nlink - 2);
+    /* A /proc that does not count links (gVisor's) leaves at least us. */
+    return PyLong_FromUnsignedLong(st.st_nlink > 2 ? st.st_nlink - 2 : 1);
 }
 
 /* -------------------------------------------- preparing memory elsewhere */
@@ -298,7 +310,7 @@ core_map(PyObject *module, PyObject *args)
     Py_END_ALLOW_THREADS
     if (number)
         return fail(module, number, "map", address, address + length);
-    Py_RETURN_NONE;
+    return none();
 }
 
 PyDoc_STRVAR(fill_doc,
@@ -331,7 +343,26 @@ core_fill(PyObject *module, PyObject *args)
     Py_END_ALLOW_THREADS
     if (number)
         return fail(module, number, "fill", address, address + length);
-    Py_RETURN_NONE;
+    return none();
+}
+
+PyDoc_STRVAR(memfd_doc,
+"memfd(name, flags) -> fd\n\n"
+"memfd_create(2), which Pythons built for an old C library lack in os.");
+
+static PyObject *
+core_memfd(PyObject *module, PyObject *args)
+{
+    const char *name;
+    unsigned int flags;
+    long fd;
+
+    if (!PyArg_ParseTuple(args, "yI:memfd", &name, &flags))
+        return NULL;
+    fd = syscall(SYS_memfd_create, name, flags);
+    if (fd < 0)
+        return fail(module, errno, "memfd_create", 0, 0);
+    return PyLong_FromLong(fd);
 }
 
 /* The calls that take a range and answer 0 or -1 differ only in the call. */
@@ -351,7 +382,7 @@ name(PyObject *module, PyObject *args)                                      \
     (void)option;                                                           \
     if (number)                                                             \
         return fail(module, number, step, address, address + length);       \
-    Py_RETURN_NONE;                                                         \
+    return none();                                                          \
 }
 #define RANGE (void *)(uintptr_t)address, length
 
@@ -524,6 +555,10 @@ swap_object(struct dl_phdr_info *info, size_t size, void *data)
             return 1;
         }
     }
+
+    /* 4. Map the new pages while the object cannot go away. */
+    for (size_t i = 0; i < s->count; i++)
+        (void)populate((void *)s->pieces[i].target, s->pieces[i].length);
     return 1;
 }
 
@@ -577,12 +612,14 @@ core_swap(PyObject *module, PyObject *args)
     swap s = {0};
     unsigned long long base;
     Py_ssize_t headers_size;
-    PyObject *pieces, *undo, *result = NULL;
+    char *data;
+    PyObject *headers, *pieces, *undo, *result = NULL;
 
-    if (!PyArg_ParseTuple(args, "Ky#OO:swap", &base, &s.headers,
-                          &headers_size, &pieces, &undo))
+    if (!PyArg_ParseTuple(args, "KSOO:swap", &base, &headers, &pieces, &undo)
+        || PyBytes_AsStringAndSize(headers, &data, &headers_size) < 0)
         return NULL;
     s.base = base;
+    s.headers = data;
     s.headers_size = (size_t)headers_size;
     if (parse_pieces(pieces, &s.pieces, &s.count) < 0
         || parse_pieces(undo, &s.undo, &s.undo_count) < 0)
@@ -600,10 +637,8 @@ core_swap(PyObject *module, PyObject *args)
         fail(module, s.broken, "undo", s.start, s.end);
     else if (s.number)
         fail(module, s.number, s.step, s.start, s.end);
-    else {
-        result = Py_None;
-        Py_INCREF(result);
-    }
+    else
+        result = none();
 done:
     free(s.pieces);
     free(s.undo);
@@ -652,6 +687,7 @@ static PyMethodDef core_methods[] = {
     {"threads", core_threads, METH_NOARGS, threads_doc},
     {"reserve", core_reserve, METH_VARARGS, reserve_doc},
     {"map", core_map, METH_VARARGS, map_doc},
+    {"memfd", core_memfd, METH_VARARGS, memfd_doc},
     {"fill", core_fill, METH_VARARGS, fill_doc},
     {"unmap", core_unmap, METH_VARARGS, unmap_doc},
     {"protect", core_protect, METH_VARARGS, protect_doc},
@@ -689,6 +725,7 @@ core_exec(PyObject *module)
         || PyModule_AddIntMacro(module, MAP_NORESERVE) < 0
         || PyModule_AddIntMacro(module, MADV_HUGEPAGE) < 0
         || PyModule_AddIntMacro(module, MADV_COLLAPSE) < 0
+        || PyModule_AddIntMacro(module, MADV_POPULATE_READ) < 0
         || PyModule_AddIntMacro(module, MADV_POPULATE_WRITE) < 0
         || PyModule_AddIntMacro(module, MLOCK_ONFAULT) < 0)
         return -1;
@@ -716,8 +753,9 @@ core_clear(PyObject *module)
 }
 
 /* No state but the exception class, and every function is one system call
- * or takes the loader's lock: nothing needs the GIL, and any interpreter of
- * the process may load the module.  What is primed is the process's, though:
+ * or takes the loader's lock: nothing needs the GIL.  A sub-interpreter may
+ * load the module, one with a GIL of its own only where the headers can say so
+ * (not under the stable ABI of 3.10).  What is primed is the process's:
  * apply.py keeps that book in the interpreter that primed. */
 static PyModuleDef_Slot core_slots[] = {
     {Py_mod_exec, core_exec},

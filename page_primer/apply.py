@@ -12,32 +12,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from page_primer import _core, backing, plan, smaps, survey
-from page_primer.backing import Prepared, Refused
 from page_primer.measure import measure
+from page_primer.move import Key, NotMoved, Primed, carry_out, fault_in, key_of, put_back
 from page_primer.options import Options
-from page_primer.plan import Left, Lock, Move, Region
+from page_primer.plan import Left, Lock
 from page_primer.report import ObjectReport, Report
 from page_primer.smaps import Mapping, overlapping
-from page_primer.survey import PF_X, Object, Survey
+from page_primer.survey import Object, Survey
 
-MODIFIED = "modified in memory"
-
-Key = tuple[int, bytes]  # base and program headers: one loaded object
 Range = tuple[int, int]  # addresses
-
-
-@dataclass(frozen=True)
-class Primed:
-    """An object that was moved, with what is needed to measure it and to put it back."""
-
-    object: Object
-    regions: tuple[Region, ...]
-    prepared: Prepared
-    notes: tuple[str, ...]
-
-    @property
-    def bytes(self) -> int:
-        return sum(region.end - region.start for region in self.regions)
 
 
 @dataclass
@@ -50,10 +33,12 @@ class Process:
     objects: tuple[Object, ...] = ()
     pmd: int = 0
     primed: dict[Key, Primed] = field(default_factory=dict)
+    mapped: dict[Key, tuple[str, int]] = field(default_factory=dict)  # device, inode, as in smaps
     left: dict[Key, list[Left]] = field(default_factory=dict)
     notes: dict[Key, tuple[str, ...]] = field(default_factory=dict)
     locked: dict[Range, Lock] = field(default_factory=dict)
     refused: dict[Range, tuple[Lock, OSError]] = field(default_factory=dict)
+    hosts_locks: list[Range] = field(default_factory=list)  # made by others than us
     huge: int = 0  # bytes of moved regions on huge pages, when last measured
     report: Report | None = None
     busy: bool = False  # a call is under way; another in the same thread is a signal handler's
@@ -68,13 +53,20 @@ class Process:
             if child and not self._inherit():
                 last = self.report = self._measure((), smaps.read_smaps(), began)
             return replace(last, pid=self.pid, moved=(), milliseconds=_since(began))
+        self.report = None  # should this not come to its end
         if child:
             self.locked.clear()
+            self.hosts_locks.clear()
         moved = self._move_new(options)
+        self._lock_again_for_host(moved)
         self._lock(plan.locks(self.objects, smaps.read_maps(), options))
         mappings = smaps.read_smaps()
         if self._take_back_small(moved, mappings):
             mappings = smaps.read_smaps()
+        for key in moved:
+            start = self.primed[key].regions[0].start
+            for mapping in overlapping(mappings, start, start + 1):
+                self.mapped[key] = mapping.device, mapping.inode
         self.report = self._measure(moved, mappings, began)
         return self.report
 
@@ -87,7 +79,7 @@ class Process:
         self.locked.clear()
         self._lock(wanted)
         for primed in self.primed.values():
-            _fault_in(primed.regions)
+            fault_in(primed.regions)
         self.huge = self._huge(smaps.starting_at(self._starts()))
         return before == (set(self.locked), self.huge)
 
@@ -99,17 +91,19 @@ class Process:
                 _core.unlock(start, end - start)
         self.locked.clear()
         self.refused.clear()
-        failed: dict[Key, Primed] = {}
-        for key, primed in self.primed.items():
+        for key, primed in list(self.primed.items()):
             try:
-                _put_back(primed)
+                put_back(primed)
             except OSError as error:
                 note = f"not put back: {backing.reason_of(error)}"
-                failed[key] = replace(primed, notes=(*primed.notes, note))
+                if note not in primed.notes:
+                    self.primed[key] = replace(primed, notes=(*primed.notes, note))
             else:
-                if primed.prepared.image is not None:
-                    primed.prepared.image.close()
-        self.primed = failed
+                self._forget(key)
+        for start, end in self.hosts_locks:
+            with contextlib.suppress(OSError):
+                _core.lock(start, end - start)
+        self.hosts_locks.clear()
         self.left.clear()
         self.notes.clear()
         self.options = None
@@ -120,31 +114,37 @@ class Process:
 
     def _move_new(self, options: Options) -> list[Key]:
         """Survey the process and move what can be moved and is not yet; returns what was."""
-        found = survey.take()
-        self._forget_unloaded(found)
-        used = sum(primed.bytes for primed in self.primed.values())
+        found = self._as_it_was_before_us(survey.take())
+        self._note_hosts_locks(found)
+        used = sum(p.bytes for p in self.primed.values() if not p.object.interpreter)
         planned = plan.make(found, options, used)
         self.left, self.notes = {}, {}
         for left in planned.left:
-            self.left.setdefault(_key(left.object), []).append(left)
+            self.left.setdefault(key_of(left.object), []).append(left)
+        for key, primed in self.primed.items():
+            self.left[key] = plan.explain(primed.object, primed.regions, found.pmd_size or self.pmd)
         moved = []
         places = backing.directories(options) if planned.moves else []
         for move in planned.moves:
-            key = _key(move.object)
+            key = key_of(move.object)
             try:
-                primed = _carry_out(move, found.pmd_size, options, places)
+                carry_out(move, found.pmd_size, options, places, self.primed)
             except NotMoved as why:
                 self._leave(move.object, str(why), why.notes)
                 continue
-            except OSError as error:
-                self._leave(move.object, backing.reason_of(error), ())
+            except Exception as error:  # whatever it is, it concerns this object alone
+                text = f"{type(error).__name__}: {error}"
+                if isinstance(error, OSError):
+                    text = backing.reason_of(error)
+                self._leave(move.object, text, ())
                 continue
-            self.primed[key] = primed
-            self.left[key] = plan.explain(move.object, primed.regions, found.pmd_size)
+            regions = self.primed[key].regions
+            self.left[key] = plan.explain(move.object, regions, found.pmd_size)
             moved.append(key)
         if _core.loads() != found.loads:
-            found = survey.take()  # writing an image loads modules, which are to be locked as well
-        self.objects, self.pmd = found.objects, found.pmd_size
+            # Writing an image loads modules, which are to be locked as well.
+            found = self._as_it_was_before_us(survey.take())
+        self.objects, self.pmd = found.objects, found.pmd_size or self.pmd
         self.options, self.loads = options, found.loads
         return moved
 
@@ -158,8 +158,8 @@ class Process:
             if any(m.huge for m in mappings if m.start in starts):
                 continue
             with contextlib.suppress(OSError):
-                _put_back(primed)
-                del self.primed[key]
+                put_back(primed)
+                self._forget(key)
                 reason = f"no huge pages after the swap ({primed.prepared.where})"
                 self._leave(primed.object, reason, primed.notes)
                 moved.remove(key)
@@ -173,22 +173,56 @@ class Process:
         starts = self._starts()
         return sum(mapping.huge for mapping in mappings if mapping.start in starts)
 
-    def _forget_unloaded(self, found: Survey) -> None:
-        """Drop what was unloaded since, or unloaded and loaded again at the same address."""
-        there = {_key(obj) for obj in found.objects if obj.problem == survey.REMAPPED}
-        for key in set(self.primed) - there:
-            image = self.primed.pop(key).prepared.image
-            if image is not None:
-                image.close()
+    def _as_it_was_before_us(self, found: Survey) -> Survey:
+        """The survey with the objects that we moved as they were surveyed then: what can be seen of
+        them now is what we made of them. What was unloaded since, or unloaded and loaded again at
+        the same address, is forgotten."""
+        loaded = {key_of(obj) for obj in found.objects}
+        for key, primed in list(self.primed.items()):
+            start = primed.regions[0].start
+            here = next(overlapping(found.mappings, start, start + 1), None)
+            same = here and self.mapped.get(key) in (None, (here.device, here.inode))
+            if key not in loaded or not same:
+                self._forget(key)
+        objects = tuple(
+            replace(self.primed[key_of(obj)].object, problem=survey.REMAPPED)
+            if key_of(obj) in self.primed
+            else obj
+            for obj in found.objects
+        )
+        return replace(found, objects=objects)
+
+    def _forget(self, key: Key) -> None:
+        self.mapped.pop(key, None)
+        image = self.primed.pop(key).prepared.image
+        if image is not None:
+            image.close()
 
     def _leave(self, obj: Object, reason: str, notes: tuple[str, ...]) -> None:
-        self.notes[_key(obj)] = notes
-        self.left[_key(obj)] = [
+        self.notes[key_of(obj)] = notes
+        self.left[key_of(obj)] = [
             Left(obj, s.start, s.end, s.kind, plan.WRITABLE if s.writable else reason)
             for s in obj.segments
         ]
 
     # ------------------------------------------------------------------------------- locking ---
+
+    def _note_hosts_locks(self, found: Survey) -> None:
+        """What the host has locked of its own, it keeps: over the swap, and over restore()."""
+        known = [*self.hosts_locks, *self.locked]
+        for obj in found.objects:
+            for mapping in overlapping(found.mappings, obj.start, obj.end):
+                start, end = max(mapping.start, obj.start), min(mapping.end, obj.end)
+                if mapping.is_locked and not any(a < end and start < b for a, b in known):
+                    self.hosts_locks.append((start, end))
+
+    def _lock_again_for_host(self, moved: Iterable[Key]) -> None:
+        """Mapping something else over a range loses its lock. Whole regions: a lock of a part would
+        split the mapping, and the huge page at its border."""
+        for region in [region for key in moved for region in self.primed[key].regions]:
+            if any(low < region.end and region.start < high for low, high in self.hosts_locks):
+                with contextlib.suppress(OSError):
+                    _core.lock(region.start, region.end - region.start)
 
     def _lock(self, wanted: Iterable[Lock]) -> None:
         self.refused.clear()
@@ -229,8 +263,8 @@ class Process:
 
     def _measure_object(self, obj: Object, mappings: Sequence[Mapping]) -> ObjectReport:
         here = list(overlapping(mappings, obj.start, obj.end))
-        primed = self.primed.get(_key(obj))
-        segments = measure(obj.segments, here, self.pmd, self.left.get(_key(obj), ()))
+        primed = self.primed.get(key_of(obj))
+        segments = measure(obj.segments, here, self.pmd, self.left.get(key_of(obj), ()))
         code = [segment for segment in segments if segment.kind == "code"]
         return ObjectReport(
             path=obj.path,
@@ -244,157 +278,8 @@ class Process:
             copied_bytes=primed.bytes if primed else 0,
             written_bytes=primed.prepared.written if primed else 0,
             segments=segments,
-            notes=primed.notes if primed else self.notes.get(_key(obj), ()),
+            notes=primed.notes if primed else self.notes.get(key_of(obj), ()),
         )
-
-
-class NotMoved(Exception):
-    """An object stays where it is; the message is the reason, `notes` tell the attempts."""
-
-    def __init__(self, reason: str, notes: Iterable[str]) -> None:
-        super().__init__(reason)
-        self.notes = tuple(notes)
-
-
-def _carry_out(move: Move, pmd: int, options: Options, places: Sequence[backing.Place]) -> Primed:
-    """Move one object to the first backing that smaps confirms.
-
-    Raises:
-        NotMoved: no backing was good enough, or the swap was refused. The object is as it was.
-    """
-    notes: list[str] = []
-    for fresh in (False, True):
-        prepared = _choose(backing.attempts(move, pmd, options, places, fresh), notes)
-        try:
-            _swap_in(move.object, prepared)
-        except _core.Error as error:
-            # Pieces are replaced in order: those before the one that failed have been moved.
-            wrong = error.step == "compare" and _is_wrong(prepared, move.object, error.start)
-            prepared.discard(moved_below=error.start if error.step in ("replace", "undo") else 0)
-            if error.step != "compare":
-                raise NotMoved(f"swap failed at {backing.reason_of(error)}", notes) from error
-            if fresh or not wrong:
-                raise NotMoved(MODIFIED, notes) from error
-            notes.append(f"{prepared.where}: wrong content, written again")
-            continue
-        except OSError as error:
-            prepared.discard()
-            raise NotMoved(backing.reason_of(error), notes) from error
-        regions = tuple(piece.region for piece in prepared.pieces)
-        _fault_in(regions)
-        prepared.unmap(moved_below=regions[-1].end)
-        if prepared.image is not None:
-            prepared.image.close_file()
-        return Primed(move.object, regions, prepared, tuple(notes))
-    raise AssertionError("unreachable")
-
-
-def _choose(attempts: Iterable[backing.Attempt], notes: list[str]) -> Prepared:
-    """The first attempt that is huge throughout, or else the one that came nearest."""
-    best: Prepared | None = None
-    for attempt in attempts:
-        if isinstance(attempt, Refused):
-            notes.append(f"{attempt.where}: {attempt.reason}")
-            continue
-        if attempt.huge < attempt.wanted:
-            notes.append(f"{attempt.where}: {attempt.huge} of {attempt.wanted} bytes huge")
-        better = attempt.huge > (best.huge if best else 0)
-        worse = best if better else attempt
-        if worse is not None:
-            worse.discard()
-        if better:
-            best = attempt
-            if best.huge == best.wanted:
-                break
-    if best is None:
-        raise NotMoved("no backing gave huge pages", notes)
-    return best
-
-
-def _swap_in(obj: Object, prepared: Prepared) -> None:
-    original = os.open(obj.path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        regions = [piece.region for piece in prepared.pieces]
-        undo = [
-            (start, end - start, protection, 0, original, offset)
-            for start, end, protection, offset in _original_mappings(obj, regions)
-        ]
-        _core.swap(obj.base, obj.headers, [piece.swap for piece in prepared.pieces], undo)
-    finally:
-        os.close(original)
-
-
-def _original_mappings(obj: Object, regions: Iterable[Region]) -> list[tuple[int, int, int, int]]:
-    """(start, end, protection, file offset) of the loader's mappings that regions replace a part
-    of. Whole ones: the kernel does not merge mappings of a file that was opened twice."""
-    found = []
-    for segment in obj.segments:
-        hit = any(r.start < segment.file_end and segment.start < r.end for r in regions)
-        if segment.writable or not hit:
-            continue
-        protection = _core.PROT_READ
-        if segment.flags & PF_X:
-            protection |= _core.PROT_EXEC | (backing.PROT_BTI if obj.bti else 0)
-        found.append((segment.start, segment.file_end, protection, segment.offset))
-    return found
-
-
-def _put_back(primed: Primed) -> None:
-    """Map an object's own file over what it was moved to. Raises OSError when that fails."""
-    obj = primed.object
-    fd = os.open(obj.path, os.O_RDONLY | os.O_CLOEXEC)
-    areas: list[tuple[int, int]] = []
-    between: Prepared | None = None
-    try:
-        if obj.source is None or survey.Source.of(obj.path, os.fstat(fd)) != obj.source:
-            raise OSError(errno.ESTALE, survey.FILE_GONE)
-        originals = []
-        for start, end, protection, offset in _original_mappings(obj, primed.regions):
-            source = _core.reserve(end - start, survey.page_size(), 0)
-            _core.map(source, end - start, protection, _core.MAP_PRIVATE, fd, offset)
-            areas.append((source, end - start))
-            originals.append((start, end - start, protection, source, fd, offset))
-        pieces = originals
-        if primed.prepared.backing == "hugetlb":
-            # Such a mapping can be cut at whole huge pages only (EINVAL): other memory takes its
-            # place first, each region at once, and the file's mappings take that one's.
-            between = backing.small(obj, primed.regions, primed.prepared.pmd)
-            pieces = [piece.swap for piece in between.pieces] + originals
-        _core.swap(obj.base, obj.headers, pieces, originals)
-    finally:
-        if between is not None:
-            between.unmap()
-        for source, length in areas:
-            with contextlib.suppress(OSError):
-                _core.unmap(source, length)
-        os.close(fd)
-
-
-def _is_wrong(prepared: Prepared, obj: Object, address: int) -> bool:
-    """After a failed comparison: whether an image's content is to blame, rather than code that was
-    modified in memory."""
-    if prepared.image is None:
-        return False
-    piece = next(p for p in prepared.pieces if p.region.start <= address < p.region.end)
-    with contextlib.suppress(OSError), open(obj.path, "rb") as original:
-        for _, _, offset in backing.originals(Region(address, address + 1, 0), obj):
-            original.seek(offset)
-            there = piece.offset + address - piece.region.start
-            return os.pread(prepared.image.fd, 1, there) != original.read(1)
-    return False
-
-
-def _fault_in(regions: Sequence[Region]) -> None:
-    """Have the regions mapped, by huge entries where possible; smaps will tell."""
-    for region in regions:
-        with contextlib.suppress(OSError):
-            _core.advise(region.start, region.end - region.start, _core.MADV_HUGEPAGE)
-        with contextlib.suppress(OSError):
-            _core.populate(region.start, region.end - region.start)
-
-
-def _key(obj: Object) -> Key:
-    return obj.base, obj.headers
 
 
 def _since(began: float) -> float:
@@ -407,11 +292,32 @@ process = Process()
 # would inherit a half-kept book and a lock that nobody holds. Reentrant for signal handlers, which
 # run in the midst of it and may fork.
 lock = threading.RLock()
+_fork = threading.local()
 
 
-def _release() -> None:
-    with contextlib.suppress(RuntimeError):  # the acquisition was interrupted
+def _before_fork() -> None:
+    _fork.held = False
+    lock.acquire()  # a signal handler may raise here, and the fork goes on all the same
+    _fork.held = True
+
+
+def _after_fork_in_parent() -> None:
+    if getattr(_fork, "held", False):
+        _fork.held = False
         lock.release()
 
 
-os.register_at_fork(before=lock.acquire, after_in_parent=_release, after_in_child=_release)
+def _after_fork_in_child() -> None:
+    process.pid = 0  # in another PID namespace a child may have its parent's number
+    if getattr(_fork, "held", False):
+        _fork.held = False
+        lock.release()
+    else:  # forked by C code that runs no hook before, or the wait was interrupted
+        lock._at_fork_reinit()  # type: ignore[attr-defined]
+
+
+os.register_at_fork(
+    before=_before_fork,
+    after_in_parent=_after_fork_in_parent,
+    after_in_child=_after_fork_in_child,
+)

@@ -29,6 +29,7 @@ PROT_BTI = 0x10  # arm64, <asm/mman.h>
 # linux/memfd.h, linux/fcntl.h
 _MFD_CLOEXEC, _MFD_ALLOW_SEALING, _MFD_HUGETLB, _MFD_NOEXEC_SEAL = 1, 2, 4, 8
 _MFD_HUGE_SHIFT = 26
+_F_ADD_SEALS = 1033
 _SEALS = 0x1 | 0x2 | 0x4 | 0x8  # F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_GROW, F_SEAL_WRITE
 
 # From which kernel on a file system's files can be on huge pages without further settings. Others
@@ -101,7 +102,8 @@ class Prepared:
             with contextlib.suppress(OSError):
                 _core.unmap(piece.source + gone, piece.size + _GUARD - gone)
         for fd in self.keep:
-            os.close(fd)
+            with contextlib.suppress(OSError):
+                os.close(fd)
 
 
 Attempt = Prepared | Refused
@@ -140,9 +142,27 @@ def _place(region: Region, obj: Object, pmd: int, fd: int, offset: int, flags: i
     if region.flags & PF_X and obj.bti:
         final |= PROT_BTI
     size = region.end - region.start
-    source = _core.reserve(size + _GUARD, pmd, region.start)
-    _core.map(source, size, final if fd >= 0 else _READ_WRITE, flags, fd, offset)
+    now = final if fd >= 0 else _READ_WRITE
+    source = map_new(size, pmd, region.start, now, flags, fd, offset, guard=_GUARD)
     return Piece(region, final, source, fd, offset)
+
+
+def map_new(
+    size: int, alignment: int, like: int, protection: int, flags: int, fd: int, offset: int,
+    *, guard: int = 0,
+) -> int:  # fmt: skip
+    """Map at a new address that equals `like` modulo `alignment`, with `guard` bytes of reserved
+    address space behind; returns the address."""
+    address = _core.reserve(size + guard, alignment, like)
+    try:
+        _core.map(address, size, protection, flags, fd, offset)
+    except OSError as error:
+        # These come before the kernel touches the reservation. After others it may be gone, and
+        # its place somebody else's: then a bit of address space is lost.
+        if error.errno in (errno.EPERM, errno.EACCES, errno.ENODEV, errno.EBADF):
+            _core.unmap(address, size + guard)
+        raise
+    return address
 
 
 def _place_all(regions: Sequence[Region], prepare: Callable[[Region], Piece]) -> tuple[Piece, ...]:
@@ -150,7 +170,7 @@ def _place_all(regions: Sequence[Region], prepare: Callable[[Region], Piece]) ->
     try:
         for region in regions:
             pieces.append(prepare(region))
-    except OSError:
+    except BaseException:
         for piece in pieces:
             _core.unmap(piece.source, piece.size + _GUARD)
         raise
@@ -249,14 +269,14 @@ def _map_image(found: store.Image, layout: image.Layout) -> Prepared:
 
     try:
         pieces = _place_all(layout.regions, place)
-    except OSError:
+    except BaseException:
         found.close()
         raise
     prepared = Prepared("image", found.path, pieces, layout.pmd, found, found.written)
     try:
         for piece in pieces:
             _fault_in(piece, layout.pmd)
-    except OSError:
+    except BaseException:
         prepared.discard()
         raise
     return prepared
@@ -284,6 +304,7 @@ def _memory_file(name: str, move: Move, pmd: int, flags: int) -> Iterator[Attemp
         offsets, end = {}, 0
         for region in move.memory:
             offsets[region], end = end, end + region.end - region.start
+        image.check_file_size(end)
         if flags & _MFD_HUGETLB:
             # Takes the pages from the pool, or says that it has none; touching them without that
             # could end in SIGBUS.
@@ -292,7 +313,7 @@ def _memory_file(name: str, move: Move, pmd: int, flags: int) -> Iterator[Attemp
             os.ftruncate(fd, end)
         for region in move.memory:
             _fill_shared(fd, offsets[region], region, move.object, pmd)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+        fcntl.fcntl(fd, _F_ADD_SEALS, _SEALS)
 
         def place(region: Region) -> Piece:
             # Of hugetlb pages a private mapping would reserve as many again.
@@ -305,7 +326,7 @@ def _memory_file(name: str, move: Move, pmd: int, flags: int) -> Iterator[Attemp
         try:
             for piece in pieces:
                 _fault_in(piece, pmd)
-        except OSError:
+        except BaseException:
             prepared.unmap()
             raise
         yield prepared
@@ -329,19 +350,18 @@ def _memfd_create(name: str, flags: int) -> int:
     flags |= _MFD_CLOEXEC
     try:
         # Also where vm.memfd_noexec=2 forbids other memfds; mmap(PROT_EXEC) is not affected.
-        return os.memfd_create(name, flags | _MFD_NOEXEC_SEAL)
+        return _core.memfd(os.fsencode(name), flags | _MFD_NOEXEC_SEAL)
     except OSError as error:
         if error.errno != errno.EINVAL:  # Linux before 6.3
             raise
-        return os.memfd_create(name, flags | _MFD_ALLOW_SEALING)
+        return _core.memfd(os.fsencode(name), flags | _MFD_ALLOW_SEALING)
 
 
 def _fill_shared(fd: int, offset: int, region: Region, obj: Object, pmd: int) -> None:
     """Fill a part of a memory file with a region's content, through a mapping, which is what gets
     huge pages on kernels without MADV_COLLAPSE (shmem_enabled=advise)."""
     size = region.end - region.start
-    address = _core.reserve(size, pmd, 0)
-    _core.map(address, size, _READ_WRITE, _core.MAP_SHARED, fd, offset)
+    address = map_new(size, pmd, 0, _READ_WRITE, _core.MAP_SHARED, fd, offset)
     try:
         with contextlib.suppress(OSError):
             _core.advise(address, size, _core.MADV_HUGEPAGE)
@@ -384,7 +404,7 @@ def _anonymous(move: Move, pmd: int) -> Iterator[Attempt]:
             _fill(piece.source, region, move.object)
             collapse(piece.source, piece.size)  # up to 6.17 only while it is writable
             _core.protect(piece.source, piece.size, piece.protection)
-        except OSError:
+        except BaseException:
             _core.unmap(piece.source, piece.size + _GUARD)
             raise
         return piece
@@ -407,6 +427,7 @@ _MEMORY: dict[str, Callable[[Move, int], Iterator[Attempt]]] = {
 
 def reason_of(error: OSError) -> str:
     """An OSError in few words, with the step where the core says which."""
-    text = os.strerror(error.errno) if error.errno else str(error)
     step = getattr(error, "step", None)
-    return f"{step}: {text}" if step else text
+    if step:
+        return f"{step}: {os.strerror(error.errno or 0)}"
+    return error.strerror or str(error)

@@ -19,9 +19,11 @@ section headers, those left out marked SHT_NULL so that section numbers keep the
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import re
+import resource
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -117,10 +119,11 @@ def write(layout: Layout, original: int, target: int) -> int:
     if note + _NOTE.size > _HEADER_ROOM:
         raise CannotLayOut("too many program headers")
 
+    end, tail = _sections(layout, original, names, elf["e_shstrndx"], note)
+    check_file_size(max(offset + len(data) for offset, data in tail))
     written = 0
     for offset, block in _content(layout, original):
         written += _write_all(target, block, offset)
-    end, tail = _sections(layout, original, names, elf["e_shstrndx"], note)
     for offset, data in tail:
         written += _write_all(target, data, offset)
 
@@ -129,6 +132,17 @@ def write(layout: Layout, original: int, target: int) -> int:
     header = _EHDR.pack(*fields)
     first_page = header + b"".join(program_headers) + _build_id(layout)
     return written + _write_all(target, first_page, 0)
+
+
+def check_file_size(size: int) -> None:
+    """RLIMIT_FSIZE is enforced by a signal, which a host that embeds Python may not ignore: so ask.
+
+    Raises:
+        OSError: EFBIG, as write(2) would say where SIGXFSZ is ignored.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if limit != resource.RLIM_INFINITY and size > limit:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
 
 
 def _notes(segment: Any) -> Iterator[dict[str, Any]]:

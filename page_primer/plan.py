@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from page_primer.options import Options
+from page_primer.report import OVER_LIMIT
 from page_primer.smaps import Mapping, overlapping
 from page_primer.survey import PF_R, PF_X, Object, Segment, Survey
 
@@ -25,7 +26,6 @@ NO_HUGE_PAGES = "no huge pages on this kernel"
 THP_DISABLED = "huge pages are disabled for this process (PR_SET_THP_DISABLE)"
 NO_CODE = "no code"
 NO_CHUNK = "no whole huge page"
-OVER_LIMIT = "over the limit"
 PROFILERS_HEAD = "kept for profilers"
 WRITABLE = "writable"
 
@@ -110,7 +110,7 @@ def make(survey: Survey, options: Options, used: int = 0) -> Plan:
             reason = OVER_LIMIT
         if move is not None and not reason:
             moves.append(move)
-            room -= move.bytes
+            room -= 0 if obj.interpreter else move.bytes
         if move is not None and not reason:
             left += explain(obj, move.image, survey.pmd_size)
         else:

@@ -6,6 +6,8 @@ import logging
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+OVER_LIMIT = "over the limit"  # a reason for leaving code alone that is worth its own words
+
 
 class Logger(Protocol):
     """What `Report.log()` needs: logging.Logger has it, and so has gunicorn's logger."""
@@ -123,7 +125,13 @@ class Report:
             since: an earlier report, of this process or of the one it was forked from. Then only
                 what differs is worth a line above DEBUG.
         """
-        if since is None or self.moved or self.reason != since.reason:
+        left_out = self._left_out()
+        if (
+            since is None
+            or self.moved
+            or self.reason != since.reason
+            or left_out != since._left_out()
+        ):
             logger.info("page-primer: %s", self._summary())
             for line in self._details():
                 logger.debug("page-primer: %s", line)
@@ -152,6 +160,9 @@ class Report:
         parts.append(
             f"{mib(self.code_huge_bytes)} of {mib(self.code_bytes)} in {len(self.objects)} objects"
         )
+        left_out = self._left_out()
+        if left_out:
+            parts.append(f"over the limit: {', '.join(left_out)}")
         parts.append(f"{mib(self.locked_bytes)} locked")
         written = sum(obj.written_bytes for obj in self.objects if obj.path in self.moved)
         done = f"{self.milliseconds:.1f} ms"
@@ -160,6 +171,14 @@ class Report:
         if self.threads > 1:
             done += f", {self.threads} threads"
         return f"{'; '.join(parts)}; {done}"
+
+    def _left_out(self) -> list[str]:
+        """The objects that the limit left out, with the size of their code."""
+        return [
+            f"{obj.name} ({mib(obj.code_bytes)})"
+            for obj in self.objects
+            if obj.backing is None and OVER_LIMIT in _reasons(obj)
+        ]
 
     def _lock_shortfall(self) -> str | None:
         if not self.lock_refused_bytes:

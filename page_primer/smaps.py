@@ -6,6 +6,7 @@ is mapped by a PMD entry, not what was advised (Linux, Documentation/filesystems
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass, field
@@ -95,7 +96,7 @@ def total(mappings: Iterable[Mapping], counter: str) -> int:
 def _text(path: str) -> str:
     # In one go: the kernel then walks the address space in as few steps as it can.
     with open(path, "rb", buffering=0) as file:
-        return file.readall().decode("utf-8", "surrogateescape")
+        return os.fsdecode(file.readall())
 
 
 def _mapping(match: re.Match[str]) -> Mapping:

@@ -192,7 +192,8 @@ class Store:
         source = layout.object.source
         assert source is not None
         name = os.path.basename(layout.object.path)
-        draft = f"{_DRAFT}{os.getpid()}-{next(_counter)}"
+        # Another container may have a process of the same number.
+        draft = f"{_DRAFT}{os.getpid()}-{time.time_ns():x}-{next(_counter)}"
         original = os.open(source.path, os.O_RDONLY | os.O_CLOEXEC)
         target = -1
         try:
@@ -208,8 +209,9 @@ class Store:
             # and is written again.
             os.replace(draft, name, src_dir_fd=folder, dst_dir_fd=folder)
         except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(draft, dir_fd=folder)
+            if target >= 0:
+                with contextlib.suppress(OSError):
+                    os.unlink(draft, dir_fd=folder)
             raise
         finally:
             os.close(original)

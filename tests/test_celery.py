@@ -129,6 +129,16 @@ class Worker:
     def pool(self):
         return children(self.pid)
 
+    def settled(self, count):
+        """A condition: so many children, and the same ones a second later."""
+
+        def condition():
+            before = self.pool
+            time.sleep(1)
+            return len(before) == count and self.pool == before
+
+        return condition
+
 
 def spread(count):
     """An expression: tasks that run at the same time; the ids of the processes that ran them."""
@@ -190,8 +200,7 @@ def test_a_thousand_tasks_of_one_child_each(tmp_path, broker, images):
     with Worker(tmp_path, broker, images, *options, env={"PAGE_PRIMER_MLOCK": "1"}) as worker:
         source = "sum(r.get(timeout=200) for r in [work.add.delay(i, 1) for i in range(1000)])"
         assert worker.call(source) == sum(range(1000)) + 1000
-        wait_for(lambda: len(worker.pool) == 4, "a full pool")
-        time.sleep(1)
+        wait_for(worker.settled(4), "a settled pool")
         check(worker.pool)
         log = worker.log()
         assert "Timed out waiting for UP message" not in log
@@ -208,7 +217,7 @@ def test_a_thousand_tasks_of_one_child_each(tmp_path, broker, images):
 def test_late_libraries_of_a_task(tmp_path, broker, images):
     for module in ("numpy", "pandas", "pyarrow"):
         pytest.importorskip(module, reason=f"{module} is not installed")
-    configure = BY_IMPORT + "app.conf.page_primer = {'limit': '100M'}\n"
+    configure = BY_IMPORT + "app.conf.page_primer = {'limit': '160M'}\n"
     with Worker(tmp_path, broker, images, "-c", "1", configure=configure) as worker:
         total, pid = worker.call("work.late.delay().get(timeout=120)")
         assert total == sum(range(1000))

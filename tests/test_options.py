@@ -61,7 +61,8 @@ def test_sizes(text, size):
     [
         ("limit", "12X"), ("limit", "M"), ("limit", "-1"), ("limit", -1), ("limit", True),
         ("limit", 1.5), ("limit", "1.5M"), ("limit", "٣"), ("backing", "tape"), ("backing", []),
-        ("remap", "maybe"), ("remap", 2), ("mlock", None), ("image_dir", "images"), ("image_dir", "/a\0b"),
+        ("remap", "maybe"), ("remap", 2), ("mlock", None), ("image_dir", "images"),
+        ("image_dir", "/a\0b"),
         ("limit", "9" * 5000),
     ],
 )  # fmt: skip

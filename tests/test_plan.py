@@ -213,7 +213,7 @@ def test_the_limit_is_spent_on_the_hottest_and_the_interpreter_always_fits():
         )  # fmt: skip
 
     libraries = [library(n, n * MIB) for n in range(1, 5)]
-    planned = make(*libraries, debian_python(), limit=17 * MIB)
+    planned = make(*libraries, debian_python(), limit=15 * MIB)  # 8 MiB each
     paths = [move.object.path for move in planned.moves]
     assert paths == ["/usr/bin/python3.11", "/lib/4.so"]
     assert [move.object.path for move in make(debian_python(), limit=0).moves] == paths[:1]

@@ -1,0 +1,218 @@
+"""Move one object to its replacement, and back: prepare, swap, and clean up after every failure."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from page_primer import _core, backing, survey
+from page_primer.backing import Prepared, Refused
+from page_primer.options import Options
+from page_primer.plan import Move, Region
+from page_primer.survey import PF_X, Object
+
+MODIFIED = "modified in memory"
+
+Key = tuple[int, bytes]  # base and program headers: one loaded object
+
+
+def key_of(obj: Object) -> Key:
+    return obj.base, obj.headers
+
+
+@dataclass(frozen=True)
+class Primed:
+    """An object that was moved, with what is needed to measure it and to put it back."""
+
+    object: Object
+    regions: tuple[Region, ...]
+    prepared: Prepared
+    notes: tuple[str, ...]
+
+    @property
+    def bytes(self) -> int:
+        return sum(region.end - region.start for region in self.regions)
+
+
+class NotMoved(Exception):
+    """An object stays where it is; the message is the reason, `notes` tell the attempts."""
+
+    def __init__(self, reason: str, notes: Iterable[str]) -> None:
+        super().__init__(reason)
+        self.notes = tuple(notes)
+
+
+def carry_out(
+    move: Move, pmd: int, options: Options, places: Sequence[backing.Place], book: dict[Key, Primed]
+) -> None:
+    """Move one object to the first backing that smaps confirms.
+
+    Args:
+        move: the object and its regions.
+        pmd: the size of a huge page, bytes.
+        options: what the caller wants.
+        places: the directories for images.
+        book: where the move is entered, before it is made: an exception of the host's (Ctrl-C, a
+            signal handler's) may come at any moment, and what is in the book can be put back.
+
+    Raises:
+        NotMoved: no backing was good enough, or the swap was refused. The object is as it was.
+    """
+    notes: list[str] = []
+    for fresh in (False, True):
+        prepared = _choose(backing.attempts(move, pmd, options, places, fresh), notes)
+        regions = tuple(piece.region for piece in prepared.pieces)
+        key = key_of(move.object)
+        book[key] = Primed(move.object, regions, prepared, tuple(notes))
+        try:
+            _swap_in(move.object, prepared)
+        except OSError as error:
+            step = getattr(error, "step", "")
+            wrong = step == "compare" and _is_wrong(prepared, move.object, error)
+            if step == "undo":  # in the book it stays, to be put back another time
+                raise NotMoved(f"swap failed at {backing.reason_of(error)}", notes) from error
+            del book[key]
+            # Pieces are replaced in order: those before the one that failed have been moved.
+            failed_at = error.start if isinstance(error, _core.Error) else 0
+            prepared.discard(moved_below=failed_at if step == "replace" else 0)
+            if step == "compare":
+                if fresh or not wrong:
+                    raise NotMoved(MODIFIED, notes) from error
+                notes.append(f"{prepared.where}: wrong content, written again")
+                continue
+            reason = backing.reason_of(error)
+            raise NotMoved(f"swap failed at {reason}" if step else reason, notes) from error
+        fault_in(regions)
+        prepared.unmap(moved_below=regions[-1].end)
+        if prepared.image is not None:
+            prepared.image.close_file()
+        return
+
+
+def _choose(attempts: Iterable[backing.Attempt], notes: list[str]) -> Prepared:
+    """The first attempt that is huge throughout, or else the one that came nearest."""
+    best: Prepared | None = None
+    for attempt in attempts:
+        if isinstance(attempt, Refused):
+            notes.append(f"{attempt.where}: {attempt.reason}")
+            continue
+        try:
+            huge, so_far = attempt.huge, best.huge if best else 0
+        except BaseException:
+            for prepared in (attempt, best):
+                if prepared is not None:
+                    prepared.discard()
+            raise
+        if huge < attempt.wanted:
+            notes.append(f"{attempt.where}: {huge} of {attempt.wanted} bytes huge")
+        worse = best if huge > so_far else attempt
+        if worse is not None:
+            worse.discard()
+        if huge > so_far:
+            best = attempt
+            if huge == best.wanted:
+                break
+    if best is None:
+        raise NotMoved("no backing gave huge pages", notes)
+    return best
+
+
+def _swap_in(obj: Object, prepared: Prepared) -> None:
+    original = os.open(obj.path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        _require_same_file(obj, original)  # or undoing would map another file's code
+        regions = [piece.region for piece in prepared.pieces]
+        undo = [
+            (start, end - start, protection, 0, original, offset)
+            for start, end, protection, offset in _original_mappings(obj, regions)
+        ]
+        # Read what is to be compared before the loader's lock is taken: it may come from disk.
+        for region in regions:
+            with contextlib.suppress(OSError):
+                size = region.end - region.start
+                _core.advise(region.start, size, _core.MADV_POPULATE_READ)
+        _core.swap(obj.base, obj.headers, [piece.swap for piece in prepared.pieces], undo)
+    finally:
+        os.close(original)
+
+
+def _require_same_file(obj: Object, fd: int) -> None:
+    """Times do not count: a new hard link changes them, and bytes are compared anyway."""
+    status, source = os.fstat(fd), obj.source
+    now = (status.st_dev, status.st_ino, status.st_size)
+    if source is None or now != (source.device, source.inode, source.size):
+        raise OSError(errno.ESTALE, survey.FILE_GONE)
+
+
+def _original_mappings(obj: Object, regions: Iterable[Region]) -> list[tuple[int, int, int, int]]:
+    """(start, end, protection, file offset) of the loader's mappings that regions replace a part
+    of. Whole ones: the kernel does not merge mappings of a file that was opened twice."""
+    found = []
+    for segment in obj.segments:
+        hit = any(r.start < segment.file_end and segment.start < r.end for r in regions)
+        if segment.writable or not hit:
+            continue
+        protection = _core.PROT_READ
+        if segment.flags & PF_X:
+            protection |= _core.PROT_EXEC | (backing.PROT_BTI if obj.bti else 0)
+        found.append((segment.start, segment.file_end, protection, segment.offset))
+    return found
+
+
+def put_back(primed: Primed) -> None:
+    """Map an object's own file over what it was moved to. Raises OSError when that fails."""
+    obj = primed.object
+    fd = os.open(obj.path, os.O_RDONLY | os.O_CLOEXEC)
+    areas: list[tuple[int, int]] = []
+    between: Prepared | None = None
+    try:
+        _require_same_file(obj, fd)
+        originals = []
+        for start, end, protection, offset in _original_mappings(obj, primed.regions):
+            size, flags = end - start, _core.MAP_PRIVATE
+            source = backing.map_new(size, survey.page_size(), 0, protection, flags, fd, offset)
+            areas.append((source, size))
+            originals.append((start, end - start, protection, source, fd, offset))
+        pieces = originals
+        if primed.prepared.backing == "hugetlb":
+            # Such a mapping can be cut at whole huge pages only (EINVAL): other memory takes its
+            # place first, each region at once, and the file's mappings take that one's.
+            between = backing.small(obj, primed.regions, primed.prepared.pmd)
+            pieces = [piece.swap for piece in between.pieces] + originals
+        _core.swap(obj.base, obj.headers, pieces, originals)
+    finally:
+        if between is not None:
+            between.unmap()
+        for source, length in areas:
+            with contextlib.suppress(OSError):
+                _core.unmap(source, length)
+        os.close(fd)
+
+
+def _is_wrong(prepared: Prepared, obj: Object, error: OSError) -> bool:
+    """After a failed comparison: whether an image's content is to blame, rather than code that was
+    modified in memory."""
+    if prepared.image is None or not isinstance(error, _core.Error):
+        return False
+    address = error.start
+    piece = next(p for p in prepared.pieces if p.region.start <= address < p.region.end)
+    with contextlib.suppress(OSError), open(obj.path, "rb") as original:
+        for _, _, offset in backing.originals(Region(address, address + 1, 0), obj):
+            original.seek(offset)
+            there = piece.offset + address - piece.region.start
+            return os.pread(prepared.image.fd, 1, there) != original.read(1)
+    return False
+
+
+def fault_in(regions: Sequence[Region]) -> None:
+    """Have the regions mapped, by huge entries where possible; smaps will tell."""
+    for region in regions:
+        with contextlib.suppress(OSError):
+            _core.advise(region.start, region.end - region.start, _core.MADV_HUGEPAGE)
+        with contextlib.suppress(OSError):
+            # Never by reading: the object may have been unloaded.
+            size = region.end - region.start
+            _core.advise(region.start, size, _core.MADV_POPULATE_READ)
