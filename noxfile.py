@@ -6,7 +6,7 @@ import nox
 OLDEST = {
     "gunicorn": ["gunicorn==21.2.0"],
     "uvicorn": ["uvicorn==0.30.0", "uvicorn-worker==0.2.0"],
-    "celery": ["celery==5.4.0", "redis<6"],
+    "celery": ["celery==5.4.0"],
 }
 TESTS = {
     "gunicorn": ["tests/test_gunicorn.py"],

@@ -66,7 +66,8 @@ class Mapping:
     @property
     def is_locked(self) -> bool:
         """Whether mlock is in force. (The counter `Locked` is a share where processes share.)"""
-        return "lo" in self.flags
+        # Asked of every mapping, so without parsing the rest: the flags are the last line.
+        return " lo " in self.details[self.details.rfind("VmFlags:") :]
 
 
 def read_maps(pid: int | str = "self") -> list[Mapping]:

@@ -11,7 +11,13 @@ import subprocess
 import time
 from pathlib import Path
 
+import gunicorn.config
 import outside
+
+# Since gunicorn 25.1; the tests' servers would share one.
+NO_CONTROL_SOCKET = (
+    ["--no-control-socket"] if "control_socket_disable" in gunicorn.config.make_settings() else []
+)
 
 
 def free_port():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import outside
 import pytest
-from servers import Server, check, children, free_port, wait_for
+from servers import NO_CONTROL_SOCKET, Server, check, children, free_port, wait_for
 
 BIN = Path(sys.executable).parent
 
@@ -149,7 +149,7 @@ def test_uvicorn_worker_under_gunicorn(application, images, preload):
     port = free_port()
     command = [
         sys.executable, "-m", "gunicorn", "-b", f"127.0.0.1:{port}", "-w", "2", *preload,
-        "--no-control-socket", "-k", "uvicorn_worker.UvicornWorker", "served:app",
+        *NO_CONTROL_SOCKET, "-k", "uvicorn_worker.UvicornWorker", "served:app",
     ]  # fmt: skip
     with Server(application, port, *command, env=environment(images)) as server:
         wait_for(lambda: len(children(server.pid)) == 2, "two workers")
@@ -210,7 +210,8 @@ ASGI_SERVERS = {
         sys.executable, "-m", "hypercorn", "-w", "2", "-b", f"127.0.0.1:{port}", "served:app",
     ],
     "granian": lambda port: [
-        str(BIN / "granian"), "--interface", "asgi", "--workers", "2", "--port", str(port),
+        sys.executable, "-m", "granian", "--interface", "asgi", "--workers", "2",
+        "--port", str(port),
         "served:app",
     ],
 }  # fmt: skip
@@ -250,7 +251,7 @@ WSGI_SERVERS = {
         sys.executable, "-m", "waitress", "--listen", f"127.0.0.1:{port}", "served:app",
     ],
     "gunicorn": lambda port: [
-        sys.executable, "-m", "gunicorn", "-w", "2", "--preload", "--no-control-socket",
+        sys.executable, "-m", "gunicorn", "-w", "2", "--preload", *NO_CONTROL_SOCKET,
         "-b", f"127.0.0.1:{port}", "served:app",
     ],
     "uwsgi": lambda port: [

@@ -127,7 +127,7 @@ def _reread_next_time() -> None:
 def _take_over(theirs: dict[str, Any]) -> dict[str, Any]:
     """The user's settings, all that gunicorn looks at, with their hooks and ours chained."""
     names = make_settings().keys()
-    settings = {name: value for name, value in theirs.items() if name.lower() in names}
+    settings = {name: value for name, value in theirs.items() if name in names}
     for name in __all__:
         if name in settings:
             settings[name] = _chain(name, globals()[name], settings[name])
