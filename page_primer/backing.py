@@ -16,8 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from page_primer import _core, image, smaps, store
-from page_primer.mounts import mount_at
+from page_primer import _core, image, mounts, smaps, store
 from page_primer.options import Options
 from page_primer.plan import Move, Region
 from page_primer.survey import PF_X, Object
@@ -215,8 +214,9 @@ def directories(options: Options) -> list[Place]:
         return [(options.image_dir, None)]
     good: list[str] = []
     other: list[str] = []
+    table = mounts.read()
     for path in store.candidates():
-        since = GOOD_SINCE.get(mount_at(path).filesystem)
+        since = GOOD_SINCE.get(mounts.mount_of(os.path.realpath(path), table).filesystem)
         (good if since and kernel() >= since else other).append(path)
     reason = None
     if options.backing == "auto" and kernel() < _FILES_SINCE:

@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from page_primer import _unsupported
-from page_primer.mounts import Mount, mount_at, mount_of
+from page_primer import _unsupported, mounts
+from page_primer.mounts import Mount, mount_of
 from page_primer.options import Options
 from page_primer.report import mib, percent
 
@@ -586,7 +586,7 @@ def _describe(found: Survey, planned: Plan) -> Interpreter:
     return Interpreter(
         path=obj.path,
         kind=_kind(obj),
-        filesystem=mount_at(obj.path).filesystem,
+        filesystem=mount_of(os.path.realpath(obj.path), mounts.read()).filesystem,
         segments=tuple(SegmentLayout(s.start, s.end - s.start, s.kind) for s in obj.segments),
         span=(start, end),
         pmd_size=pmd,
@@ -694,7 +694,7 @@ def read_directory(path: str) -> Directory:
         room = os.statvfs(there)
         if room.f_blocks:
             free = (room.f_bavail if os.geteuid() else room.f_bfree) * room.f_frsize
-    mount = mount_of(there, _read("/proc/self/mountinfo"))
+    mount = mount_of(there, mounts.read())
     return Directory(path, mount, os.geteuid(), free, owner, mode)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 
@@ -36,10 +35,10 @@ def mount_of(path: str, mountinfo: str) -> Mount:
     return best
 
 
-def mount_at(path: str) -> Mount:
-    """The file system that a path is, or would be, on, as this process sees it now."""
+def read() -> str:
+    """The mounts as this process sees them now; empty where /proc is not to be had."""
     try:
         with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-            return mount_of(os.path.realpath(path), file.read())
+            return file.read()
     except OSError:
-        return Mount("", "")
+        return ""
