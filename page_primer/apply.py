@@ -136,6 +136,7 @@ class Process:
                 text = f"{type(error).__name__}: {error}"
                 if isinstance(error, OSError):
                     text = backing.reason_of(error)
+                self._undo(key)
                 self._leave(move.object, text, ())
                 continue
             regions = self.primed[key].regions
@@ -166,6 +167,13 @@ class Process:
                 taken_back = True
         return taken_back
 
+    def _undo(self, key: Key) -> None:
+        """After an unforeseen failure: what was moved is put back, if it was."""
+        if key in self.primed:
+            with contextlib.suppress(OSError):
+                put_back(self.primed[key])
+                self._forget(key)
+
     def _starts(self) -> set[int]:
         return {region.start for primed in self.primed.values() for region in primed.regions}
 
@@ -177,12 +185,18 @@ class Process:
         """The survey with the objects that we moved as they were surveyed then: what can be seen of
         them now is what we made of them. What was unloaded since, or unloaded and loaded again at
         the same address, is forgotten."""
-        loaded = {key_of(obj) for obj in found.objects}
+        loaded = {key_of(obj): obj for obj in found.objects}
         for key, primed in list(self.primed.items()):
             start = primed.regions[0].start
             here = next(overlapping(found.mappings, start, start + 1), None)
-            same = here and self.mapped.get(key) in (None, (here.device, here.inode))
-            if key not in loaded or not same:
+            if key not in loaded or here is None:
+                self._forget(key)
+            elif key not in self.mapped:  # interrupted: it may have been moved or not
+                if loaded[key].problem == survey.REMAPPED:
+                    self.mapped[key] = here.device, here.inode
+                else:
+                    self._forget(key)
+            elif self.mapped[key] != (here.device, here.inode):
                 self._forget(key)
         objects = tuple(
             replace(self.primed[key_of(obj)].object, problem=survey.REMAPPED)

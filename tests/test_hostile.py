@@ -116,6 +116,37 @@ def test_interrupts_at_any_moment_lose_nothing(python, images):
         assert left == []
 
 
+@pytest.mark.parametrize("error", ["MemoryError", "KeyboardInterrupt"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_unforeseen_failure_around_the_swap(python, images, error, when):
+    """Whatever happens there, the book says what is so: the next call does what is left to do."""
+    source = f"""
+        import page_primer, page_primer.apply, page_primer.move as move
+        swap_in = move._swap_in
+        def fails(obj, prepared):
+            if {when!r} == "after":
+                swap_in(obj, prepared)
+            raise {error}
+        move._swap_in = fails
+        try:
+            page_primer.prime(image_dir={str(images)!r})
+        except KeyboardInterrupt:
+            pass
+        move._swap_in = swap_in
+        page_primer.apply.process.loads = (0, 0)
+        first = page_primer.prime(image_dir={str(images)!r})
+        result = [first.as_dict(), page_primer.restore().as_dict()]
+    """
+    require_huge_files(images.parent)
+    with Process(python) as process:
+        before = outside.file_mappings(process.pid)
+        first, last = process.run(textwrap.dedent(source))
+        assert interpreter(first)["backing"] == "image"
+        assert interpreter(first)["code_huge_bytes"] > 0
+        assert interpreter(last)["code_huge_bytes"] == 0
+        assert [m for m in before if m not in outside.file_mappings(process.pid)] == []
+
+
 def test_locks_of_the_host_are_kept(python, images):
     """A host that called mlockall() has everything locked, before, while and after."""
 
