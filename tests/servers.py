@@ -52,6 +52,15 @@ def check(pids, locked=True):
     return texts
 
 
+def get(port, path="/"):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    try:
+        connection.request("GET", path)
+        return connection.getresponse().read()
+    finally:
+        connection.close()
+
+
 class Server:
     """A command that serves HTTP on a port, with its output in a file."""
 
@@ -96,9 +105,4 @@ class Server:
         return (self.directory / "output").read_text()
 
     def get(self, path="/"):
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
-        try:
-            connection.request("GET", path)
-            return connection.getresponse().read()
-        finally:
-            connection.close()
+        return get(self.port, path)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import outside
 import pytest
-from servers import NO_CONTROL_SOCKET, check, children, free_port, wait_for
+from servers import NO_CONTROL_SOCKET, check, children, free_port, get, wait_for
 
 CONF = "python:page_primer.integrations.gunicorn_conf"
 IS_ROOT = os.geteuid() == 0
@@ -88,12 +88,7 @@ class Gunicorn:
         return [(int(pid), message) for pid, message in re.findall(pattern, self.log())]
 
     def get(self, path="/"):
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
-        try:
-            connection.request("GET", path)
-            return connection.getresponse().read()
-        finally:
-            connection.close()
+        return get(self.port, path)
 
     def wait_for_workers(self, count, but_not=()):
         wait_for(

@@ -336,12 +336,11 @@ def test_random_load_addresses_on_overlayfs(tmp_path):
     if not shared:
         pytest.skip("no interpreter with a shared libpython in a tree of its own")
     prefix = Path(os.path.realpath(shared[-1])).parents[1]
-    for name in ("upper", "work", "merged"):
-        (tmp_path / name).mkdir()
+    (tmp_path / "layers").mkdir()
     mount = (
-        f"mount -t tmpfs none {tmp_path}/work && mkdir {tmp_path}/work/u {tmp_path}/work/w && "
-        f"mount -t overlay overlay -o lowerdir={prefix},upperdir={tmp_path}/work/u,"
-        f"workdir={tmp_path}/work/w {prefix}"
+        f"cd {tmp_path}/layers && mount -t tmpfs none $PWD && cd $PWD && "
+        "mkdir $PWD/up $PWD/scratch && mount -t overlay overlay -o "
+        f"lowerdir={prefix},upperdir=$PWD/up,workdir=$PWD/scratch {prefix}"
     )
     wrapper = ["unshare", "--mount", "sh", "-c", f'{mount} && exec "$@"', "sh"]
     if subprocess.run([*wrapper, "true"], capture_output=True).returncode:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import page_primer
+from page_primer.options import Options
 from page_primer.report import Report
 
 if TYPE_CHECKING:
-    import logging
-
-    from page_primer.options import Options
     from page_primer.report import Logger
 
 _last: Report | None = None
@@ -34,3 +33,21 @@ def announce(report: Report, logger: Logger | logging.Logger) -> None:
     global _last
     report.log(logger, since=_last)
     _last = report
+
+
+class Wrapper:
+    """What ASGI and WSGI middleware share: an application, the logger for the report, and in which
+    process it was primed. Attributes are the application's."""
+
+    def __init__(self, app: Any, logger: Logger | logging.Logger | None) -> None:
+        Options.load()  # a setting that makes no sense stops the start
+        self._app = app
+        self._logger = logger or logging.getLogger("page_primer")
+        self._process = 0
+
+    def _prime(self) -> None:
+        prime_and_log(self._logger)
+        self._process = os.getpid()  # a forked one is another
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._app, name)

@@ -15,8 +15,7 @@ import os
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from page_primer.integrations import prime_and_log
-from page_primer.options import Options
+from page_primer.integrations import Wrapper
 from page_primer.report import Logger
 
 Message = MutableMapping[str, Any]
@@ -25,34 +24,23 @@ Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[Message, Receive, Send], Awaitable[None]]
 
 
-class Primed:
+class Primed(Wrapper):
     """An ASGI application that primes the process it runs in; attributes are the application's."""
 
-    def __init__(self, app: Application, logger: Logger | logging.Logger) -> None:
-        self._app = app
-        self._logger = logger
-        self._process = 0  # the process that was primed: a forked one is another
-
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        if self._process == os.getpid():
-            await self._app(scope, receive, send)
-            return
-        prime_and_log(self._logger)
-        self._process = os.getpid()
-        if scope["type"] == "lifespan":
-            send = self._primes_when_complete(send)
+        if self._process != os.getpid():
+            self._prime()
+            if scope["type"] == "lifespan":
+                send = self._primes_when_complete(send)
         await self._app(scope, receive, send)
 
     def _primes_when_complete(self, send: Send) -> Send:
         async def send_and_prime(message: Message) -> None:
             if message["type"] == "lifespan.startup.complete":
-                prime_and_log(self._logger)
+                self._prime()
             await send(message)
 
         return send_and_prime
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._app, name)
 
 
 def primed(app: Application, logger: Logger | logging.Logger | None = None) -> Primed:
@@ -65,5 +53,4 @@ def primed(app: Application, logger: Logger | logging.Logger | None = None) -> P
     Raises:
         ValueError: a PAGE_PRIMER_* variable has a value that does not make sense.
     """
-    Options.load()
-    return Primed(app, logger or logging.getLogger("page_primer"))
+    return Primed(app, logger)

@@ -11,20 +11,17 @@ import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from page_primer.integrations import prime_and_log
-from page_primer.options import Options
+from page_primer.integrations import Wrapper
 from page_primer.report import Logger
 
 Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
 
-class Primed:
+class Primed(Wrapper):
     """A WSGI application that primes the process it runs in; attributes are the application's."""
 
-    def __init__(self, app: Application, logger: Logger | logging.Logger) -> None:
-        self._app = app
-        self._logger = logger
-        self._process = 0  # the process that was primed: a forked one is another
+    def __init__(self, app: Application, logger: Logger | logging.Logger | None) -> None:
+        super().__init__(app, logger)
         self._prime()
 
     def __call__(
@@ -32,14 +29,8 @@ class Primed:
     ) -> Iterable[bytes]:
         if self._process != os.getpid():
             self._prime()
-        return self._app(environ, start_response)
-
-    def _prime(self) -> None:
-        prime_and_log(self._logger)
-        self._process = os.getpid()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._app, name)
+        answer: Iterable[bytes] = self._app(environ, start_response)
+        return answer
 
 
 def primed(app: Application, logger: Logger | logging.Logger | None = None) -> Primed:
@@ -52,5 +43,4 @@ def primed(app: Application, logger: Logger | logging.Logger | None = None) -> P
     Raises:
         ValueError: a PAGE_PRIMER_* variable has a value that does not make sense.
     """
-    Options.load()
-    return Primed(app, logger or logging.getLogger("page_primer"))
+    return Primed(app, logger)
