@@ -59,6 +59,7 @@ $(VENV)/.demo-celery: $(VENV)/.created $(SOURCES)
 
 $(VENV)/.dev: $(VENV)/.created $(SOURCES)
 	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev]"
+	-$(BIN)/pip install --quiet --disable-pip-version-check uwsgi  # builds where it can
 	touch $@
 
 clean:
