@@ -109,12 +109,12 @@ checks = examine()
 say([before == state(), state()[1], checks])
 """
     same, locked, checks = run(
-        program, tmp_path, PAGE_PRIMER_IMAGE_DIR=str(tmp_path / "not" / "there" / "yet")
+        program, tmp_path, PAGE_PRIMER_IMAGE_DIR=str(tmp_path / "there" / "yet")
     )
     assert same
     assert locked[0].split()[1:] == ["0", "kB"]
     assert [path.name for path in tmp_path.iterdir()] == ["home"]
-    named = [c for c in checks if c["name"].endswith("/not/there/yet")]
+    named = [c for c in checks if c["name"].endswith("/there/yet")]
     assert len(named) == 1
     assert "in a trial" in named[0]["found"]
 
