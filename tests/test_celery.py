@@ -115,7 +115,7 @@ class Worker:
         code = f"import work, json; print(json.dumps({source}))"
         done = subprocess.run(
             [sys.executable, "-c", code], cwd=self.directory, env=self.env, capture_output=True,
-            text=True, timeout=240,
+            text=True, timeout=900,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr + self.log()[-3000:]
         return __import__("json").loads(done.stdout)
@@ -187,7 +187,7 @@ def test_spawned_children(tmp_path, broker, images):
 def test_a_thousand_tasks_of_one_child_each(tmp_path, broker, images):
     options = ["-c", "4", "--max-tasks-per-child", "1"]
     with Worker(tmp_path, broker, images, *options, env={"PAGE_PRIMER_MLOCK": "1"}) as worker:
-        source = "sum(r.get(timeout=200) for r in [work.add.delay(i, 1) for i in range(1000)])"
+        source = "sum(r.get(timeout=600) for r in [work.add.delay(i, 1) for i in range(1000)])"
         assert worker.call(source) == sum(range(1000)) + 1000
         # A child may end while it is looked at (an OSError, so once more): it has done its task.
         wait_for(lambda: len(worker.pool) == 4 and check(worker.pool), "a pool to look at")
