@@ -144,7 +144,7 @@ class Process:
             moved.append(key)
         if _core.loads() != found.loads:
             # Writing an image loads modules, which are to be locked as well.
-            found = self._as_it_was_before_us(survey.take())
+            found = self._as_it_was_before_us(survey.take(), moved)
         self.objects, self.pmd = found.objects, found.pmd_size or self.pmd
         self.options, self.loads = options, found.loads
         return moved
@@ -181,7 +181,7 @@ class Process:
         starts = self._starts()
         return sum(mapping.huge for mapping in mappings if mapping.start in starts)
 
-    def _as_it_was_before_us(self, found: Survey) -> Survey:
+    def _as_it_was_before_us(self, found: Survey, moved: Sequence[Key] = ()) -> Survey:
         """The survey with the objects that we moved as they were surveyed then: what can be seen of
         them now is what we made of them. What was unloaded since, or unloaded and loaded again at
         the same address, is forgotten."""
@@ -191,8 +191,8 @@ class Process:
             here = next(overlapping(found.mappings, start, start + 1), None)
             if key not in loaded or here is None:
                 self._forget(key)
-            elif key not in self.mapped:  # interrupted: it may have been moved or not
-                if loaded[key].problem == survey.REMAPPED:
+            elif key not in self.mapped:  # just moved, or interrupted: then moved or not
+                if key in moved or loaded[key].problem == survey.REMAPPED:
                     self.mapped[key] = here.device, here.inode
                 else:
                     self._forget(key)

@@ -147,6 +147,33 @@ def test_an_unforeseen_failure_around_the_swap(python, images, error, when):
         assert [m for m in before if m not in outside.file_mappings(process.pid)] == []
 
 
+def test_an_object_without_writable_data(python, images, tmp_path):
+    """Nothing of it stays on its own file, so only the book knows that it was moved."""
+    library = build_library(tmp_path, "libbig.so")
+    source = f"""
+        import ctypes, dataclasses, page_primer, page_primer.apply, page_primer.survey as survey
+        lib = ctypes.CDLL({str(library)!r})
+        take = survey.take
+        def without_data():  # a survey that cannot tell by the writable segment's file
+            found = take()
+            objects = tuple(
+                dataclasses.replace(o, problem=None)
+                if o.path == {str(library)!r} and o.problem == survey.REMAPPED else o
+                for o in found.objects)
+            return dataclasses.replace(found, objects=objects)
+        survey.take = without_data
+        first = page_primer.prime(image_dir={str(images)!r})
+        page_primer.apply.process.loads = (0, 0)
+        again = page_primer.prime(image_dir={str(images)!r})
+        result = [first.reason, again.reason, {str(library)!r} in first.moved, list(again.moved),
+                  lib.answer()]
+    """
+    with Process(python) as process:
+        assert process.run(textwrap.dedent(source)) == [None, None, True, [], 42]
+        process.restore()
+        assert not any(str(images) in v.path for v in outside.smaps(process.pid))
+
+
 def test_locks_of_the_host_are_kept(python, images):
     """A host that called mlockall() has everything locked, before, while and after."""
 
