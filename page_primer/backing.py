@@ -17,9 +17,10 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from page_primer import _core, image, mounts, smaps, store
+from page_primer.elf import PF_X
 from page_primer.options import Options
 from page_primer.plan import Move, Region
-from page_primer.survey import PF_X, Object
+from page_primer.survey import Object
 
 _READ_EXEC = _core.PROT_READ | _core.PROT_EXEC
 _READ_WRITE = _core.PROT_READ | _core.PROT_WRITE

@@ -24,8 +24,9 @@ from page_primer.report import mib, percent
 
 try:
     from page_primer import _core, backing, plan, survey
+    from page_primer.elf import PF_R, PF_X
     from page_primer.plan import Plan, Region
-    from page_primer.survey import PF_R, PF_X, Object, Survey
+    from page_primer.survey import Object, Survey
     from page_primer.trial import Trial, try_directory, try_lock, try_memory
 except ImportError as error:  # not Linux, or built without the C core: examine() says so
     _missing: str | None = str(error)

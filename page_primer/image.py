@@ -27,26 +27,20 @@ import resource
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from page_primer import elf
+from page_primer.elf import PF_R, PF_W, PF_X, PROGRAM_HEADER, PT_LOAD
 from page_primer.plan import Region
-from page_primer.survey import PF_R, PF_W, PF_X, PROGRAM_HEADER, PT_LOAD, Object, Source, page_size
+from page_primer.survey import Object, Source, page_size
 
 # Part of an image's name in the store: raise it when what is written here changes.
 LAYOUT_VERSION = 1
 _NAME = re.compile(r"\d+(-[0-9a-f]+){7}-[0-9a-frx.]+")
 
-_PT_NULL, _PT_NOTE, _PT_PHDR, _PT_GNU_STACK = 0, 4, 6, 0x6474E551
-_SHT_SYMTAB, _SHF_ALLOC = 2, 2
 _KEPT_SECTIONS = (".gnu_debuglink", ".gnu_debugaltlink", ".gnu_debugdata")
 _HEADER_ROOM = 4096  # the kernel looks for a build-id in the first page only
 
-# Elf64_Ehdr: e_ident, e_type, e_machine, e_version, e_entry, e_phoff, e_shoff, e_flags, e_ehsize,
-# e_phentsize, e_phnum, e_shentsize, e_shnum, e_shstrndx.
-_EHDR = struct.Struct("=16sHHIQQQIHHHHHH")
-_SECTION_HEADER = struct.Struct("=IIQQQQIIQQ")
 _NOTE = struct.Struct("=III4s20s")
-_NT_GNU_BUILD_ID = 3
 
 
 class CannotLayOut(Exception):
@@ -98,28 +92,18 @@ def write(layout: Layout, original: int, target: int) -> int:
         CannotLayOut: the original is not an ELF file of the expected form.
         OSError: reading or writing failed.
     """
-    # Imported here: it takes longer than all the rest, and only the first process on a machine
-    # writes an image.
-    from elftools.common.exceptions import ELFError
-    from elftools.elf.elffile import ELFFile
-
-    with open(original, "rb", closefd=False) as file:
-        try:
-            elf = ELFFile(file)
-            names = [section.name for section in elf.iter_sections()]
-            build_ids = [
-                segment["p_offset"]
-                for segment in elf.iter_segments("PT_NOTE")
-                if any(note["n_type"] == "NT_GNU_BUILD_ID" for note in _notes(segment))
-            ]
-        except (ELFError, UnicodeDecodeError, ValueError) as error:
-            raise CannotLayOut(f"not a well-formed ELF file: {error}") from error
-    program_headers = _program_headers(layout, build_ids)
-    note = _EHDR.size + len(program_headers) * PROGRAM_HEADER.size
+    if len(layout.object.headers) > _HEADER_ROOM:  # each may have notes to be read
+        raise CannotLayOut("too many program headers")
+    try:
+        file = elf.File(original)
+        program_headers = _program_headers(layout, _build_ids(layout, file))
+        note = elf.HEADER.size + len(program_headers) * PROGRAM_HEADER.size
+        end, tail = _sections(layout, file, note)
+    except (elf.Malformed, struct.error) as error:  # the latter of numbers that do not fit
+        raise CannotLayOut(f"not a well-formed ELF file: {error}") from error
     if note + _NOTE.size > _HEADER_ROOM:
         raise CannotLayOut("too many program headers")
 
-    end, tail = _sections(layout, original, names, elf["e_shstrndx"], note)
     check_file_size(max(offset + len(data) for offset, data in tail))
     written = 0
     for offset, block in _content(layout, original):
@@ -127,9 +111,9 @@ def write(layout: Layout, original: int, target: int) -> int:
     for offset, data in tail:
         written += _write_all(target, data, offset)
 
-    fields = list(_EHDR.unpack(os.pread(original, _EHDR.size, 0)))
-    fields[5], fields[6], fields[10] = _EHDR.size, end, len(program_headers)
-    header = _EHDR.pack(*fields)
+    fields = list(file.header)
+    fields[5], fields[6], fields[10] = elf.HEADER.size, end, len(program_headers)
+    header = elf.HEADER.pack(*fields)
     first_page = header + b"".join(program_headers) + _build_id(layout)
     return written + _write_all(target, first_page, 0)
 
@@ -145,9 +129,12 @@ def check_file_size(size: int) -> None:
         raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
 
 
-def _notes(segment: Any) -> Iterator[dict[str, Any]]:
-    # elftools declares what iter_segments() gives by its base class.
-    yield from segment.iter_notes()
+def _build_ids(layout: Layout, file: elf.File) -> list[int]:
+    """p_offset of the PT_NOTEs that hold a build-id."""
+    headers = PROGRAM_HEADER.iter_unpack(layout.object.headers)
+    return [
+        header[2] for header in headers if header[0] == elf.PT_NOTE and file.has_build_id(header)
+    ]
 
 
 def _write_all(fd: int, data: bytes | memoryview, offset: int) -> int:
@@ -193,37 +180,34 @@ def _read_into(fd: int, buffer: memoryview, offset: int) -> None:
         done += count
 
 
-def _sections(
-    layout: Layout, original: int, names: Sequence[str], names_index: int, note: int
-) -> tuple[int, list[tuple[int, bytes]]]:
+def _sections(layout: Layout, file: elf.File, note: int) -> tuple[int, list[tuple[int, bytes]]]:
     """Where the section headers go, and the (offset, data) of all that follows the content."""
     at = _align(layout.content_end)
     data: list[tuple[int, bytes]] = []
     table = []
-    headers = _section_headers(original, len(names))
-    linked = {header[6] for header in headers if header[1] == _SHT_SYMTAB} | {names_index}
+    headers = file.sections()
+    names = file.section_names(headers)
+    linked = {header[6] for header in headers if header[1] == elf.SHT_SYMTAB} | {file.names_index}
+    room = file.size
     for index, (name, header) in enumerate(zip(names, headers, strict=True)):
         sh_name, kind, flags, address, offset, size, *rest = header
         if name == ".note.gnu.build-id":
             offset, size = note, _NOTE.size
-        elif flags & _SHF_ALLOC:
+        elif flags & elf.SHF_ALLOC:
             offset = layout.offset(layout.object.base + address)
-        elif kind == _SHT_SYMTAB or index in linked or name in _KEPT_SECTIONS:
+        elif kind == elf.SHT_SYMTAB or index in linked or name in _KEPT_SECTIONS:
+            room -= size
+            if room < 0:
+                raise elf.Malformed("sections overlap")
             offset = at
-            data.append((at, os.pread(original, size, header[4])))
+            data.append((at, file.read(header[4], size)))
             at = _align(at + size)
         else:
-            table.append(bytes(_SECTION_HEADER.size))
+            table.append(bytes(elf.SECTION_HEADER.size))
             continue
-        table.append(_SECTION_HEADER.pack(sh_name, kind, flags, address, offset, size, *rest))
+        table.append(elf.SECTION_HEADER.pack(sh_name, kind, flags, address, offset, size, *rest))
     data.append((at, b"".join(table)))
     return at, data
-
-
-def _section_headers(original: int, count: int) -> list[tuple[int, ...]]:
-    start = _EHDR.unpack(os.pread(original, _EHDR.size, 0))[6]
-    raw = os.pread(original, count * _SECTION_HEADER.size, start)
-    return list(_SECTION_HEADER.iter_unpack(raw))
 
 
 def _align(offset: int) -> int:
@@ -244,10 +228,10 @@ def _program_headers(layout: Layout, build_ids: Sequence[int]) -> list[bytes]:
         if kind == PT_LOAD and flags & PF_W and memsz:
             shifted = layout.offset(obj.base + vaddr)
             loads.append((kind, flags, shifted, vaddr, paddr, filesz, memsz, alignment))
-        elif kind == _PT_NOTE and offset in build_ids:
+        elif kind == elf.PT_NOTE and offset in build_ids:
             continue
-        elif kind not in (PT_LOAD, _PT_NULL, _PT_PHDR):
-            if kind != _PT_GNU_STACK:
+        elif kind not in (PT_LOAD, elf.PT_NULL, elf.PT_PHDR):
+            if kind != elf.PT_GNU_STACK:
                 offset = layout.offset(obj.base + vaddr)
             rest.append((kind, flags, offset, vaddr, paddr, filesz, memsz, alignment))
     loads += [
@@ -257,8 +241,8 @@ def _program_headers(layout: Layout, build_ids: Sequence[int]) -> list[bytes]:
     ]  # fmt: skip
     loads.sort(key=lambda load: load[3])
     count = len(loads) + len(rest) + 1
-    note = _EHDR.size + count * PROGRAM_HEADER.size
-    notes = [(_PT_NOTE, PF_R, note, note, note, _NOTE.size, _NOTE.size, 4)]
+    note = elf.HEADER.size + count * PROGRAM_HEADER.size
+    notes = [(elf.PT_NOTE, PF_R, note, note, note, _NOTE.size, _NOTE.size, 4)]
     return [PROGRAM_HEADER.pack(*header) for header in (*loads, *rest, *notes)]
 
 
@@ -285,7 +269,7 @@ def _build_id(layout: Layout) -> bytes:
     # random.Random hashes its seed with SHA-512 from a built-in module; hashlib would load OpenSSL
     # into the server for the sake of a name.
     identity = random.Random(layout.name).randbytes(20)
-    return _NOTE.pack(4, 20, _NT_GNU_BUILD_ID, b"GNU\0", identity)
+    return _NOTE.pack(4, 20, elf.NT_GNU_BUILD_ID, b"GNU\0", identity)
 
 
 def is_name(name: str) -> bool:

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 from page_primer import _core, backing, survey
 from page_primer.backing import Prepared, Refused
+from page_primer.elf import PF_X
 from page_primer.options import Options
 from page_primer.plan import Move, Region
-from page_primer.survey import PF_X, Object
+from page_primer.survey import Object
 
 MODIFIED = "modified in memory"
 

@@ -13,10 +13,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from page_primer.elf import PF_R, PF_X
 from page_primer.options import Options
 from page_primer.report import OVER_LIMIT
 from page_primer.smaps import Mapping, overlapping
-from page_primer.survey import PF_R, PF_X, Object, Segment, Survey
+from page_primer.survey import Object, Segment, Survey
 
 # Why bytes are left where they are, in the report's words; survey.py has those that concern the
 # whole file.

@@ -13,11 +13,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from page_primer import elf
+from page_primer.elf import PROGRAM_HEADER, PT_LOAD
 from page_primer.measure import measure
 from page_primer.smaps import Mapping, overlapping, read_smaps, total
-from page_primer.survey import PROGRAM_HEADER, PT_LOAD, Segment, page_size, pmd_size, segments_of
-
-_ELF64 = b"\x7fELF\x02"
+from page_primer.survey import Segment, page_size, pmd_size, segments_of
 
 
 @dataclass(frozen=True)
@@ -166,13 +166,11 @@ def _program_headers(pid: int, mapping: Mapping) -> bytes | None:
         f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}",
     )
     for name in names:
-        with contextlib.suppress(OSError), open(name, "rb") as file:
-            header = file.read(64)
-            if header[:5] != _ELF64:
+        with contextlib.suppress(OSError), open(name, "rb", buffering=0) as file:
+            try:
+                return elf.File(file.fileno()).program_headers()
+            except elf.Malformed:
                 return None
-            file.seek(int.from_bytes(header[32:40], "little"))
-            count = int.from_bytes(header[56:58], "little")
-            return file.read(count * PROGRAM_HEADER.size)
     return None
 
 

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import os
-import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
-from page_primer import _core
+from page_primer import _core, elf
+from page_primer.elf import PF_R, PF_W, PF_X, PROGRAM_HEADER, PT_LOAD
 from page_primer.smaps import Mapping, overlapping, read_maps, read_smaps
 
-PT_LOAD, PT_DYNAMIC = 1, 2
-PF_X, PF_W, PF_R = 1, 2, 4
-DT_NULL, DT_TEXTREL, DT_FLAGS, DF_TEXTREL = 0, 22, 30, 4
-
-# Elf64_Phdr: p_type, p_flags, p_offset, p_vaddr, p_paddr, p_filesz, p_memsz, p_align.
-PROGRAM_HEADER = struct.Struct("=IIQQQQQQ")
-_DYNAMIC_ENTRY = struct.Struct("=qQ")
 _PMD_SIZE_FILE = "/sys/kernel/mm/transparent_hugepage/hpage_pmd_size"
 
 # Why an object cannot be moved at all, in the report's words.
@@ -287,25 +280,15 @@ def _is_mapped_at(source: Source, mapping: Mapping) -> bool:
 
 
 def _has_text_relocations(found: Object) -> bool:
-    """DT_TEXTREL, or DF_TEXTREL in DT_FLAGS: the loader wrote into the code."""
-    for kind, _, offset, _, _, filesz, _, _ in PROGRAM_HEADER.iter_unpack(found.headers):
-        if kind != PT_DYNAMIC:
-            continue
+    headers = PROGRAM_HEADER.iter_unpack(found.headers)
+    dynamic = next((header for header in headers if header[0] == elf.PT_DYNAMIC), None)
+    if dynamic is None:
+        return False
+    try:
+        fd = os.open(found.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            with open(found.path, "rb") as file:
-                file.seek(offset)
-                data = file.read(filesz)
-        except OSError:
-            return False
-        data = data[: len(data) // _DYNAMIC_ENTRY.size * _DYNAMIC_ENTRY.size]
-        return _flags_text_relocations(_DYNAMIC_ENTRY.iter_unpack(data))
-    return False
-
-
-def _flags_text_relocations(entries: Iterable[tuple[int, int]]) -> bool:
-    for tag, value in entries:
-        if tag == DT_NULL:
-            break
-        if tag == DT_TEXTREL or (tag == DT_FLAGS and value & DF_TEXTREL):
-            return True
-    return False
+            return elf.File(fd).has_text_relocations(dynamic)
+        finally:
+            os.close(fd)
+    except (OSError, elf.Malformed):
+        return False

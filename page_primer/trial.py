@@ -10,9 +10,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from page_primer import _core, backing, image, store, survey
+from page_primer.elf import PF_R, PF_X
 from page_primer.options import Options
 from page_primer.plan import Move, Region
-from page_primer.survey import PF_R, PF_X, Object, Segment
+from page_primer.survey import Object, Segment
 
 _trials = itertools.count()
 

@@ -85,7 +85,7 @@ def test_file_size_limit_with_its_signal_on(python, images, backing):
 def test_interrupts_at_any_moment_lose_nothing(python, images):
     """Ctrl-C in the midst of prime(): afterwards restore() puts everything back."""
     source = f"""
-        import os, signal, time, page_primer, page_primer.apply, elftools.elf.elffile
+        import os, signal, time, page_primer, page_primer.apply
         class Stop(BaseException): pass
         def stop(*_): raise Stop
         signal.signal(signal.SIGALRM, stop)
@@ -185,7 +185,7 @@ def test_locks_of_the_host_are_kept(python, images):
 
     for mlock in (True, False):
         with Process(python) as process:
-            process.run("import page_primer.apply, elftools.elf.elffile, random, ctypes")
+            process.run("import page_primer.apply, random, ctypes")
             if process.run("result = ctypes.CDLL(None).mlockall(1)"):
                 pytest.skip("mlockall() is not allowed here")
             assert unlocked(process) == []
@@ -285,7 +285,7 @@ def test_the_file_is_replaced_in_the_midst_of_a_failing_swap(python, images, tmp
 
 def test_no_descriptors_are_left_open(python, images, tmp_path):
     with Process(python) as process:
-        process.run("import page_primer.apply, elftools.elf.elffile, random, os")
+        process.run("import page_primer.apply, random, os")
         process.prime(image_dir=str(images))
         process.restore()
         count = "result = len(os.listdir('/proc/self/fd'))"

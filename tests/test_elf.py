@@ -1,0 +1,114 @@
+"""Reading ELF files: what pyelftools reads, and Malformed for whatever else a file may hold."""
+
+import contextlib
+import os
+import struct
+import sys
+
+import outside
+import pytest
+from elftools.elf.elffile import ELFFile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from page_primer import _core, elf, image
+from page_primer.plan import Region
+from page_primer.survey import Object, Source, segments_of
+
+FILES = sorted({outside.interpreter_file(os.getpid()), _core.__file__, os.path.realpath("/bin/sh")})
+SMALL = open(_core.__file__, "rb").read()
+WORDS = [0, 1, 3, 0x40, 0xFFFF, 1 << 31, (1 << 32) - 1, 1 << 40, (1 << 63) - 1, (1 << 64) - 1]
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_reads_what_pyelftools_reads(path):
+    with open(path, "rb") as file:
+        found, known = elf.File(file.fileno()), ELFFile(file)
+        sections = found.sections()
+        assert [tuple(s.header.values())[2:] for s in known.iter_sections()] == [
+            section[2:] for section in sections
+        ]
+        names = [s.name for s in known.iter_sections()]
+        assert found.section_names(sections) == names
+        headers = list(elf.PROGRAM_HEADER.iter_unpack(found.program_headers()))
+        assert [h[2] for h in headers] == [s["p_offset"] for s in known.iter_segments()]
+        build_ids = [
+            s["p_offset"]
+            for s in known.iter_segments("PT_NOTE")
+            if any(note["n_type"] == "NT_GNU_BUILD_ID" for note in s.iter_notes())
+        ]
+        notes = [h for h in headers if h[0] == elf.PT_NOTE]
+        assert [h[2] for h in notes if found.has_build_id(h)] == build_ids
+
+
+def write_image(directory, data):
+    """Have an image written of a file with this content, of which the loader would have mapped
+    what the sound one has."""
+    path = directory / "object.so"
+    path.write_bytes(data)
+    headers = SMALL[64 : 64 + 56 * int.from_bytes(SMALL[56:58], "little")]
+    base = 0x7F0000000000
+    segments = segments_of(headers, base, outside.PAGE)
+    source = Source.of(str(path), os.stat(path))
+    obj = Object("object.so", str(path), base, headers, segments, source=source)
+    (span, *_) = obj.spans()
+    layout = image.lay_out(obj, [Region(span[0].start, span[-1].end, elf.PF_R | elf.PF_X)], 1 << 16)
+    with open(path, "rb") as original, open(directory / "image", "wb") as target:
+        return image.write(layout, original.fileno(), target.fileno())
+
+
+def test_a_sound_file_is_laid_out(tmp_path):
+    assert write_image(tmp_path, SMALL) > len(SMALL) // 2
+
+
+@pytest.mark.parametrize("size", [0, 16, 63, 64, 4096, len(SMALL) - 1])
+def test_a_file_cut_short(tmp_path, size):
+    with pytest.raises(image.CannotLayOut, match="not a well-formed ELF file: cut short"):
+        write_image(tmp_path, SMALL[:size])
+
+
+@pytest.mark.parametrize(("at", "value"), [(0, 0), (4, 1), (5, 0 if sys.byteorder == "big" else 2)])
+def test_another_kind_of_file(tmp_path, at, value):
+    data = bytearray(SMALL)
+    data[at] = value
+    with pytest.raises(image.CannotLayOut, match="another kind of file"):
+        write_image(tmp_path, bytes(data))
+
+
+def test_many_sections_that_are_the_whole_file(tmp_path):
+    """What is copied of a file is never more than the file."""
+    count = 1000
+    symtab = elf.SECTION_HEADER.pack(0, elf.SHT_SYMTAB, 0, 0, 0, len(SMALL), 0, 0, 0, 0)
+    data = bytearray(SMALL + symtab * count)
+    struct.pack_into("=Q", data, 40, len(SMALL))  # e_shoff
+    struct.pack_into("=HH", data, 60, count, 0)  # e_shnum, e_shstrndx
+    with pytest.raises(image.CannotLayOut, match="overlap"):
+        write_image(tmp_path, bytes(data))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_a_file_may_say_anything_of_itself(tmp_path_factory, data):
+    """Every field of the header and of the section headers, and every byte of the rest."""
+    shoff, shnum = int.from_bytes(SMALL[40:48], "little"), int.from_bytes(SMALL[60:62], "little")
+    ranges = [(16, 64), (shoff, shoff + 64 * shnum), (64, len(SMALL))]
+    changed = bytearray(SMALL)
+    for _ in range(data.draw(st.integers(1, 6))):
+        low, high = data.draw(st.sampled_from(ranges))
+        at = data.draw(st.integers(low, high - 8))
+        form = data.draw(st.sampled_from("BHIQ"))
+        word = data.draw(st.sampled_from(WORDS)) & (256 ** struct.calcsize("=" + form) - 1)
+        struct.pack_into("=" + form, changed, at, word)
+    directory = tmp_path_factory.mktemp("hostile")
+    with contextlib.suppress(image.CannotLayOut):
+        assert write_image(directory, bytes(changed)) < 4 * len(SMALL) + (1 << 20)
+
+
+def test_text_relocations_of_a_sound_file():
+    with open(_core.__file__, "rb") as file:
+        found = elf.File(file.fileno())
+        headers = elf.PROGRAM_HEADER.iter_unpack(found.program_headers())
+        dynamic = next(h for h in headers if h[0] == elf.PT_DYNAMIC)
+        assert not found.has_text_relocations(dynamic)
+        with pytest.raises(elf.Malformed):
+            found.has_text_relocations((2, 0, 1 << 63, 0, 0, 64, 64, 8))
