@@ -13,9 +13,12 @@ from __future__ import annotations
 import os
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import takewhile
 
-PT_NULL, PT_LOAD, PT_DYNAMIC, PT_NOTE, PT_PHDR, PT_GNU_STACK = 0, 1, 2, 4, 6, 0x6474E551
+ET_EXEC, ET_DYN = 2, 3
+PT_NULL, PT_LOAD, PT_DYNAMIC, PT_INTERP, PT_NOTE, PT_PHDR = 0, 1, 2, 3, 4, 6
+PT_GNU_STACK = 0x6474E551
 PF_X, PF_W, PF_R = 1, 2, 4
 SHT_SYMTAB, SHF_ALLOC = 2, 2
 NT_GNU_BUILD_ID = 3
@@ -32,8 +35,10 @@ _DYNAMIC_ENTRY = struct.Struct("=qQ")  # d_tag, d_val
 _NOTE = struct.Struct("=III")  # n_namesz, n_descsz, n_type
 
 _IDENT = b"\x7fELF\x02" + (b"\x01" if sys.byteorder == "little" else b"\x02")
-_DT_NULL, _DT_TEXTREL, _DT_FLAGS, _DF_TEXTREL = 0, 22, 30, 4
+DT_NULL, DT_NEEDED, DT_STRTAB, DT_SONAME, DT_RPATH, DT_RUNPATH = 0, 1, 5, 14, 15, 29
+_DT_TEXTREL, _DT_FLAGS, _DF_TEXTREL = 22, 30, 4
 _LONGEST_NAME = 64  # more than any section has whose name matters here
+_LONGEST_PATH = 4096
 _LONGEST_TABLE = 1 << 16  # the same of a PT_NOTE and a PT_DYNAMIC, bytes
 
 
@@ -102,34 +107,55 @@ class File:
             names.append(name.decode("latin-1"))
         return names
 
-    def has_build_id(self, program_header: tuple[int, ...]) -> bool:
-        """Whether a PT_NOTE holds a build-id."""
+    def build_id(self, program_header: tuple[int, ...]) -> tuple[int, int] | None:
+        """Where in the file the build-id of a PT_NOTE lies, and its size; None if it has none."""
         _, _, offset, _, _, size, _, alignment = program_header
         data = self.read(offset, min(size, _LONGEST_TABLE))
-        return any(
-            (name, kind) == (b"GNU\0", NT_GNU_BUILD_ID)
-            for name, kind in _notes(data, 8 if alignment == 8 else 4)
-        )
+        for name, kind, at, length in _notes(data, 8 if alignment == 8 else 4):
+            if (name, kind) == (b"GNU\0", NT_GNU_BUILD_ID) and at + length <= len(data):
+                return offset + at, length
+        return None
 
-    def has_text_relocations(self, program_header: tuple[int, ...]) -> bool:
-        """Whether a PT_DYNAMIC has DT_TEXTREL, or DF_TEXTREL in DT_FLAGS: the loader then wrote
-        into the code."""
+    def dynamic(self, program_header: tuple[int, ...]) -> list[tuple[int, int]]:
+        """(d_tag, d_val) of a PT_DYNAMIC, up to DT_NULL."""
         data = self.read(program_header[2], min(program_header[5], _LONGEST_TABLE))
         whole = len(data) // _DYNAMIC_ENTRY.size * _DYNAMIC_ENTRY.size
-        for tag, value in _DYNAMIC_ENTRY.iter_unpack(data[:whole]):
-            if tag == _DT_NULL:
-                break
-            if tag == _DT_TEXTREL or (tag == _DT_FLAGS and value & _DF_TEXTREL):
-                return True
-        return False
+        entries = _DYNAMIC_ENTRY.iter_unpack(data[:whole])
+        return list(takewhile(lambda entry: entry[0] != DT_NULL, entries))
+
+    def dynamic_strings(self) -> dict[int, list[str]]:
+        """What the dynamic section names, by tag: DT_NEEDED, DT_SONAME, DT_RPATH, DT_RUNPATH."""
+        headers = list(PROGRAM_HEADER.iter_unpack(self.program_headers()))
+        entries = [e for h in headers if h[0] == PT_DYNAMIC for e in self.dynamic(h)]
+        tables = [value for tag, value in entries if tag == DT_STRTAB]
+        found: dict[int, list[str]] = {}
+        for tag, value in entries:
+            if tag in (DT_NEEDED, DT_SONAME, DT_RPATH, DT_RUNPATH) and tables:
+                at = self._offset_of(tables[0], headers) + value
+                raw = os.pread(self._fd, _LONGEST_PATH, at).partition(b"\0")[0]
+                found.setdefault(tag, []).append(os.fsdecode(raw))
+        return found
+
+    def _offset_of(self, address: int, headers: list[tuple[int, ...]]) -> int:
+        for kind, _, offset, vaddr, _, size, _, _ in headers:
+            if kind == PT_LOAD and vaddr <= address < vaddr + size:
+                return offset + address - vaddr
+        raise Malformed("an address in no segment")
 
 
-def _notes(data: bytes, alignment: int) -> Iterator[tuple[bytes, int]]:
-    """Name and type of each note."""
+def has_text_relocations(dynamic: Iterable[tuple[int, int]]) -> bool:
+    """DT_TEXTREL, or DF_TEXTREL in DT_FLAGS: the loader writes into the code."""
+    return any(
+        tag == _DT_TEXTREL or (tag == _DT_FLAGS and value & _DF_TEXTREL) for tag, value in dynamic
+    )
+
+
+def _notes(data: bytes, alignment: int) -> Iterator[tuple[bytes, int, int, int]]:
+    """Of each note its name, its type, and where its description lies: offset and size."""
     at = 0
     while at + _NOTE.size <= len(data):
         name_size, size, kind = _NOTE.unpack_from(data, at)
         name = at + _NOTE.size
-        yield data[name : name + min(name_size, _LONGEST_NAME)], kind
         description = -(-(name + name_size) // alignment) * alignment
+        yield data[name : name + min(name_size, _LONGEST_NAME)], kind, description, size
         at = -(-(description + size) // alignment) * alignment

@@ -36,11 +36,13 @@ from page_primer.survey import Object, Source, page_size
 # Part of an image's name in the store: raise it when what is written here changes.
 LAYOUT_VERSION = 1
 _NAME = re.compile(r"\d+(-[0-9a-f]+){7}-[0-9a-frx.]+")
+_NATIVE_NAME = re.compile(r"\d+-native-(?:[0-9a-f]+-){3}.+")
 
 _KEPT_SECTIONS = (".gnu_debuglink", ".gnu_debugaltlink", ".gnu_debugdata")
 _HEADER_ROOM = 4096  # the kernel looks for a build-id in the first page only
 
-_NOTE = struct.Struct("=III4s20s")
+_BUILD_ID_SIZE = 20  # that of SHA-1, which tools expect
+_NOTE = struct.Struct(f"=III4s{_BUILD_ID_SIZE}s")
 
 
 class CannotLayOut(Exception):
@@ -67,6 +69,25 @@ class Layout:
     @property
     def content_end(self) -> int:
         return max(self.offset(segment.file_end) for segment in self.object.segments)
+
+    def build_id_note(self, file: elf.File) -> int | None:
+        """The offset of the image's own build-id note, if the section's address does not tell."""
+        return elf.HEADER.size + len(_program_headers(self, file)) * PROGRAM_HEADER.size
+
+    def head(self, file: elf.File, section_headers: int) -> list[tuple[int, bytes]]:
+        """What describes the image, to be written over its content: (offset, bytes) each.
+
+        Args:
+            file: the object's file.
+            section_headers: the offset of the image's section header table.
+        """
+        table = _program_headers(self, file)
+        fields = list(file.header)
+        fields[5], fields[6], fields[10] = elf.HEADER.size, section_headers, len(table)
+        first_page = elf.HEADER.pack(*fields) + b"".join(table) + _build_id_note(self)
+        if len(first_page) > _HEADER_ROOM:
+            raise CannotLayOut("too many program headers")
+        return [(0, first_page)]
 
 
 def lay_out(obj: Object, regions: Sequence[Region], pmd: int) -> Layout:
@@ -96,26 +117,34 @@ def write(layout: Layout, original: int, target: int) -> int:
         raise CannotLayOut("too many program headers")
     try:
         file = elf.File(original)
-        program_headers = _program_headers(layout, _build_ids(layout, file))
-        note = elf.HEADER.size + len(program_headers) * PROGRAM_HEADER.size
-        end, tail = _sections(layout, file, note)
+        end, tail = _sections(layout, file)
+        head = layout.head(file, end)
     except (elf.Malformed, struct.error) as error:  # the latter of numbers that do not fit
         raise CannotLayOut(f"not a well-formed ELF file: {error}") from error
-    if note + _NOTE.size > _HEADER_ROOM:
-        raise CannotLayOut("too many program headers")
-
     check_file_size(max(offset + len(data) for offset, data in tail))
     written = 0
-    for offset, block in _content(layout, original):
+    for offset, block in content(layout, original):
         written += _write_all(target, block, offset)
-    for offset, data in tail:
+    for offset, data in (*tail, *head):
         written += _write_all(target, data, offset)
+    return written
 
-    fields = list(file.header)
-    fields[5], fields[6], fields[10] = elf.HEADER.size, end, len(program_headers)
-    header = elf.HEADER.pack(*fields)
-    first_page = header + b"".join(program_headers) + _build_id(layout)
-    return written + _write_all(target, first_page, 0)
+
+def holds(layout: Layout, original: int, target: int) -> bool:
+    """Whether the file `target` is what write() writes of `layout`, as far as it is loaded."""
+    file = elf.File(original)
+    end, _ = _sections(layout, file)
+    head = layout.head(file, end)
+    for offset, block in content(layout, original):
+        there = bytearray(len(block))
+        _read_into(target, memoryview(there), offset)
+        for at, data in head:
+            low, high = max(at, offset), min(at + len(data), offset + len(block))
+            if low < high:
+                block[low - offset : high - offset] = data[low - at : high - at]
+        if there != block:
+            return False
+    return all(os.pread(target, len(data), at) == data for at, data in head)
 
 
 def check_file_size(size: int) -> None:
@@ -133,7 +162,7 @@ def _build_ids(layout: Layout, file: elf.File) -> list[int]:
     """p_offset of the PT_NOTEs that hold a build-id."""
     headers = PROGRAM_HEADER.iter_unpack(layout.object.headers)
     return [
-        header[2] for header in headers if header[0] == elf.PT_NOTE and file.has_build_id(header)
+        header[2] for header in headers if header[0] == elf.PT_NOTE and file.build_id(header)
     ]
 
 
@@ -144,7 +173,7 @@ def _write_all(fd: int, data: bytes | memoryview, offset: int) -> int:
     return done
 
 
-def _content(layout: Layout, original: int) -> Iterator[tuple[int, memoryview]]:
+def content(layout: Layout, original: int) -> Iterator[tuple[int, memoryview]]:
     """The loadable part in blocks of one huge page: a file system that has large folios makes one
     of each aligned block that is written whole (ext4 since Linux 6.16, xfs)."""
     pmd = layout.pmd
@@ -180,9 +209,10 @@ def _read_into(fd: int, buffer: memoryview, offset: int) -> None:
         done += count
 
 
-def _sections(layout: Layout, file: elf.File, note: int) -> tuple[int, list[tuple[int, bytes]]]:
+def _sections(layout: Layout, file: elf.File) -> tuple[int, list[tuple[int, bytes]]]:
     """Where the section headers go, and the (offset, data) of all that follows the content."""
     at = _align(layout.content_end)
+    note = layout.build_id_note(file)
     data: list[tuple[int, bytes]] = []
     table = []
     headers = file.sections()
@@ -191,7 +221,7 @@ def _sections(layout: Layout, file: elf.File, note: int) -> tuple[int, list[tupl
     room = file.size
     for index, (name, header) in enumerate(zip(names, headers, strict=True)):
         sh_name, kind, flags, address, offset, size, *rest = header
-        if name == ".note.gnu.build-id":
+        if name == ".note.gnu.build-id" and note is not None:
             offset, size = note, _NOTE.size
         elif flags & elf.SHF_ALLOC:
             offset = layout.offset(layout.object.base + address)
@@ -214,14 +244,10 @@ def _align(offset: int) -> int:
     return -(-offset // 16) * 16
 
 
-def _program_headers(layout: Layout, build_ids: Sequence[int]) -> list[bytes]:
-    """The program header table that describes the image.
-
-    Args:
-        layout: the layout.
-        build_ids: p_offset of the original's PT_NOTEs that hold a build-id.
-    """
+def _program_headers(layout: Layout, file: elf.File) -> list[bytes]:
+    """The program header table that describes the image."""
     obj = layout.object
+    build_ids = _build_ids(layout, file)
     loads, rest = [], []
     for header in PROGRAM_HEADER.iter_unpack(obj.headers):
         kind, flags, offset, vaddr, paddr, filesz, memsz, alignment = header
@@ -264,17 +290,26 @@ def _read_only(layout: Layout) -> Iterator[tuple[int, int, int]]:
             yield at, end, PF_R
 
 
-def _build_id(layout: Layout) -> bytes:
-    """A build-id note that is this image's alone, and the same whenever it is written."""
+def build_id(layout: Layout, size: int = _BUILD_ID_SIZE) -> bytes:
+    """A build-id that is this image's alone, and the same whenever it is written."""
     # random.Random hashes its seed with SHA-512 from a built-in module; hashlib would load OpenSSL
     # into the server for the sake of a name.
-    identity = random.Random(layout.name).randbytes(20)
-    return _NOTE.pack(4, 20, elf.NT_GNU_BUILD_ID, b"GNU\0", identity)
+    return random.Random(layout.name).randbytes(size)
+
+
+def _build_id_note(layout: Layout) -> bytes:
+    identity = build_id(layout)
+    return _NOTE.pack(4, _BUILD_ID_SIZE, elf.NT_GNU_BUILD_ID, b"GNU\0", identity)
 
 
 def is_name(name: str) -> bool:
     """Whether a name is one that lay_out() gives, in any version."""
-    return _NAME.fullmatch(name) is not None
+    return bool(_NAME.fullmatch(name) or _NATIVE_NAME.fullmatch(name))
+
+
+def is_native(name: str) -> bool:
+    """Whether a name is one of an image for native load."""
+    return _NATIVE_NAME.fullmatch(name) is not None
 
 
 def belongs_to(name: str, path: str) -> bool:
@@ -283,6 +318,8 @@ def belongs_to(name: str, path: str) -> bool:
         source = Source.of(path, os.stat(path))
     except OSError:
         return False
+    if is_native(name):
+        return name.split("-")[3] == f"{source.size:x}"
     return name.split("-")[1:6] == _identity(source)
 
 

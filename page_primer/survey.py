@@ -287,7 +287,7 @@ def _has_text_relocations(found: Object) -> bool:
     try:
         fd = os.open(found.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            return elf.File(fd).has_text_relocations(dynamic)
+            return elf.has_text_relocations(elf.File(fd).dynamic(dynamic))
         finally:
             os.close(fd)
     except (OSError, elf.Malformed):
