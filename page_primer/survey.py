@@ -86,6 +86,7 @@ class Object:
     problem: str | None = None
     bti: bool = False  # arm64: code is mapped PROT_BTI
     resident_code: int = 0  # bytes
+    native: bool = False  # started from an image that is laid out for it
 
     @property
     def start(self) -> int:
