@@ -9,13 +9,13 @@ import resource
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
 
 from page_primer import _core, backing, plan, smaps, survey
 from page_primer.measure import measure
 from page_primer.move import Key, NotMoved, Primed, carry_out, fault_in, key_of, put_back
 from page_primer.options import Options
 from page_primer.plan import Left, Lock
+from page_primer.record import replace
 from page_primer.report import ObjectReport, Report
 from page_primer.smaps import Mapping, overlapping
 from page_primer.survey import Object, Survey
@@ -23,25 +23,26 @@ from page_primer.survey import Object, Survey
 Range = tuple[int, int]  # addresses
 
 
-@dataclass
 class Process:
     """What page-primer has done to this process. A forked child inherits it, but for the locks."""
 
-    pid: int = 0
-    loads: tuple[int, int] = (0, 0)
-    options: Options | None = None
-    objects: tuple[Object, ...] = ()
-    pmd: int = 0
-    primed: dict[Key, Primed] = field(default_factory=dict)
-    mapped: dict[Key, tuple[str, int]] = field(default_factory=dict)  # device, inode, as in smaps
-    left: dict[Key, list[Left]] = field(default_factory=dict)
-    notes: dict[Key, tuple[str, ...]] = field(default_factory=dict)
-    locked: dict[Range, Lock] = field(default_factory=dict)
-    refused: dict[Range, tuple[Lock, OSError]] = field(default_factory=dict)
-    hosts_locks: list[Range] = field(default_factory=list)  # made by others than us
-    huge: int = 0  # bytes of moved regions on huge pages, when last measured
-    report: Report | None = None
-    busy: bool = False  # a call is under way; another in the same thread is a signal handler's
+    def __init__(self) -> None:
+        self.pid = 0
+        self.loads = (0, 0)
+        self.options: Options | None = None
+        self.objects: tuple[Object, ...] = ()
+        self.pmd = 0
+        self.primed: dict[Key, Primed] = {}
+        self.mapped: dict[Key, tuple[str, int]] = {}  # device, inode, as in smaps
+        self.left: dict[Key, list[Left]] = {}
+        self.notes: dict[Key, tuple[str, ...]] = {}
+        self.locked: dict[Range, Lock] = {}
+        self.refused: dict[Range, tuple[Lock, OSError]] = {}
+        self.hosts_locks: list[Range] = []  # made by others than us
+        self.huge = 0  # bytes of moved regions on huge pages, when last measured
+        self.report: Report | None = None
+        # A call is under way; another in the same thread is a signal handler's.
+        self.busy = False
 
     def prime(self, options: Options) -> Report:
         """Bring the process to the primed state; see page_primer.prime()."""

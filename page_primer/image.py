@@ -21,21 +21,18 @@ from __future__ import annotations
 
 import errno
 import os
-import random
-import re
 import resource
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from page_primer import elf
 from page_primer.elf import PF_R, PF_W, PF_X, PROGRAM_HEADER, PT_LOAD
 from page_primer.plan import Region
+from page_primer.record import Record
 from page_primer.survey import Object, Source, page_size
 
 # Part of an image's name in the store: raise it when what is written here changes.
 LAYOUT_VERSION = 1
-_NAME = re.compile(r"\d+(-[0-9a-f]+){7}-[0-9a-frx.]+")
 
 _KEPT_SECTIONS = (".gnu_debuglink", ".gnu_debugaltlink", ".gnu_debugdata")
 _HEADER_ROOM = 4096  # the kernel looks for a build-id in the first page only
@@ -47,8 +44,7 @@ class CannotLayOut(Exception):
     """The file is not one this module can write an image of; the message says why."""
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(Record):
     """Where an object's bytes lie in its image."""
 
     object: Object
@@ -268,13 +264,22 @@ def _build_id(layout: Layout) -> bytes:
     """A build-id note that is this image's alone, and the same whenever it is written."""
     # random.Random hashes its seed with SHA-512 from a built-in module; hashlib would load OpenSSL
     # into the server for the sake of a name.
+    # Imported here: only who writes an image needs it.
+    import random
+
     identity = random.Random(layout.name).randbytes(20)
     return _NOTE.pack(4, 20, elf.NT_GNU_BUILD_ID, b"GNU\0", identity)
 
 
 def is_name(name: str) -> bool:
     """Whether a name is one that lay_out() gives, in any version."""
-    return _NAME.fullmatch(name) is not None
+    version, *numbers = name.split("-")
+    hexadecimal = set("0123456789abcdef")
+    return (
+        (version.isascii() and version.isdigit() and len(numbers) == 8 and all(numbers))
+        and all(hexadecimal.issuperset(number) for number in numbers[:-1])
+        and (hexadecimal | set("rx.")).issuperset(numbers[-1])
+    )
 
 
 def belongs_to(name: str, path: str) -> bool:

@@ -6,13 +6,13 @@ import contextlib
 import errno
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 from page_primer import _core, backing, survey
 from page_primer.backing import Prepared, Refused
 from page_primer.elf import PF_X
 from page_primer.options import Options
 from page_primer.plan import Move, Region
+from page_primer.record import Record
 from page_primer.survey import Object
 
 MODIFIED = "modified in memory"
@@ -24,8 +24,7 @@ def key_of(obj: Object) -> Key:
     return obj.base, obj.headers
 
 
-@dataclass(frozen=True)
-class Primed:
+class Primed(Record):
     """An object that was moved, with what is needed to measure it and to put it back."""
 
     object: Object

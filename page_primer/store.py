@@ -23,11 +23,11 @@ import os
 import stat
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import count
 
 from page_primer import image
 from page_primer.image import Layout
+from page_primer.record import Record
 
 # Unused images of one file that stay: an address space laid out at random asks for another load
 # phase each time.
@@ -45,8 +45,7 @@ class Unusable(Exception):
     """A directory that images cannot live in; the message says why."""
 
 
-@dataclass(frozen=True)
-class Image:
+class Image(Record):
     """An image in use. `fd` is the file, to map it from; `lock` keeps it from being pruned, and is
     negative where locks are not to be had."""
 

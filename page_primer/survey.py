@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from page_primer import _core, elf
 from page_primer.elf import PF_R, PF_W, PF_X, PROGRAM_HEADER, PT_LOAD
+from page_primer.record import Record, replace
 from page_primer.smaps import Mapping, overlapping, read_maps, read_smaps
 
 _PMD_SIZE_FILE = "/sys/kernel/mm/transparent_hugepage/hpage_pmd_size"
@@ -22,8 +22,7 @@ REMAPPED = "already remapped"
 MAPPED_OTHERWISE = "not mapped as its program headers say"
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(Record):
     """The identity of a file's content: whoever changes the content changes one of these."""
 
     path: str
@@ -41,8 +40,7 @@ class Source:
         )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Segment:
+class Segment(Record):
     """A PT_LOAD in memory, rounded out to the pages that the loader maps for it."""
 
     start: int
@@ -68,8 +66,7 @@ class Segment:
         return "code" if self.code else "rodata"
 
 
-@dataclass(frozen=True)
-class Object:
+class Object(Record):
     """A loaded ELF object.
 
     `path` is the file it was loaded from; `problem` says why it must be left alone, if it must.
@@ -117,8 +114,7 @@ class Object:
         return [tuple(run) for run in runs]
 
 
-@dataclass(frozen=True)
-class Survey:
+class Survey(Record, aside=("mappings",)):
     """The process as found: input of the plan."""
 
     objects: tuple[Object, ...]
@@ -126,7 +122,7 @@ class Survey:
     thp_disabled: bool  # PR_SET_THP_DISABLE
     threads: int
     loads: tuple[int, int]  # the loader's counters
-    mappings: Sequence[Mapping] = field(default=(), repr=False)
+    mappings: Sequence[Mapping] = ()
 
 
 def page_size() -> int:
@@ -217,7 +213,7 @@ def _object(
         main=main,
         interpreter=any(s.start <= inside < s.end for s in segments if s.code),
         bti=bool(code) and all("bt" in m.flags for m in code),
-        resident_code=sum(m.counters.get("Rss", 0) for m in code),
+        resident_code=sum(m.count("Rss") for m in code),
     )
     # What follows opens files; objects without room for a huge page are never moved.
     if not pmd or all(span[-1].end - span[0].start < pmd for span in found.spans()):
