@@ -8,13 +8,13 @@ import os
 import resource
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from page_primer import _core, backing, plan, smaps, survey
 from page_primer.measure import measure
 from page_primer.move import Key, NotMoved, Primed, carry_out, fault_in, key_of, put_back
 from page_primer.options import Options
-from page_primer.plan import Left, Lock
+from page_primer.plan import Left, Lock, Move
 from page_primer.record import replace
 from page_primer.report import ObjectReport, Report
 from page_primer.smaps import Mapping, overlapping
@@ -59,11 +59,12 @@ class Process:
             self.locked.clear()
             self.hosts_locks.clear()
         moved = self._move_new(options)
-        self._lock_again_for_host(moved)
-        self._lock(plan.locks(self.objects, smaps.read_maps(), options))
-        mappings = smaps.read_smaps()
-        if self._take_back_small(moved, mappings):
-            mappings = smaps.read_smaps()
+        mappings = self._lock_and_look(moved, options)
+        # Of the first backing that could be prepared, smaps was not asked yet.
+        if self._move_small_again(moved, mappings, options):
+            mappings = self._lock_and_look(moved, options)
+            if self._take_back_small(moved, mappings):
+                mappings = self._lock_and_look(moved, options)
         for key in moved:
             start = self.primed[key].regions[0].start
             for mapping in overlapping(mappings, start, start + 1):
@@ -113,7 +114,7 @@ class Process:
 
     # -------------------------------------------------------------------------------- moving ---
 
-    def _move_new(self, options: Options) -> list[Key]:
+    def _move_new(self, options: Options) -> dict[Key, Move]:
         """Survey the process and move what can be moved and is not yet; returns what was."""
         found = self._as_it_was_before_us(survey.take())
         self._note_hosts_locks(found)
@@ -124,65 +125,103 @@ class Process:
             self.left.setdefault(key_of(left.object), []).append(left)
         for key, primed in self.primed.items():
             self.left[key] = plan.explain(primed.object, primed.regions, found.pmd_size or self.pmd)
-        moved = []
+        self.pmd = found.pmd_size or self.pmd
         places = backing.directories(options) if planned.moves else []
-        for move in planned.moves:
-            key = key_of(move.object)
-            try:
-                carry_out(move, found.pmd_size, options, places, self.primed)
-            except NotMoved as why:
-                self._leave(move.object, str(why), why.notes)
-                continue
-            except Exception as error:  # whatever it is, it concerns this object alone
-                text = f"{type(error).__name__}: {error}"
-                if isinstance(error, OSError):
-                    text = backing.reason_of(error)
-                self._undo(key)
-                self._leave(move.object, text, ())
-                continue
-            regions = self.primed[key].regions
-            self.left[key] = plan.explain(move.object, regions, found.pmd_size)
-            moved.append(key)
+        moved = {
+            key_of(move.object): move
+            for move in planned.moves
+            if self._move(move, options, places, verified=False)
+        }
         if _core.loads() != found.loads:
             # Writing an image loads modules, which are to be locked as well.
-            found = self._as_it_was_before_us(survey.take(), moved)
-        self.objects, self.pmd = found.objects, found.pmd_size or self.pmd
-        self.options, self.loads = options, found.loads
+            known = {key_of(obj): obj for obj in found.objects}
+            now = survey.take(smaps.read_maps())
+            objects = tuple(known.get(key_of(obj), obj) for obj in now.objects)
+            found = self._as_it_was_before_us(replace(now, objects=objects), moved)
+        self.objects, self.options, self.loads = found.objects, options, found.loads
         return moved
 
-    def _take_back_small(self, moved: list[Key], mappings: Sequence[Mapping]) -> bool:
+    def _move(
+        self, move: Move, options: Options, places: Sequence[backing.Place], *, verified: bool
+    ) -> bool:
+        """Move one object, or note why it is left. Returns whether it was moved."""
+        key = key_of(move.object)
+        try:
+            carry_out(move, self.pmd, options, places, self.primed, verified=verified)
+        except NotMoved as why:
+            self._leave(move.object, str(why), why.notes)
+            return False
+        except Exception as error:  # whatever it is, it concerns this object alone
+            text = f"{type(error).__name__}: {error}"
+            if isinstance(error, OSError):
+                text = backing.reason_of(error)
+            self._undo(key)
+            self._leave(move.object, text, ())
+            return False
+        self.left[key] = plan.explain(move.object, self.primed[key].regions, self.pmd)
+        return True
+
+    def _move_small_again(
+        self, moved: dict[Key, Move], mappings: Sequence[Mapping], options: Options
+    ) -> bool:
+        """Put back what is not on huge pages throughout, and move it to the first backing that
+        smaps confirms. Returns whether there was any."""
+        small = [
+            key for key in moved if self._huge_of(key, mappings) < self.primed[key].prepared.wanted
+        ]
+        places = backing.directories(options) if small else []
+        for key in small:
+            with contextlib.suppress(OSError):
+                self._put_back(key)
+                if not self._move(moved[key], options, places, verified=True):
+                    del moved[key]
+        return bool(small)
+
+    def _take_back_small(self, moved: dict[Key, Move], mappings: Sequence[Mapping]) -> bool:
         """Put back what was huge where it was prepared, but is not where it was moved to: that is
         not what was asked for. Returns whether there was any."""
-        taken_back = False
-        for key in list(moved):
-            primed = self.primed[key]
-            starts = {region.start for region in primed.regions}
-            if any(m.huge for m in mappings if m.start in starts):
-                continue
+        small = [key for key in moved if not self._huge_of(key, mappings)]
+        for key in small:
             with contextlib.suppress(OSError):
-                put_back(primed)
-                self._forget(key)
+                primed = self.primed[key]
+                self._put_back(key)
                 reason = f"no huge pages after the swap ({primed.prepared.where})"
                 self._leave(primed.object, reason, primed.notes)
-                moved.remove(key)
-                taken_back = True
-        return taken_back
+                del moved[key]
+        return bool(small)
+
+    def _put_back(self, key: Key) -> None:
+        """Put one object back, with the host's locks on it. Raises OSError when that fails."""
+        primed = self.primed[key]
+        put_back(primed)
+        self._forget(key)
+        start, end = primed.object.start, primed.object.end
+        for low, high in [where for where in self.locked if where[0] < end and start < where[1]]:
+            del self.locked[low, high]
+        for low, high in self.hosts_locks:
+            if low < end and start < high:
+                with contextlib.suppress(OSError):
+                    _core.lock(low, high - low)
 
     def _undo(self, key: Key) -> None:
         """After an unforeseen failure: what was moved is put back, if it was."""
         if key in self.primed:
             with contextlib.suppress(OSError):
-                put_back(self.primed[key])
-                self._forget(key)
+                self._put_back(key)
 
     def _starts(self) -> set[int]:
         return {region.start for primed in self.primed.values() for region in primed.regions}
+
+    def _huge_of(self, key: Key, mappings: Iterable[Mapping]) -> int:
+        """Bytes of a moved object's regions that are on huge pages."""
+        starts = {region.start for region in self.primed[key].regions}
+        return sum(mapping.huge for mapping in mappings if mapping.start in starts)
 
     def _huge(self, mappings: Iterable[Mapping]) -> int:
         starts = self._starts()
         return sum(mapping.huge for mapping in mappings if mapping.start in starts)
 
-    def _as_it_was_before_us(self, found: Survey, moved: Sequence[Key] = ()) -> Survey:
+    def _as_it_was_before_us(self, found: Survey, moved: Collection[Key] = ()) -> Survey:
         """The survey with the objects that we moved as they were surveyed then: what can be seen of
         them now is what we made of them. What was unloaded since, or unloaded and loaded again at
         the same address, is forgotten."""
@@ -231,6 +270,12 @@ class Process:
                 if mapping.is_locked and not any(a < end and start < b for a, b in known):
                     self.hosts_locks.append((start, end))
 
+    def _lock_and_look(self, moved: Iterable[Key], options: Options) -> Sequence[Mapping]:
+        """Lock what is there after the moves, and read what came of both."""
+        self._lock_again_for_host(moved)
+        self._lock(plan.locks(self.objects, smaps.read_maps(), options))
+        return smaps.read_smaps()
+
     def _lock_again_for_host(self, moved: Iterable[Key]) -> None:
         """Mapping something else over a range loses its lock. Whole regions: a lock of a part would
         split the mapping, and the huge page at its border."""
@@ -255,7 +300,7 @@ class Process:
 
     # ----------------------------------------------------------------------------- measuring ---
 
-    def _measure(self, moved: Sequence[Key], mappings: Sequence[Mapping], began: float) -> Report:
+    def _measure(self, moved: Iterable[Key], mappings: Sequence[Mapping], began: float) -> Report:
         self.huge = self._huge(mappings)
         _, refusal = next(iter(self.refused.values()), (None, None))
         limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)

@@ -138,14 +138,18 @@ def pmd_size() -> int:
         return 0
 
 
-def take() -> Survey:
+def take(mappings: Sequence[Mapping] | None = None) -> Survey:
     """Survey this process.
+
+    Args:
+        mappings: its mappings, if they are known; with maps instead of smaps, what only smaps tells
+            (resident code, VmFlags) counts as none.
 
     Raises:
         OSError: /proc is not readable.
     """
     adds, subs, found = _core.objects()
-    mappings = read_smaps()
+    mappings = read_smaps() if mappings is None else mappings
     pmd = pmd_size()
     interpreter = _core.interpreter_address()
     objects = []
