@@ -125,21 +125,24 @@ class Process:
             self.left.setdefault(key_of(left.object), []).append(left)
         for key, primed in self.primed.items():
             self.left[key] = plan.explain(primed.object, primed.regions, found.pmd_size or self.pmd)
-        self.pmd = found.pmd_size or self.pmd
+        self.objects, self.pmd = found.objects, found.pmd_size or self.pmd
+        self.options, self.loads = options, found.loads
         places = backing.directories(options) if planned.moves else []
-        moved = {
+        return {
             key_of(move.object): move
             for move in planned.moves
             if self._move(move, options, places, verified=False)
         }
-        if _core.loads() != found.loads:
-            # Writing an image loads modules, which are to be locked as well.
-            known = {key_of(obj): obj for obj in found.objects}
-            now = survey.take(smaps.read_maps())
-            objects = tuple(known.get(key_of(obj), obj) for obj in now.objects)
-            found = self._as_it_was_before_us(replace(now, objects=objects), moved)
-        self.objects, self.options, self.loads = found.objects, options, found.loads
-        return moved
+
+    def _survey_again(self, moved: Collection[Key]) -> Sequence[Mapping]:
+        """Writing an image loads modules, which are to be locked as well: find what was loaded
+        since the survey. Returns the mappings, as maps has them."""
+        known = {key_of(obj): obj for obj in self.objects}
+        found = survey.take(smaps.read_maps)
+        objects = tuple(known.get(key_of(obj), obj) for obj in found.objects)
+        found = self._as_it_was_before_us(replace(found, objects=objects), moved)
+        self.objects, self.loads = found.objects, found.loads
+        return found.mappings
 
     def _move(
         self, move: Move, options: Options, places: Sequence[backing.Place], *, verified: bool
@@ -270,10 +273,12 @@ class Process:
                 if mapping.is_locked and not any(a < end and start < b for a, b in known):
                     self.hosts_locks.append((start, end))
 
-    def _lock_and_look(self, moved: Iterable[Key], options: Options) -> Sequence[Mapping]:
+    def _lock_and_look(self, moved: Collection[Key], options: Options) -> Sequence[Mapping]:
         """Lock what is there after the moves, and read what came of both."""
         self._lock_again_for_host(moved)
-        self._lock(plan.locks(self.objects, smaps.read_maps(), options))
+        loaded = _core.loads() != self.loads
+        mappings = self._survey_again(moved) if loaded else smaps.read_maps()
+        self._lock(plan.locks(self.objects, mappings, options))
         return smaps.read_smaps()
 
     def _lock_again_for_host(self, moved: Iterable[Key]) -> None:

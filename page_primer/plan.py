@@ -160,6 +160,7 @@ def locks(
     """
     if not options.mlock:
         return ()
+    mappings = sorted(mappings, key=lambda mapping: mapping.start)
     wanted: list[tuple[tuple[int, int], Lock]] = []
     for rank, obj in enumerate(sorted(objects, key=_heat)):
         if not _selected(obj, options):

@@ -43,6 +43,9 @@ class Record:
         cls._compared = tuple(name for name in cls._fields if name not in aside)
 
     def __init__(self, *values: Any, **named: Any) -> None:
+        if not named and len(values) == len(self._fields):
+            self.__dict__.update(zip(self._fields, values, strict=False))
+            return
         given = dict(zip(self._fields, values, strict=False), **named)
         # A default stays what it is, an attribute of the class.
         complete = len(given) == len(self._fields) or given.keys() >= self._required

@@ -7,7 +7,7 @@ is mapped by a PMD entry, not what was advised (Linux, Documentation/filesystems
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from functools import cached_property
 
 from page_primer.record import Record
@@ -80,9 +80,19 @@ def read_smaps(pid: int | str = "self") -> list[Mapping]:
     return [_mapping(line, details) for line, details in _blocks(_text(f"/proc/{pid}/smaps"))]
 
 
-def overlapping(mappings: Iterable[Mapping], start: int, end: int) -> Iterator[Mapping]:
-    """Those of `mappings` that share a byte with [start, end)."""
-    return (m for m in mappings if m.start < end and start < m.end)
+def overlapping(mappings: Sequence[Mapping], start: int, end: int) -> Iterator[Mapping]:
+    """Those of `mappings`, which are in the order of their addresses, that share a byte with
+    [start, end)."""
+    low, high = 0, len(mappings)
+    while low < high:
+        middle = (low + high) // 2
+        if mappings[middle].end <= start:
+            low = middle + 1
+        else:
+            high = middle
+    while low < len(mappings) and mappings[low].start < end:
+        yield mappings[low]
+        low += 1
 
 
 def total(mappings: Iterable[Mapping], counter: str) -> int:

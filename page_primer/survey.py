@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 from page_primer import _core, elf
@@ -138,18 +138,18 @@ def pmd_size() -> int:
         return 0
 
 
-def take(mappings: Sequence[Mapping] | None = None) -> Survey:
+def take(read: Callable[[], Sequence[Mapping]] = read_smaps) -> Survey:
     """Survey this process.
 
     Args:
-        mappings: its mappings, if they are known; with maps instead of smaps, what only smaps tells
+        read: what reads its mappings. With read_maps, which is faster, what only smaps tells
             (resident code, VmFlags) counts as none.
 
     Raises:
         OSError: /proc is not readable.
     """
     adds, subs, found = _core.objects()
-    mappings = read_smaps() if mappings is None else mappings
+    mappings = read()
     pmd = pmd_size()
     interpreter = _core.interpreter_address()
     objects = []

@@ -154,8 +154,8 @@ def test_an_object_without_writable_data(python, images, tmp_path):
         import ctypes, page_primer, page_primer.apply, page_primer.survey as survey
         lib = ctypes.CDLL({str(library)!r})
         take = survey.take
-        def without_data(*known):  # a survey that cannot tell by the writable segment's file
-            found = take(*known)
+        def without_data(*read):  # a survey that cannot tell by the writable segment's file
+            found = take(*read)
             objects = tuple(
                 survey.replace(o, problem=None)
                 if o.path == {str(library)!r} and o.problem == survey.REMAPPED else o
