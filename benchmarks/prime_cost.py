@@ -354,9 +354,6 @@ def table(s: Result) -> str:
 
 def main() -> int:
     import argparse
-    import shutil
-    import subprocess
-    import tempfile
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--python", default=sys.executable, metavar="PATH",
@@ -371,6 +368,11 @@ def main() -> int:
     if options.step:
         sys.stdout.write(json.dumps(STEPS[options.step](options.directory)))
         return 0
+
+    import shutil
+    import subprocess
+    import tempfile
+
     if options.rounds < 1:
         parser.error("--rounds must be at least 1")
     work = tempfile.mkdtemp(prefix="prime-cost-", dir=options.directory)
