@@ -212,7 +212,7 @@ def run(python: str, step: str, directory: str, work: str) -> Result:
     paths = [root, *filter(None, [environment.get("PYTHONPATH")])]
     environment["PYTHONPATH"] = os.pathsep.join(paths)
     done = subprocess.run(
-        [python, os.path.abspath(__file__), "--step", step, "--directory", directory],
+        [python, os.path.abspath(__file__), "--step", step, directory],
         env=environment, stdout=subprocess.PIPE, text=True, check=True,
     )  # fmt: skip
     result: Result = json.loads(done.stdout)
@@ -353,7 +353,15 @@ def table(s: Result) -> str:
 
 
 def main() -> int:
+    if sys.argv[1:2] == ["--step"]:
+        step, directory = sys.argv[2:]
+        sys.stdout.write(json.dumps(STEPS[step](directory)))
+        return 0
+
     import argparse
+    import shutil
+    import subprocess
+    import tempfile
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--python", default=sys.executable, metavar="PATH",
@@ -363,16 +371,7 @@ def main() -> int:
                         help="where images go, in a temporary directory of its own: choose a "
                         "file system that has huge pages (default: %(default)s)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
-    parser.add_argument("--step", choices=sorted(STEPS), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.step:
-        sys.stdout.write(json.dumps(STEPS[options.step](options.directory)))
-        return 0
-
-    import shutil
-    import subprocess
-    import tempfile
-
     if options.rounds < 1:
         parser.error("--rounds must be at least 1")
     work = tempfile.mkdtemp(prefix="prime-cost-", dir=options.directory)

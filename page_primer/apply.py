@@ -137,10 +137,8 @@ class Process:
     def _survey_again(self, moved: Collection[Key]) -> Sequence[Mapping]:
         """Writing an image loads modules, which are to be locked as well: find what was loaded
         since the survey. Returns the mappings, as maps has them."""
-        known = {key_of(obj): obj for obj in self.objects}
-        found = survey.take(smaps.read_maps)
-        objects = tuple(known.get(key_of(obj), obj) for obj in found.objects)
-        found = self._as_it_was_before_us(replace(found, objects=objects), moved)
+        known = [obj for obj in self.objects if key_of(obj) not in self.primed]
+        found = self._as_it_was_before_us(survey.take(smaps.read_maps, known), moved)
         self.objects, self.loads = found.objects, found.loads
         return found.mappings
 

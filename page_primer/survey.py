@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 
 from page_primer import _core, elf
@@ -138,12 +138,15 @@ def pmd_size() -> int:
         return 0
 
 
-def take(read: Callable[[], Sequence[Mapping]] = read_smaps) -> Survey:
+def take(
+    read: Callable[[], Sequence[Mapping]] = read_smaps, known: Iterable[Object] = ()
+) -> Survey:
     """Survey this process.
 
     Args:
         read: what reads its mappings. With read_maps, which is faster, what only smaps tells
             (resident code, VmFlags) counts as none.
+        known: objects to be taken over as they are, where they are still loaded.
 
     Raises:
         OSError: /proc is not readable.
@@ -153,9 +156,11 @@ def take(read: Callable[[], Sequence[Mapping]] = read_smaps) -> Survey:
     pmd = pmd_size()
     interpreter = _core.interpreter_address()
     objects = []
+    as_known = {(obj.base, obj.headers): obj for obj in known}
     for index, (name, base, headers) in enumerate(found):
-        segments = segments_of(headers, base, page_size())
-        if segments:
+        if (base, headers) in as_known:
+            objects.append(as_known[base, headers])
+        elif segments := segments_of(headers, base, page_size()):
             objects.append(
                 _object(os.fsdecode(name), base, headers, segments, mappings, pmd,
                         main=index == 0, inside=interpreter)
