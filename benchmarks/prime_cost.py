@@ -36,14 +36,6 @@ def first(image_dir: str) -> Result:
     return _prime(image_dir)
 
 
-def first_imported(image_dir: str) -> Result:
-    """The same with pyelftools, which only the writer of an image needs, imported before."""
-    began = time.perf_counter()
-    import elftools.elf.elffile  # noqa: F401
-
-    return {"import": _since(began), **_prime(image_dir)}
-
-
 def first_timed(image_dir: str) -> Result:
     """The same with the lock calls timed: in them the kernel populates pages."""
     return _prime_timed(image_dir)
@@ -201,7 +193,7 @@ def _median(values: Sequence[float]) -> float:
     return ordered[middle] if len(ordered) % 2 else sum(ordered[middle - 1 : middle + 1]) / 2
 
 
-MEASURED = (first, first_imported, first_timed, cached, cached_timed, fork, populate, copy)
+MEASURED = (first, first_timed, cached, cached_timed, fork, populate, copy)
 STEPS: dict[str, Callable[[str], Result]] = {step.__name__: step for step in MEASURED}
 
 
@@ -220,7 +212,7 @@ def run(python: str, step: str, directory: str, work: str) -> Result:
     paths = [root, *filter(None, [environment.get("PYTHONPATH")])]
     environment["PYTHONPATH"] = os.pathsep.join(paths)
     done = subprocess.run(
-        [python, os.path.abspath(__file__), "--step", step, "--directory", directory],
+        [python, os.path.abspath(__file__), "--step", step, directory],
         env=environment, stdout=subprocess.PIPE, text=True, check=True,
     )  # fmt: skip
     result: Result = json.loads(done.stdout)
@@ -242,7 +234,7 @@ def measure(python: str, rounds: int, work: str) -> dict[str, list[Result]]:
         file.write(os.urandom(written))
     results: dict[str, list[Result]] = {step: [] for step in STEPS}
     for index in range(rounds):
-        for step in ("first", "first_imported", "first_timed"):
+        for step in ("first", "first_timed"):
             # Beside each, for a copy's time depends on what the disk was given to do before.
             results["copy"].append(run(python, "copy", work, work))
             fresh = f"{work}/fresh-{index}-{step}"
@@ -268,7 +260,7 @@ def summarize(results: dict[str, list[Result]]) -> Result:
         ratios = [a / b for a, b in zip(over, under, strict=True)]
         return {"median": _median(ratios), "min": min(ratios), "max": max(ratios)}
 
-    copies = values("copy")  # three a round, each before the step it is beside
+    copies = values("copy")  # two a round, each before the step it is beside
 
     def above(name: str) -> Result:
         plain = values("populate")
@@ -286,17 +278,10 @@ def summarize(results: dict[str, list[Result]]) -> Result:
         "import_page_primer_ms": middle("cached", "import_page_primer"),
         "first_ms": middle("first"),
         "first_in_report_ms": middle("first", "in_report"),
-        "first_imported_ms": middle("first_imported"),
-        "first_imported_in_report_ms": middle("first_imported", "in_report"),
-        "import_pyelftools_ms": middle("first_imported", "import"),
         "first_locks_ms": middle("first_timed", "locks"),
         "copy_ms": _median(copies),
-        "first_over_copy": spread(values("first"), copies[0::3]),
-        "first_in_report_over_copy": spread(values("first", "in_report"), copies[0::3]),
-        "first_imported_over_copy": spread(values("first_imported"), copies[1::3]),
-        "first_imported_in_report_over_copy": spread(
-            values("first_imported", "in_report"), copies[1::3]
-        ),
+        "first_over_copy": spread(values("first"), copies[0::2]),
+        "first_in_report_over_copy": spread(values("first", "in_report"), copies[0::2]),
         "cached_ms": middle("cached"),
         "cached_in_report_ms": middle("cached", "in_report"),
         "cached_locks_ms": middle("cached_timed", "locks"),
@@ -341,16 +326,11 @@ def table(s: Result) -> str:
             line("import page_primer", s["import_page_primer_ms"]),
             line("first prime, no image yet", s["first_ms"], f"{size(s['written_bytes'])} written"),
             line("  in report", s["first_in_report_ms"]),
-            line("  pyelftools imported before", s["first_imported_ms"]),
-            line("  in report, pyelftools imported before", s["first_imported_in_report_ms"]),
-            line("  import of pyelftools", s["import_pyelftools_ms"]),
             line("  locks: population of pages", s["first_locks_ms"],
                  f"{size(s['locked_bytes'])} locked"),
             line("copy of as many bytes, file to file", s["copy_ms"], size(s["written_bytes"])),
             goal("first prime / copy", s["first_over_copy"], 3),
             goal("  in report", s["first_in_report_over_copy"], 3),
-            goal("  pyelftools imported before", s["first_imported_over_copy"], 3),
-            goal("  both", s["first_imported_in_report_over_copy"], 3),
             "",
             line("prime, image there", s["cached_ms"], f"{size(s['locked_bytes'])} locked"),
             line("  in report", s["cached_in_report_ms"]),
@@ -373,6 +353,11 @@ def table(s: Result) -> str:
 
 
 def main() -> int:
+    if sys.argv[1:2] == ["--step"]:
+        step, directory = sys.argv[2:]
+        sys.stdout.write(json.dumps(STEPS[step](directory)))
+        return 0
+
     import argparse
     import shutil
     import subprocess
@@ -386,11 +371,7 @@ def main() -> int:
                         help="where images go, in a temporary directory of its own: choose a "
                         "file system that has huge pages (default: %(default)s)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
-    parser.add_argument("--step", choices=sorted(STEPS), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.step:
-        sys.stdout.write(json.dumps(STEPS[options.step](options.directory)))
-        return 0
     if options.rounds < 1:
         parser.error("--rounds must be at least 1")
     work = tempfile.mkdtemp(prefix="prime-cost-", dir=options.directory)

@@ -8,14 +8,14 @@ import os
 import resource
 import threading
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
-from page_primer import _core, backing, plan, smaps, survey
+from page_primer import _core, backing, plan, smaps, store, survey
 from page_primer.measure import measure
 from page_primer.move import Key, NotMoved, Primed, carry_out, fault_in, key_of, put_back
 from page_primer.options import Options
-from page_primer.plan import Left, Lock
+from page_primer.plan import Left, Lock, Move, Region
+from page_primer.record import replace
 from page_primer.report import ObjectReport, Report
 from page_primer.smaps import Mapping, overlapping
 from page_primer.survey import Object, Survey
@@ -23,25 +23,27 @@ from page_primer.survey import Object, Survey
 Range = tuple[int, int]  # addresses
 
 
-@dataclass
 class Process:
     """What page-primer has done to this process. A forked child inherits it, but for the locks."""
 
-    pid: int = 0
-    loads: tuple[int, int] = (0, 0)
-    options: Options | None = None
-    objects: tuple[Object, ...] = ()
-    pmd: int = 0
-    primed: dict[Key, Primed] = field(default_factory=dict)
-    mapped: dict[Key, tuple[str, int]] = field(default_factory=dict)  # device, inode, as in smaps
-    left: dict[Key, list[Left]] = field(default_factory=dict)
-    notes: dict[Key, tuple[str, ...]] = field(default_factory=dict)
-    locked: dict[Range, Lock] = field(default_factory=dict)
-    refused: dict[Range, tuple[Lock, OSError]] = field(default_factory=dict)
-    hosts_locks: list[Range] = field(default_factory=list)  # made by others than us
-    huge: int = 0  # bytes of moved regions on huge pages, when last measured
-    report: Report | None = None
-    busy: bool = False  # a call is under way; another in the same thread is a signal handler's
+    def __init__(self) -> None:
+        self.pid = 0
+        self.loads = (0, 0)
+        self.options: Options | None = None
+        self.objects: tuple[Object, ...] = ()
+        self.pmd = 0
+        self.primed: dict[Key, Primed] = {}
+        self.mapped: dict[Key, tuple[str, int]] = {}  # device, inode, as in smaps
+        self.left: dict[Key, list[Left]] = {}
+        self.notes: dict[Key, tuple[str, ...]] = {}
+        self.locked: dict[Range, Lock] = {}
+        self.refused: dict[Range, tuple[Lock, OSError]] = {}
+        self.held: dict[str, int] = {}  # images that we were started from, and locks on them
+        self.hosts_locks: list[Range] = []  # made by others than us
+        self.huge = 0  # bytes of moved regions on huge pages, when last measured
+        self.report: Report | None = None
+        # A call is under way; another in the same thread is a signal handler's.
+        self.busy = False
 
     def prime(self, options: Options) -> Report:
         """Bring the process to the primed state; see page_primer.prime()."""
@@ -58,11 +60,12 @@ class Process:
             self.locked.clear()
             self.hosts_locks.clear()
         moved = self._move_new(options)
-        self._lock_again_for_host(moved)
-        self._lock(plan.locks(self.objects, smaps.read_maps(), options))
-        mappings = smaps.read_smaps()
-        if self._take_back_small(moved, mappings):
-            mappings = smaps.read_smaps()
+        mappings = self._lock_and_look(moved, options)
+        # Of the first backing that could be prepared, smaps was not asked yet.
+        if self._move_small_again(moved, mappings, options):
+            mappings = self._lock_and_look(moved, options)
+            if self._take_back_small(moved, mappings):
+                mappings = self._lock_and_look(moved, options)
         for key in moved:
             start = self.primed[key].regions[0].start
             for mapping in overlapping(mappings, start, start + 1):
@@ -78,8 +81,8 @@ class Process:
         wanted = [*self.locked.values(), *(lock for lock, _ in self.refused.values())]
         self.locked.clear()
         self._lock(wanted)
-        for primed in self.primed.values():
-            fault_in(primed.regions)
+        for regions in self._regions():
+            fault_in(regions)
         self.huge = self._huge(smaps.starting_at(self._starts()))
         return before == (set(self.locked), self.huge)
 
@@ -112,7 +115,7 @@ class Process:
 
     # -------------------------------------------------------------------------------- moving ---
 
-    def _move_new(self, options: Options) -> list[Key]:
+    def _move_new(self, options: Options) -> dict[Key, Move]:
         """Survey the process and move what can be moved and is not yet; returns what was."""
         found = self._as_it_was_before_us(survey.take())
         self._note_hosts_locks(found)
@@ -123,65 +126,117 @@ class Process:
             self.left.setdefault(key_of(left.object), []).append(left)
         for key, primed in self.primed.items():
             self.left[key] = plan.explain(primed.object, primed.regions, found.pmd_size or self.pmd)
-        moved = []
-        places = backing.directories(options) if planned.moves else []
-        for move in planned.moves:
-            key = key_of(move.object)
-            try:
-                carry_out(move, found.pmd_size, options, places, self.primed)
-            except NotMoved as why:
-                self._leave(move.object, str(why), why.notes)
-                continue
-            except Exception as error:  # whatever it is, it concerns this object alone
-                text = f"{type(error).__name__}: {error}"
-                if isinstance(error, OSError):
-                    text = backing.reason_of(error)
-                self._undo(key)
-                self._leave(move.object, text, ())
-                continue
-            regions = self.primed[key].regions
-            self.left[key] = plan.explain(move.object, regions, found.pmd_size)
-            moved.append(key)
-        if _core.loads() != found.loads:
-            # Writing an image loads modules, which are to be locked as well.
-            found = self._as_it_was_before_us(survey.take(), moved)
         self.objects, self.pmd = found.objects, found.pmd_size or self.pmd
         self.options, self.loads = options, found.loads
-        return moved
+        for obj in found.objects:
+            if obj.native:
+                fault_in(plan.native_regions(obj))
+                if obj.path not in self.held:
+                    self.held[obj.path] = store.hold(obj.path)
+        places = backing.directories(options) if planned.moves else []
+        return {
+            key_of(move.object): move
+            for move in planned.moves
+            if self._move(move, options, places, verified=False)
+        }
 
-    def _take_back_small(self, moved: list[Key], mappings: Sequence[Mapping]) -> bool:
+    def _survey_again(self, moved: Collection[Key]) -> Sequence[Mapping]:
+        """Writing an image loads modules, which are to be locked as well: find what was loaded
+        since the survey. Returns the mappings, as maps has them."""
+        known = [obj for obj in self.objects if key_of(obj) not in self.primed]
+        found = self._as_it_was_before_us(survey.take(smaps.read_maps, known), moved)
+        self.objects, self.loads = found.objects, found.loads
+        return found.mappings
+
+    def _move(
+        self, move: Move, options: Options, places: Sequence[backing.Place], *, verified: bool
+    ) -> bool:
+        """Move one object, or note why it is left. Returns whether it was moved."""
+        key = key_of(move.object)
+        try:
+            carry_out(move, self.pmd, options, places, self.primed, verified=verified)
+        except NotMoved as why:
+            self._leave(move.object, str(why), why.notes)
+            return False
+        except Exception as error:  # whatever it is, it concerns this object alone
+            text = f"{type(error).__name__}: {error}"
+            if isinstance(error, OSError):
+                text = backing.reason_of(error)
+            self._undo(key)
+            self._leave(move.object, text, ())
+            return False
+        self.left[key] = plan.explain(move.object, self.primed[key].regions, self.pmd)
+        return True
+
+    def _move_small_again(
+        self, moved: dict[Key, Move], mappings: Sequence[Mapping], options: Options
+    ) -> bool:
+        """Put back what is not on huge pages throughout, and move it to the first backing that
+        smaps confirms. Returns whether there was any."""
+        small = [
+            key for key in moved if self._huge_of(key, mappings) < self.primed[key].prepared.wanted
+        ]
+        places = backing.directories(options) if small else []
+        for key in small:
+            with contextlib.suppress(OSError):
+                self._put_back(key)
+                if not self._move(moved[key], options, places, verified=True):
+                    del moved[key]
+        return bool(small)
+
+    def _take_back_small(self, moved: dict[Key, Move], mappings: Sequence[Mapping]) -> bool:
         """Put back what was huge where it was prepared, but is not where it was moved to: that is
         not what was asked for. Returns whether there was any."""
-        taken_back = False
-        for key in list(moved):
-            primed = self.primed[key]
-            starts = {region.start for region in primed.regions}
-            if any(m.huge for m in mappings if m.start in starts):
-                continue
+        small = [key for key in moved if not self._huge_of(key, mappings)]
+        for key in small:
             with contextlib.suppress(OSError):
-                put_back(primed)
-                self._forget(key)
+                primed = self.primed[key]
+                self._put_back(key)
                 reason = f"no huge pages after the swap ({primed.prepared.where})"
                 self._leave(primed.object, reason, primed.notes)
-                moved.remove(key)
-                taken_back = True
-        return taken_back
+                del moved[key]
+        return bool(small)
+
+    def _put_back(self, key: Key) -> None:
+        """Put one object back, with the host's locks on it. Raises OSError when that fails."""
+        primed = self.primed[key]
+        put_back(primed)
+        self._forget(key)
+        start, end = primed.object.start, primed.object.end
+        for low, high in [where for where in self.locked if where[0] < end and start < where[1]]:
+            del self.locked[low, high]
+        for low, high in self.hosts_locks:
+            if low < end and start < high:
+                with contextlib.suppress(OSError):
+                    _core.lock(low, high - low)
 
     def _undo(self, key: Key) -> None:
         """After an unforeseen failure: what was moved is put back, if it was."""
         if key in self.primed:
             with contextlib.suppress(OSError):
-                put_back(self.primed[key])
-                self._forget(key)
+                self._put_back(key)
+
+    def _regions(self) -> Iterator[Sequence[Region]]:
+        """What is to be on huge pages: of each object that we moved or that was started so."""
+        for primed in self.primed.values():
+            yield primed.regions
+        for obj in self.objects:
+            if obj.native:
+                yield plan.native_regions(obj)
 
     def _starts(self) -> set[int]:
-        return {region.start for primed in self.primed.values() for region in primed.regions}
+        return {region.start for regions in self._regions() for region in regions}
+
+    def _huge_of(self, key: Key, mappings: Iterable[Mapping]) -> int:
+        """Bytes of a moved object's regions that are on huge pages."""
+        starts = {region.start for region in self.primed[key].regions}
+        return sum(mapping.huge for mapping in mappings if mapping.start in starts)
 
     def _huge(self, mappings: Iterable[Mapping]) -> int:
         starts = self._starts()
         return sum(mapping.huge for mapping in mappings if mapping.start in starts)
 
-    def _as_it_was_before_us(self, found: Survey, moved: Sequence[Key] = ()) -> Survey:
+    def _as_it_was_before_us(self, found: Survey, moved: Collection[Key] = ()) -> Survey:
         """The survey with the objects that we moved as they were surveyed then: what can be seen of
         them now is what we made of them. What was unloaded since, or unloaded and loaded again at
         the same address, is forgotten."""
@@ -230,6 +285,14 @@ class Process:
                 if mapping.is_locked and not any(a < end and start < b for a, b in known):
                     self.hosts_locks.append((start, end))
 
+    def _lock_and_look(self, moved: Collection[Key], options: Options) -> Sequence[Mapping]:
+        """Lock what is there after the moves, and read what came of both."""
+        self._lock_again_for_host(moved)
+        loaded = _core.loads() != self.loads
+        mappings = self._survey_again(moved) if loaded else smaps.read_maps()
+        self._lock(plan.locks(self.objects, mappings, options))
+        return smaps.read_smaps()
+
     def _lock_again_for_host(self, moved: Iterable[Key]) -> None:
         """Mapping something else over a range loses its lock. Whole regions: a lock of a part would
         split the mapping, and the huge page at its border."""
@@ -254,7 +317,7 @@ class Process:
 
     # ----------------------------------------------------------------------------- measuring ---
 
-    def _measure(self, moved: Sequence[Key], mappings: Sequence[Mapping], began: float) -> Report:
+    def _measure(self, moved: Iterable[Key], mappings: Sequence[Mapping], began: float) -> Report:
         self.huge = self._huge(mappings)
         _, refusal = next(iter(self.refused.values()), (None, None))
         limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
@@ -280,16 +343,17 @@ class Process:
         primed = self.primed.get(key_of(obj))
         segments = measure(obj.segments, here, self.pmd, self.left.get(key_of(obj), ()))
         code = [segment for segment in segments if segment.kind == "code"]
+        native = plan.native_regions(obj) if obj.native else []
         return ObjectReport(
             path=obj.path,
             interpreter=obj.interpreter,
-            backing=primed.prepared.backing if primed else None,
-            where=primed.prepared.where if primed else None,
+            backing=primed.prepared.backing if primed else "native" if native else None,
+            where=primed.prepared.where if primed else obj.path if native else None,
             code_bytes=sum(segment.bytes for segment in code),
             code_huge_bytes=sum(segment.huge_bytes for segment in code),
             huge_bytes=sum(segment.huge_bytes for segment in segments),
             locked_bytes=sum(segment.locked_bytes for segment in segments),
-            copied_bytes=primed.bytes if primed else 0,
+            copied_bytes=primed.bytes if primed else sum(r.end - r.start for r in native),
             written_bytes=primed.prepared.written if primed else 0,
             segments=segments,
             notes=primed.notes if primed else self.notes.get(key_of(obj), ()),

@@ -11,15 +11,14 @@ import contextlib
 import errno
 import fcntl
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from page_primer import _core, image, mounts, smaps, store
 from page_primer.elf import PF_X
 from page_primer.options import Options
 from page_primer.plan import Move, Region
+from page_primer.record import Record, replace
 from page_primer.survey import Object
 
 _READ_EXEC = _core.PROT_READ | _core.PROT_EXEC
@@ -38,16 +37,14 @@ GOOD_SINCE = {"ext4": (6, 16), "xfs": (6, 1), "tmpfs": (6, 1)}
 _FILES_SINCE = (6, 1)  # MADV_COLLAPSE; before it, only xfs has huge folios, and only when read
 
 
-@dataclass(frozen=True)
-class Refused:
+class Refused(Record):
     """An attempt that came to nothing before smaps could be asked."""
 
     where: str
     reason: str
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(Record):
     """A region and the place where its replacement is mapped; fd is -1 for memory to be moved."""
 
     region: Region
@@ -66,8 +63,7 @@ class Piece:
         return self.region.start, self.size, self.protection, self.source, self.fd, self.offset
 
 
-@dataclass(frozen=True)
-class Prepared:
+class Prepared(Record):
     """A replacement for one object's regions, mapped elsewhere."""
 
     backing: str
@@ -76,7 +72,7 @@ class Prepared:
     pmd: int
     image: store.Image | None = None
     written: int = 0  # bytes copied for it
-    keep: tuple[int, ...] = field(default=(), repr=False)  # descriptors to close in the end
+    keep: tuple[int, ...] = ()  # descriptors to close in the end
 
     @property
     def wanted(self) -> int:
@@ -205,8 +201,9 @@ def collapse(address: int, length: int) -> None:
 
 def kernel() -> tuple[int, int]:
     """The running kernel's version, as in (6, 1)."""
-    found = re.match(r"(\d+)\.(\d+)", os.uname().release)
-    return (int(found[1]), int(found[2])) if found else (0, 0)
+    release = "".join(digit if digit.isdecimal() else " " for digit in os.uname().release)
+    major, minor, *_ = *release.split(), 0, 0
+    return int(major), int(minor)
 
 
 def directories(options: Options) -> list[Place]:

@@ -21,23 +21,22 @@ from __future__ import annotations
 
 import errno
 import os
-import random
-import re
 import resource
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from page_primer import elf
 from page_primer.elf import PF_R, PF_W, PF_X, PROGRAM_HEADER, PT_LOAD
 from page_primer.plan import Region
-from page_primer.survey import Object, Source, page_size
+from page_primer.record import Record
+from page_primer.survey import Object, Source, is_native, page_size
 
 # Part of an image's name in the store: raise it when what is written here changes.
 LAYOUT_VERSION = 1
-_NAME = re.compile(r"\d+(-[0-9a-f]+){7}-[0-9a-frx.]+")
-_NATIVE_NAME = re.compile(r"\d+-native-(?:[0-9a-f]+-){3}.+")
+# FNV-1a, 256 bits (RFC 9923): the first and the factor.
+_FNV = 0xDD268DBCAAC550362D98C384C4E576CCC8B1536847B6BBB31023B4C8CAEE0535, (1 << 168) + 0x163
 
+_HEXADECIMAL = set("0123456789abcdef")
 _KEPT_SECTIONS = (".gnu_debuglink", ".gnu_debugaltlink", ".gnu_debugdata")
 _HEADER_ROOM = 4096  # the kernel looks for a build-id in the first page only
 
@@ -49,8 +48,7 @@ class CannotLayOut(Exception):
     """The file is not one this module can write an image of; the message says why."""
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(Record):
     """Where an object's bytes lie in its image."""
 
     object: Object
@@ -292,9 +290,12 @@ def _read_only(layout: Layout) -> Iterator[tuple[int, int, int]]:
 
 def build_id(layout: Layout, size: int = _BUILD_ID_SIZE) -> bytes:
     """A build-id that is this image's alone, and the same whenever it is written."""
-    # random.Random hashes its seed with SHA-512 from a built-in module; hashlib would load OpenSSL
-    # into the server for the sake of a name.
-    return random.Random(layout.name).randbytes(size)
+    # By hand: hashlib would load OpenSSL into the server for the sake of a name, and any module
+    # that hashes costs a first prime a millisecond.
+    digest, factor = _FNV
+    for byte in layout.name.encode(errors="surrogateescape"):
+        digest = (digest ^ byte) * factor % (1 << 256)
+    return digest.to_bytes(32, "big")[:size].ljust(size, b"\0")
 
 
 def _build_id_note(layout: Layout) -> bytes:
@@ -304,12 +305,17 @@ def _build_id_note(layout: Layout) -> bytes:
 
 def is_name(name: str) -> bool:
     """Whether a name is one that lay_out() gives, in any version."""
-    return bool(_NAME.fullmatch(name) or _NATIVE_NAME.fullmatch(name))
-
-
-def is_native(name: str) -> bool:
-    """Whether a name is one of an image for native load."""
-    return _NATIVE_NAME.fullmatch(name) is not None
+    version, *numbers = name.split("-")
+    if not version.isascii() or not version.isdigit():
+        return False
+    if numbers[:1] == ["native"]:
+        return len(numbers) >= 5 and all(map(_HEXADECIMAL.issuperset, numbers[1:4]))
+    return (
+        len(numbers) == 8
+        and all(numbers)
+        and all(map(_HEXADECIMAL.issuperset, numbers[:-1]))
+        and (_HEXADECIMAL | set("rx.")).issuperset(numbers[-1])
+    )
 
 
 def belongs_to(name: str, path: str) -> bool:
@@ -318,7 +324,7 @@ def belongs_to(name: str, path: str) -> bool:
         source = Source.of(path, os.stat(path))
     except OSError:
         return False
-    if is_native(name):
+    if is_native(f"{name}/"):
         return name.split("-")[3] == f"{source.size:x}"
     return name.split("-")[1:6] == _identity(source)
 

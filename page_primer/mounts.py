@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
+from page_primer.record import Record
 
 
-@dataclass(frozen=True)
-class Mount:
+class Mount(Record):
     """The file system that a path is, or would be, on."""
 
     point: str
@@ -27,7 +25,11 @@ def mount_of(path: str, mountinfo: str) -> Mount:
         fields, rest = left.split(" "), right.split(" ")
         if len(fields) < 6 or len(rest) < 3:
             continue
-        point = re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), fields[4])
+        point = fields[4]
+        if "\\" in point:
+            import re  # too slow an import for what is so rare
+
+            point = re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), point)
         inside = path == point or path.startswith(point.rstrip("/") + "/")
         if inside and len(point) >= len(best.point):
             options = {*fields[5].split(","), *rest[2].split(",")}

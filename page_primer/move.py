@@ -6,13 +6,13 @@ import contextlib
 import errno
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 from page_primer import _core, backing, survey
 from page_primer.backing import Prepared, Refused
 from page_primer.elf import PF_X
 from page_primer.options import Options
 from page_primer.plan import Move, Region
+from page_primer.record import Record
 from page_primer.survey import Object
 
 MODIFIED = "modified in memory"
@@ -24,8 +24,7 @@ def key_of(obj: Object) -> Key:
     return obj.base, obj.headers
 
 
-@dataclass(frozen=True)
-class Primed:
+class Primed(Record):
     """An object that was moved, with what is needed to measure it and to put it back."""
 
     object: Object
@@ -47,9 +46,15 @@ class NotMoved(Exception):
 
 
 def carry_out(
-    move: Move, pmd: int, options: Options, places: Sequence[backing.Place], book: dict[Key, Primed]
+    move: Move,
+    pmd: int,
+    options: Options,
+    places: Sequence[backing.Place],
+    book: dict[Key, Primed],
+    *,
+    verified: bool,
 ) -> None:
-    """Move one object to the first backing that smaps confirms.
+    """Move one object to the first backing that smaps confirms, or to the first at all.
 
     Args:
         move: the object and its regions.
@@ -58,13 +63,16 @@ def carry_out(
         places: the directories for images.
         book: where the move is entered, before it is made: an exception of the host's (Ctrl-C, a
             signal handler's) may come at any moment, and what is in the book can be put back.
+        verified: ask smaps of each backing. Otherwise the caller is to ask, after the move: smaps
+            is slow, and once for all objects is enough where the first backing is good.
 
     Raises:
         NotMoved: no backing was good enough, or the swap was refused. The object is as it was.
     """
     notes: list[str] = []
     for fresh in (False, True):
-        prepared = _choose(backing.attempts(move, pmd, options, places, fresh), notes)
+        attempts = backing.attempts(move, pmd, options, places, fresh)
+        prepared = _choose(attempts, notes, verified)
         regions = tuple(piece.region for piece in prepared.pieces)
         key = key_of(move.object)
         book[key] = Primed(move.object, regions, prepared, tuple(notes))
@@ -93,13 +101,16 @@ def carry_out(
         return
 
 
-def _choose(attempts: Iterable[backing.Attempt], notes: list[str]) -> Prepared:
-    """The first attempt that is huge throughout, or else the one that came nearest."""
+def _choose(attempts: Iterable[backing.Attempt], notes: list[str], verified: bool) -> Prepared:
+    """The first attempt that is huge throughout, or else the one that came nearest; if that is not
+    to be verified, the first that was not refused."""
     best: Prepared | None = None
     for attempt in attempts:
         if isinstance(attempt, Refused):
             notes.append(f"{attempt.where}: {attempt.reason}")
             continue
+        if not verified:
+            return attempt
         try:
             huge, so_far = attempt.huge, best.huge if best else 0
         except BaseException:

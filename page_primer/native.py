@@ -4,14 +4,15 @@ By the rule of image.py, but that the pad is the first address modulo the huge p
 the program headers lie where the original's lie: inside the span, so that the kernel (AT_PHDR) and
 the loader find them in memory. They say one r-x PT_LOAD over the whole read-only span, p_align a
 huge page, which Linux >= 5.10 honours for programs and glibc >= 2.35 for libraries; the writable
-ones follow, at their addresses. The build-id is overwritten in place.
+ones follow, at their addresses. The PT_LOADs that it takes the place of stay in the table, as
+PT_NULL, which nobody looks at but who wants to know what of the span is code. The build-id is
+overwritten in place.
 """
 
 from __future__ import annotations
 
 import os
 import struct
-from dataclasses import dataclass
 from itertools import pairwise
 
 from page_primer import elf
@@ -21,7 +22,6 @@ from page_primer.plan import NO_CHUNK, Region
 from page_primer.survey import TEXT_RELOCATIONS, Object, Source, page_size, segments_of
 
 
-@dataclass(frozen=True)
 class NativeLayout(Layout):
     """Where an object's bytes lie in its image for native load."""
 
@@ -79,6 +79,8 @@ def _lay_out(path: str, fd: int, pmd: int) -> NativeLayout:
         raise CannotLayOut("its program headers are not at its beginning")
     if not any(segment.code for segment in span):
         raise CannotLayOut("no code")
+    if len(span) > 1 and span[0].code:
+        raise CannotLayOut("its headers are among its code")
     page = page_size()
     loads = sorted(h[3] & -page for h in headers if h[0] == PT_LOAD and h[6])
     ends = sorted(-(-(h[3] + h[6]) // page) * page for h in headers if h[0] == PT_LOAD and h[6])
@@ -114,26 +116,23 @@ def _require_own_kind(file: elf.File) -> None:
 
 
 def _program_headers(layout: NativeLayout) -> bytes:
-    """As many as the original has: those of the read-only PT_LOADs become one, and empty ones."""
+    """As many as the original has: the first of the read-only PT_LOADs stands for all."""
     obj = layout.object
     region = layout.regions[0]
     last = max((s for s in obj.segments if not s.writable), key=lambda s: s.end)
     size = last.address + last.size - region.start
     table = []
     merged = False
-    count = 0
     for header in PROGRAM_HEADER.iter_unpack(obj.headers):
         kind, flags, offset, vaddr, paddr, filesz, memsz, alignment = header
-        count += 1
         if kind == PT_LOAD and memsz and not flags & elf.PF_W:
             if merged:
-                continue
-            merged = True
-            flags, filesz, memsz, alignment = region.flags, size, size, layout.pmd
-            vaddr = paddr = region.start
+                kind, offset = elf.PT_NULL, layout.offset(vaddr)
+            else:
+                merged = True
+                flags, filesz, memsz, alignment = region.flags, size, size, layout.pmd
+                vaddr = paddr = region.start
         if kind not in (elf.PT_NULL, elf.PT_GNU_STACK):
             offset = layout.offset(vaddr)
         table.append((kind, flags, offset, vaddr, paddr, filesz, memsz, alignment))
-    empty = (elf.PT_NULL, 0, 0, 0, 0, 0, 0, 0)
-    table += [empty] * (count - len(table))
     return b"".join(PROGRAM_HEADER.pack(*header) for header in table)

@@ -4,8 +4,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, TypedDict
+
+from page_primer.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, TypedDict
+
+    class OptionValues(TypedDict, total=False):
+        """The keyword arguments of `page_primer.prime()`."""
+
+        remap: bool
+        mlock: bool
+        backing: str
+        merge: bool
+        keep_profilers: bool
+        include: Iterable[str] | str | None
+        exclude: Iterable[str] | str | None
+        limit: int | str
+        image_dir: str | os.PathLike[str] | None
+
 
 BACKINGS = ("auto", "image", "memfd", "anonymous", "hugetlb")
 
@@ -19,22 +37,7 @@ _TRUE = ("1", "true", "yes", "on")
 _FALSE = ("0", "false", "no", "off")
 
 
-class OptionValues(TypedDict, total=False):
-    """The keyword arguments of `page_primer.prime()`."""
-
-    remap: bool
-    mlock: bool
-    backing: str
-    merge: bool
-    keep_profilers: bool
-    include: Iterable[str] | str | None
-    exclude: Iterable[str] | str | None
-    limit: int | str
-    image_dir: str | os.PathLike[str] | None
-
-
-@dataclass(frozen=True)
-class Options:
+class Options(Record, aside=("explicit",)):
     """Validated options; see the README's table for what each one means.
 
     `explicit` names those that somebody set, by argument or environment: a shortfall in what was
@@ -51,7 +54,7 @@ class Options:
     exclude: tuple[str, ...] = ()
     limit: int = DEFAULT_LIMIT
     image_dir: str | None = None
-    explicit: frozenset[str] = field(default=frozenset(), compare=False)
+    explicit: frozenset[str] = frozenset()
 
     @classmethod
     def load(
@@ -80,7 +83,7 @@ class Options:
 
     def as_dict(self) -> dict[str, Any]:
         """The options as plain data, for reports and logs."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "explicit"}
+        return {name: getattr(self, name) for name in ("enabled", *NAMES)}
 
 
 def _flag(name: str, value: Any) -> bool:
@@ -147,3 +150,5 @@ _PARSERS = {
     "limit": _bytes,
     "image_dir": _directory,
 }
+
+NAMES = tuple(_PARSERS)

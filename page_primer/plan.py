@@ -7,14 +7,13 @@ chunk that holds any code becomes r-x, another r--; around them the span keeps i
 
 from __future__ import annotations
 
-import fnmatch
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 from page_primer.elf import PF_R, PF_X
 from page_primer.options import Options
+from page_primer.record import Record
 from page_primer.report import OVER_LIMIT
 from page_primer.smaps import Mapping, overlapping
 from page_primer.survey import Object, Segment, Survey
@@ -31,8 +30,7 @@ PROFILERS_HEAD = "kept for profilers"
 WRITABLE = "writable"
 
 
-@dataclass(frozen=True)
-class Region:
+class Region(Record):
     """A contiguous range with one protection (PF_R, perhaps with PF_X)."""
 
     start: int
@@ -45,8 +43,7 @@ class Region:
         return (start, end) if start < end else (self.start, self.start)
 
 
-@dataclass(frozen=True)
-class Move:
+class Move(Record):
     """One object's move: the regions for memory that carries the object's name, and for other.
 
     An image describes itself to profilers, so the whole span can go there, edges included; memory
@@ -63,8 +60,7 @@ class Move:
         return sum(region.end - region.start for region in self.image)
 
 
-@dataclass(frozen=True)
-class Left:
+class Left(Record):
     """A range that stays as it is, or stays on small pages, and why."""
 
     object: Object
@@ -74,14 +70,12 @@ class Left:
     reason: str
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(Record):
     moves: tuple[Move, ...]
     left: tuple[Left, ...]
 
 
-@dataclass(frozen=True)
-class Lock:
+class Lock(Record):
     """A range to lock; `on_fault` for private writable memory, which a plain mlock would copy."""
 
     object: Object
@@ -103,6 +97,9 @@ def make(survey: Survey, options: Options, used: int = 0) -> Plan:
     left: list[Left] = []
     room = options.limit - used
     for obj in sorted(survey.objects, key=_heat):
+        if obj.native:
+            left += explain(obj, native_regions(obj), survey.pmd_size)
+            continue
         reason = _refusal(obj, survey, options)
         move = None if reason else _move(obj, survey.pmd_size, options)
         if move is None:
@@ -117,6 +114,11 @@ def make(survey: Survey, options: Options, used: int = 0) -> Plan:
         else:
             left += [Left(obj, s.start, s.end, s.kind, _why(s, reason)) for s in obj.segments]
     return Plan(tuple(moves), tuple(left))
+
+
+def native_regions(obj: Object) -> list[Region]:
+    """What the loader mapped of an image for native load: the read-only span, in one piece."""
+    return [Region(span[0].start, span[-1].end, PF_R | PF_X) for span in obj.spans()]
 
 
 def explain(obj: Object, regions: Sequence[Region], pmd: int) -> list[Left]:
@@ -166,6 +168,7 @@ def locks(
     """
     if not options.mlock:
         return ()
+    mappings = sorted(mappings, key=lambda mapping: mapping.start)
     wanted: list[tuple[tuple[int, int], Lock]] = []
     for rank, obj in enumerate(sorted(objects, key=_heat)):
         if not _selected(obj, options):
@@ -196,7 +199,11 @@ def _selected(obj: Object, options: Options) -> bool:
     return not _matches(obj, options.exclude)
 
 
-def _matches(obj: Object, patterns: Iterable[str]) -> bool:
+def _matches(obj: Object, patterns: Sequence[str]) -> bool:
+    if not patterns:
+        return False
+    import fnmatch  # and with it re, only where there are patterns
+
     name = os.path.basename(obj.path)
     return any(fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(obj.path, p) for p in patterns)
 

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import logging
-from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from page_primer.record import Record, asdict
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import logging
+    from typing import Any, Protocol
+
+    class Logger(Protocol):
+        """What `Report.log()` needs: logging.Logger has it, and so has gunicorn's logger."""
+
+        def debug(self, msg: str, *args: Any) -> Any: ...
+        def info(self, msg: str, *args: Any) -> Any: ...
+        def warning(self, msg: str, *args: Any) -> Any: ...
+
 
 OVER_LIMIT = "over the limit"  # a reason for leaving code alone that is worth its own words
 
 
-class Logger(Protocol):
-    """What `Report.log()` needs: logging.Logger has it, and so has gunicorn's logger."""
-
-    def debug(self, msg: str, *args: Any) -> Any: ...
-    def info(self, msg: str, *args: Any) -> Any: ...
-    def warning(self, msg: str, *args: Any) -> Any: ...
-
-
-@dataclass(frozen=True)
-class SegmentReport:
+class SegmentReport(Record):
     """One PT_LOAD: addresses, bytes, and what was left alone of it and why."""
 
     start: int
@@ -30,8 +32,7 @@ class SegmentReport:
     left: dict[str, int]  # reason -> bytes left on small pages
 
 
-@dataclass(frozen=True)
-class ObjectReport:
+class ObjectReport(Record):
     """One ELF object. Byte counts are measured in smaps, not what was asked for."""
 
     path: str
@@ -54,13 +55,13 @@ class ObjectReport:
     @property
     def place(self) -> str:
         """The backing, for people: an image's store rather than its long path."""
-        if self.backing == "image" and self.where:
-            return image_place(self.where)
+        if self.backing in ("image", "native") and self.where:
+            started = "started from its " if self.backing == "native" else ""
+            return started + image_place(self.where)
         return self.backing or "its own file"
 
 
-@dataclass(frozen=True)
-class Report:
+class Report(Record):
     """The primed state of a process, and what one call of `prime()` did for it.
 
     Sizes are in bytes. `as_dict()` is what a program should read, `str()` and `log()` are for
@@ -104,7 +105,7 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """The report as plain data, ready for json.dumps()."""
-        data = asdict(self)
+        data: dict[str, Any] = asdict(self)
         for name in ("code_bytes", "code_huge_bytes", "locked_bytes", "copied_bytes"):
             data[name] = getattr(self, name)
         return data

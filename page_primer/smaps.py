@@ -7,22 +7,15 @@ is mapped by a PMD entry, not what was advised (Linux, Documentation/filesystems
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterable, Iterator, Set
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence, Set
 from functools import cached_property
+
+from page_primer.record import Record
 
 HUGE = ("AnonHugePages", "ShmemPmdMapped", "FilePmdMapped", "Private_Hugetlb", "Shared_Hugetlb")
 
-# A mapping's own line, and, in smaps, the lines "Rss:  4 kB" ... "VmFlags: rd ex ..." below it.
-_MAPPING = re.compile(
-    r"^([0-9a-f]+)-([0-9a-f]+) (\S+) ([0-9a-f]+) (\S+) (\d+) *(.*)\n((?:[A-Z].*\n)*)", re.MULTILINE
-)
-_COUNTER = re.compile(r"^(\w+): +(\d+) kB$", re.MULTILINE)
 
-
-@dataclass(frozen=True)
-class Mapping:
+class Mapping(Record, aside=("details",)):
     """One mapping of an address space. What smaps says below its first line is parsed when it is
     asked for: a process has hundreds of mappings, and few of them matter."""
 
@@ -33,7 +26,7 @@ class Mapping:
     device: str
     inode: int
     path: str
-    details: str = field(default="", repr=False, compare=False)
+    details: str = ""
 
     @property
     def size(self) -> int:
@@ -47,10 +40,13 @@ class Mapping:
     def writable(self) -> bool:
         return self.permissions[1] == "w"
 
-    @cached_property
-    def counters(self) -> dict[str, int]:
-        """Bytes, by smaps' names; empty when read from maps."""
-        return {name: int(number) << 10 for name, number in _COUNTER.findall(self.details)}
+    def count(self, name: str) -> int:
+        """A counter in bytes, by smaps' name; 0 where there is none, and when read from maps."""
+        at = self.details.find(f"\n{name}:")
+        if at < 0:
+            return 0
+        number, _, _ = self.details[at + len(name) + 2 : at + len(name) + 40].partition(" kB")
+        return int(number) << 10
 
     @cached_property
     def flags(self) -> frozenset[str]:
@@ -61,7 +57,7 @@ class Mapping:
     @property
     def huge(self) -> int:
         """Bytes mapped by huge page table entries."""
-        return sum(self.counters.get(name, 0) for name in HUGE)
+        return sum(self.count(name) for name in HUGE)
 
     @property
     def is_locked(self) -> bool:
@@ -72,7 +68,7 @@ class Mapping:
 
 def read_maps(pid: int | str = "self") -> list[Mapping]:
     """The mappings of a process, without counters."""
-    return [_mapping(match) for match in _MAPPING.finditer(_text(f"/proc/{pid}/maps"))]
+    return [_mapping(line) for line in _text(f"/proc/{pid}/maps").split("\n")[:-1]]
 
 
 def read_smaps(pid: int | str = "self") -> list[Mapping]:
@@ -81,17 +77,27 @@ def read_smaps(pid: int | str = "self") -> list[Mapping]:
     Raises:
         OSError: no such process, or not allowed to look (ptrace(2), PTRACE_MODE_READ).
     """
-    return [_mapping(match) for match in _MAPPING.finditer(_text(f"/proc/{pid}/smaps"))]
+    return [_mapping(line, details) for line, details in _blocks(_text(f"/proc/{pid}/smaps"))]
 
 
-def overlapping(mappings: Iterable[Mapping], start: int, end: int) -> Iterator[Mapping]:
-    """Those of `mappings` that share a byte with [start, end)."""
-    return (m for m in mappings if m.start < end and start < m.end)
+def overlapping(mappings: Sequence[Mapping], start: int, end: int) -> Iterator[Mapping]:
+    """Those of `mappings`, which are in the order of their addresses, that share a byte with
+    [start, end)."""
+    low, high = 0, len(mappings)
+    while low < high:
+        middle = (low + high) // 2
+        if mappings[middle].end <= start:
+            low = middle + 1
+        else:
+            high = middle
+    while low < len(mappings) and mappings[low].start < end:
+        yield mappings[low]
+        low += 1
 
 
 def total(mappings: Iterable[Mapping], counter: str) -> int:
     """The sum of one counter, bytes."""
-    return sum(mapping.counters.get(counter, 0) for mapping in mappings)
+    return sum(mapping.count(counter) for mapping in mappings)
 
 
 def _text(path: str) -> str:
@@ -100,23 +106,29 @@ def _text(path: str) -> str:
         return os.fsdecode(file.readall())
 
 
-def _mapping(match: re.Match[str]) -> Mapping:
-    start, end, permissions, offset, device, inode, path, details = match.groups()
+def _blocks(text: str) -> Iterator[tuple[str, str]]:
+    """Each mapping's own line in smaps, and the lines below it, of which "Size:" is the first."""
+    line, *rest = text.split("\nSize:")
+    for part in rest:
+        details, _, following = part.rpartition("\n")
+        yield line, details
+        line = following
+
+
+def _mapping(line: str, details: str = "") -> Mapping:
+    addresses, permissions, offset, device, inode, *path = line.split(None, 5)
+    start, _, end = addresses.partition("-")
     return Mapping(
         int(start, 16), int(end, 16), permissions, int(offset, 16), device, int(inode),
-        path.replace("\\012", "\n"), details,
+        path[0].replace("\\012", "\n") if path else "", details,
     )  # fmt: skip
 
 
 def starting_at(starts: Set[int]) -> list[Mapping]:
     """The mappings of this process that start at the given addresses, with counters. Only these are
     parsed, which makes it several times faster than read_smaps()."""
-    text = _text("/proc/self/smaps")
-    found = []
-    for start in sorted(starts):
-        # The kernel prints at least eight digits.
-        at = text.find(f"\n{start:08x}-") + 1
-        match = _MAPPING.match(text, at)
-        if match and int(match[1], 16) == start:
-            found.append(_mapping(match))
-    return found
+    return [
+        _mapping(line, details)
+        for line, details in _blocks(_text("/proc/self/smaps"))
+        if int(line.partition("-")[0], 16) in starts
+    ]

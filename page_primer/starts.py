@@ -29,11 +29,11 @@ import stat
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from page_primer import _core, backing, elf, image, native, smaps, store
 from page_primer.backing import Refused
 from page_primer.options import Options
+from page_primer.record import Record
 from page_primer.survey import pmd_size
 
 _FORMAT = "page-primer 1"
@@ -49,16 +49,14 @@ class Refusal(Exception):
     """An interpreter that cannot be started natively; the message is the reason, in one line."""
 
 
-@dataclass(frozen=True)
-class Command:
+class Command(Record):
     """A command as the kernel would run it: the program, `#!` lines followed, and its argv."""
 
     program: str
     arguments: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Start:
+class Start(Record):
     """How to start an interpreter natively."""
 
     image: str

@@ -23,11 +23,11 @@ import os
 import stat
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import count
 
 from page_primer import image
 from page_primer.image import Layout
+from page_primer.record import Record
 
 # Unused images of one file that stay: an address space laid out at random asks for another load
 # phase each time.
@@ -45,8 +45,7 @@ class Unusable(Exception):
     """A directory that images cannot live in; the message says why."""
 
 
-@dataclass(frozen=True)
-class Image:
+class Image(Record):
     """An image in use. `fd` is the file, to map it from; `lock` keeps it from being pruned, and is
     negative where locks are not to be had."""
 
@@ -240,6 +239,18 @@ class Store:
             os.rmdir(name, dir_fd=self._fd)
         for fd in locks:
             os.close(fd)
+
+
+def hold(path: str) -> int:
+    """Keep an image from being pruned as long as the descriptor that is returned is open; negative
+    where locks are not to be had."""
+    with contextlib.suppress(OSError):
+        folder = os.open(os.path.dirname(path), _DIRECTORY)
+        try:
+            return _lock_shared(folder)
+        finally:
+            os.close(folder)
+    return -1
 
 
 def _make(path: str) -> bool:

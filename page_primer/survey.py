@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 
 from page_primer import _core, elf
 from page_primer.elf import PF_R, PF_W, PF_X, PROGRAM_HEADER, PT_LOAD
+from page_primer.record import Record, replace
 from page_primer.smaps import Mapping, overlapping, read_maps, read_smaps
 
 _PMD_SIZE_FILE = "/sys/kernel/mm/transparent_hugepage/hpage_pmd_size"
@@ -22,8 +22,7 @@ REMAPPED = "already remapped"
 MAPPED_OTHERWISE = "not mapped as its program headers say"
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(Record):
     """The identity of a file's content: whoever changes the content changes one of these."""
 
     path: str
@@ -41,8 +40,7 @@ class Source:
         )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Segment:
+class Segment(Record):
     """A PT_LOAD in memory, rounded out to the pages that the loader maps for it."""
 
     start: int
@@ -68,8 +66,7 @@ class Segment:
         return "code" if self.code else "rodata"
 
 
-@dataclass(frozen=True)
-class Object:
+class Object(Record):
     """A loaded ELF object.
 
     `path` is the file it was loaded from; `problem` says why it must be left alone, if it must.
@@ -118,8 +115,7 @@ class Object:
         return [tuple(run) for run in runs]
 
 
-@dataclass(frozen=True)
-class Survey:
+class Survey(Record, aside=("mappings",)):
     """The process as found: input of the plan."""
 
     objects: tuple[Object, ...]
@@ -127,7 +123,12 @@ class Survey:
     thp_disabled: bool  # PR_SET_THP_DISABLE
     threads: int
     loads: tuple[int, int]  # the loader's counters
-    mappings: Sequence[Mapping] = field(default=(), repr=False)
+    mappings: Sequence[Mapping] = ()
+
+
+def is_native(path: str) -> bool:
+    """Whether a path is that of an image for native load: its folder's name says so."""
+    return path.rpartition("/")[0].rpartition("/")[2].partition("-")[2].startswith("native-")
 
 
 def page_size() -> int:
@@ -143,20 +144,29 @@ def pmd_size() -> int:
         return 0
 
 
-def take() -> Survey:
+def take(
+    read: Callable[[], Sequence[Mapping]] = read_smaps, known: Iterable[Object] = ()
+) -> Survey:
     """Survey this process.
+
+    Args:
+        read: what reads its mappings. With read_maps, which is faster, what only smaps tells
+            (resident code, VmFlags) counts as none.
+        known: objects to be taken over as they are, where they are still loaded.
 
     Raises:
         OSError: /proc is not readable.
     """
     adds, subs, found = _core.objects()
-    mappings = read_smaps()
+    mappings = read()
     pmd = pmd_size()
     interpreter = _core.interpreter_address()
     objects = []
+    as_known = {(obj.base, obj.headers): obj for obj in known}
     for index, (name, base, headers) in enumerate(found):
-        segments = segments_of(headers, base, page_size())
-        if segments:
+        if (base, headers) in as_known:
+            objects.append(as_known[base, headers])
+        elif segments := segments_of(headers, base, page_size()):
             objects.append(
                 _object(os.fsdecode(name), base, headers, segments, mappings, pmd,
                         main=index == 0, inside=interpreter)
@@ -166,23 +176,25 @@ def take() -> Survey:
     )
 
 
-def segments_of(headers: bytes, base: int, page: int) -> tuple[Segment, ...]:
-    """The PT_LOADs of a program header table, in the order of their addresses."""
+def segments_of(
+    headers: bytes, base: int, page: int, *, native: bool = False
+) -> tuple[Segment, ...]:
+    """The PT_LOADs of a program header table, in the order of their addresses; of an image for
+    `native` load those that its original has."""
     segments = []
-    for kind, flags, offset, vaddr, _, filesz, memsz, _ in PROGRAM_HEADER.iter_unpack(headers):
-        if kind == PT_LOAD and memsz:
-            start = (base + vaddr) & -page
-            segments.append(
-                Segment(
-                    start=start,
-                    end=(base + vaddr + memsz + page - 1) & -page,
-                    file_end=(base + vaddr + filesz + page - 1) & -page if filesz else start,
-                    offset=offset & -page,
-                    flags=flags,
-                    address=base + vaddr,
-                    size=memsz,
-                )
+    for flags, offset, vaddr, filesz, memsz in _loads(headers, native):
+        start = (base + vaddr) & -page
+        segments.append(
+            Segment(
+                start=start,
+                end=(base + vaddr + memsz + page - 1) & -page,
+                file_end=(base + vaddr + filesz + page - 1) & -page if filesz else start,
+                offset=offset & -page,
+                flags=flags,
+                address=base + vaddr,
+                size=memsz,
             )
+        )
     segments.sort(key=lambda segment: segment.start)
     # Where two share a page, the loader's later mapping is the one that is there.
     for index, (this, following) in enumerate(pairwise(segments)):
@@ -190,6 +202,19 @@ def segments_of(headers: bytes, base: int, page: int) -> tuple[Segment, ...]:
             file_end = min(this.file_end, following.start)
             segments[index] = replace(this, end=following.start, file_end=file_end)
     return tuple(segments)
+
+
+def _loads(headers: bytes, native: bool) -> Iterator[tuple[int, int, int, int, int]]:
+    """p_flags, p_offset, p_vaddr, p_filesz and p_memsz of each PT_LOAD."""
+    table = list(PROGRAM_HEADER.iter_unpack(headers))
+    # Those that the one over the whole span stands for (native.py); the first of them it hides.
+    hidden = [h for h in table if native and h[0] == elf.PT_NULL and h[6]]
+    for kind, flags, offset, vaddr, _, filesz, memsz, _ in table:
+        if kind == PT_LOAD and memsz and hidden and not flags & PF_W:
+            size = min(h[3] for h in hidden) - vaddr
+            yield PF_R, offset, vaddr, size, size
+        elif memsz and (kind == PT_LOAD or (native and kind == elf.PT_NULL)):
+            yield flags, offset, vaddr, filesz, memsz
 
 
 def _object(
@@ -208,17 +233,21 @@ def _object(
     # when its code lies elsewhere by now.
     data = next((s for s in segments if s.writable and s.file_end > s.start), segments[0])
     origin = next(overlapping(here, data.start, data.start + 1), None)
+    path = origin.path.removesuffix(" (deleted)") if origin else name
+    if is_native(path):
+        segments = segments_of(headers, base, page_size(), native=True)
     code = [m for m in here if m.executable]
     found = Object(
         name=name,
-        path=origin.path.removesuffix(" (deleted)") if origin else name,
+        path=path,
+        native=is_native(path),
         base=base,
         headers=headers,
         segments=segments,
         main=main,
         interpreter=any(s.start <= inside < s.end for s in segments if s.code),
         bti=bool(code) and all("bt" in m.flags for m in code),
-        resident_code=sum(m.counters.get("Rss", 0) for m in code),
+        resident_code=sum(m.count("Rss") for m in code),
     )
     # What follows opens files; objects without room for a huge page are never moved.
     if not pmd or all(span[-1].end - span[0].start < pmd for span in found.spans()):

@@ -7,19 +7,18 @@ import contextlib
 import itertools
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
 
 from page_primer import _core, backing, image, store, survey
 from page_primer.elf import PF_R, PF_X
 from page_primer.options import Options
 from page_primer.plan import Move, Region
+from page_primer.record import Record, replace
 from page_primer.survey import Object, Segment
 
 _trials = itertools.count()
 
 
-@dataclass(frozen=True)
-class Trial:
+class Trial(Record):
     """What came of trying a backing with two huge pages at a scratch address."""
 
     backing: str

@@ -18,7 +18,7 @@ import pytest
 if sys.platform != "linux":
     pytest.skip("page-primer's doctor examines Linux", allow_module_level=True)
 
-from page_primer import doctor, plan
+from page_primer import doctor, plan, record
 from page_primer.doctor import Coverage, Directory, Mount, Process, Settings, Trial
 from page_primer.options import Options
 from page_primer.survey import PF_R, PF_W, PF_X, Object, Segment, Survey
@@ -705,7 +705,7 @@ def test_coverage_of_made_up_layouts(merge: bool, keep: bool) -> None:
 
 
 def test_interpreter_that_cannot_be_moved() -> None:
-    obj = replace(made_up(0, fixed=True), problem="file deleted or replaced on disk")
+    obj = record.replace(made_up(0, fixed=True), problem="file deleted or replaced on disk")
     survey = Survey((obj,), PMD, False, 1, (1, 0))
     layout = doctor._describe(survey, plan.make(survey, Options()))
     assert layout.kind == "static, ET_EXEC"

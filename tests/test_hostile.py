@@ -151,16 +151,16 @@ def test_an_object_without_writable_data(python, images, tmp_path):
     """Nothing of it stays on its own file, so only the book knows that it was moved."""
     library = build_library(tmp_path, "libbig.so")
     source = f"""
-        import ctypes, dataclasses, page_primer, page_primer.apply, page_primer.survey as survey
+        import ctypes, page_primer, page_primer.apply, page_primer.survey as survey
         lib = ctypes.CDLL({str(library)!r})
         take = survey.take
-        def without_data():  # a survey that cannot tell by the writable segment's file
-            found = take()
+        def without_data(*read):  # a survey that cannot tell by the writable segment's file
+            found = take(*read)
             objects = tuple(
-                dataclasses.replace(o, problem=None)
+                survey.replace(o, problem=None)
                 if o.path == {str(library)!r} and o.problem == survey.REMAPPED else o
                 for o in found.objects)
-            return dataclasses.replace(found, objects=objects)
+            return survey.replace(found, objects=objects)
         survey.take = without_data
         first = page_primer.prime(image_dir={str(images)!r})
         page_primer.apply.process.loads = (0, 0)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -99,6 +100,23 @@ def test_import_starts_no_work_and_loads_no_framework():
     )
     done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stderr
+
+
+def test_priming_imports_little(images):
+    """What a launched process has not loaded yet, it need not load for being primed."""
+    root = str(Path(page_primer.__file__).parents[1])
+    source = (
+        f"import sys; sys.path.append({root!r})\n"
+        "import page_primer\n"
+        f"assert page_primer.prime(image_dir={str(images)!r}).reason is None\n"
+        "slow = {'dataclasses', 'elftools', 'inspect', 'logging', 're', 'typing'}\n"
+        "print(sorted(slow & set(sys.modules)))\n"
+    )
+    for _ in ("first", "cached"):
+        done = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", source], capture_output=True, text=True
+        )
+        assert done.stdout == "[]\n", done.stderr
 
 
 @pytest.mark.parametrize("platform", ["darwin", "win32", "freebsd14"])

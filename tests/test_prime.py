@@ -651,9 +651,9 @@ def test_a_signal_handler_in_the_midst_of_prime(python, images, action):
     source = """
         import os, signal, page_primer, page_primer.apply, page_primer.survey as survey
         take = survey.take
-        def interrupted():
+        def interrupted(*read):
             os.kill(os.getpid(), signal.SIGUSR1)
-            return take()
+            return take(*read)
         survey.take = interrupted
         signal.signal(signal.SIGUSR1, lambda *_: %s)
         result = page_primer.prime(image_dir=%r).as_dict()

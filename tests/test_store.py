@@ -12,6 +12,7 @@ from pathlib import Path
 import outside
 import pytest
 from process import Process, interpreter
+from test_prime import drop_memlock, require_huge_files
 
 IS_ROOT = os.geteuid() == 0
 
@@ -55,6 +56,34 @@ def test_a_wrong_image_is_never_mapped_and_is_written_again(python, images):
         with Process(python) as process:
             core = interpreter(process.prime(image_dir=str(images)))
             assert (core["written_bytes"], core["notes"]) == (0, [])
+
+
+@pytest.mark.parametrize("limit", [None, 8 << 20])
+def test_an_image_on_small_pages_is_written_again(python, images, limit):
+    """smaps is asked once the image is mapped over the code: then it is put back, and moved to what
+    smaps confirms, and is locked there."""
+    require_huge_files(images.parent)
+    with Process(python) as process:
+        where = Path(interpreter(process.prime(image_dir=str(images)))["where"])
+    content = where.read_bytes()
+    where.unlink()
+    with open(where, "wb", buffering=0) as file:
+        for at in range(0, len(content), outside.PAGE):
+            file.write(content[at : at + outside.PAGE])
+    where.chmod(0o555)
+    with Process(python, wrapper=drop_memlock(limit) if limit else ()) as process:
+        process.run("import ssl, decimal, sqlite3")
+        report = process.prime(image_dir=str(images), mlock=True)
+        core = interpreter(report)
+        assert huge(process)
+        assert outside.text_of(process.pid).locked
+        assert (core["path"] in report["moved"], core["backing"]) == (True, "image")
+        assert bool(report["lock_refused_bytes"]) == bool(limit)
+        if not core["written_bytes"]:
+            pytest.skip("this kernel makes a file's small pages huge")
+        assert any(note.startswith(f"{where}: 0 of ") for note in core["notes"]), core["notes"]
+        process.restore()
+        assert not any(str(images) in v.path for v in outside.smaps(process.pid))
 
 
 @pytest.mark.parametrize("size", [0, 4096, 0x200000 + 4096])

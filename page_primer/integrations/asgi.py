@@ -13,10 +13,12 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from page_primer.integrations import Wrapper
-from page_primer.report import Logger
+
+if TYPE_CHECKING:
+    from page_primer.report import Logger
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]

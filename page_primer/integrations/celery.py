@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from celery import current_app, signals
@@ -24,7 +23,8 @@ from celery.utils.log import get_logger
 
 import page_primer
 from page_primer.integrations import announce, prime_and_log
-from page_primer.options import Options, OptionValues
+from page_primer.options import NAMES, Options
+from page_primer.record import replace
 from page_primer.report import Report
 
 _LOGGER = get_logger("celery.worker.page_primer")
@@ -56,7 +56,7 @@ def options_of(conf: Mapping[str, Any]) -> Options:
         values = dict(given)
     else:
         raise TypeError(f"page_primer must be True, False or a dict of options, not {given!r}")
-    for name in OptionValues.__annotations__:
+    for name in NAMES:
         value = conf.get(f"page_primer_{name}")
         if value is not None:
             values[name] = value

@@ -9,10 +9,12 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from page_primer.integrations import Wrapper
-from page_primer.report import Logger
+
+if TYPE_CHECKING:
+    from page_primer.report import Logger
 
 Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 

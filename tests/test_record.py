@@ -1,0 +1,69 @@
+"""Records behave as frozen dataclasses do."""
+
+import copy
+import pickle
+
+import pytest
+
+from page_primer.record import Record, asdict, replace
+
+
+class Point(Record, aside=("name",)):
+    x: int
+    y: int = 2
+    name: str = ""
+
+
+class Line(Record):
+    points: tuple[Point, ...]
+    colours: dict[str, int]
+
+
+def test_fields_and_defaults():
+    point = Point(1)
+    assert (point.x, point.y, point.name) == (1, 2, "")
+    assert Point(1, name="a", y=5).y == 5
+    assert repr(Point(1, 3, "hidden")) == "Point(x=1, y=3)"
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [((), {}), ((), {"y": 1}), ((1, 2, "", 4), {}), ((1,), {"x": 1}), ((1,), {"z": 1})],
+)
+def test_wrong_fields(values, named):
+    with pytest.raises(TypeError, match="takes x, y, name"):
+        Point(*values, **named)
+
+
+def test_equality_and_hash():
+    assert Point(1, 2, "a") == Point(1, name="b")
+    assert len({Point(1, 2, "a"), Point(1, 2, "b"), Point(1, 3)}) == 2
+    assert Point(1) != (1, 2, "")
+
+
+def test_immutable():
+    point = Point(1)
+    with pytest.raises(AttributeError):
+        point.x = 2
+    with pytest.raises(AttributeError):
+        del point.x
+    assert point.x == 1
+
+
+def test_copies():
+    point = Point(1, 3, "a")
+    changed = replace(point, x=2)
+    assert (changed.x, changed.y, changed.name, point.x) == (2, 3, "a", 1)
+    with pytest.raises(TypeError):
+        replace(point, z=2)
+    for same in (copy.copy(point), copy.deepcopy(point), pickle.loads(pickle.dumps(point))):
+        assert (same, same.name) == (point, "a")
+
+
+def test_plain_data():
+    line = Line((Point(1), Point(2)), {"red": 1})
+    plain = asdict(line)
+    points = ({"x": 1, "y": 2, "name": ""}, {"x": 2, "y": 2, "name": ""})
+    assert plain == {"points": points, "colours": {"red": 1}}
+    plain["colours"]["red"] = 9
+    assert line.colours == {"red": 1}
