@@ -60,7 +60,7 @@ def prime(options: Options | None = None, /, **values: Unpack[OptionValues]) -> 
         raise TypeError("prime() takes either Options or keyword arguments")
     if not options.enabled:
         return Report(pid=os.getpid(), reason="switched off")
-    return _on_process(lambda process: process.prime(options))
+    return on_process(lambda process: process.prime(options))
 
 
 def restore() -> Report:
@@ -69,10 +69,10 @@ def restore() -> Report:
     Returns:
         The report of the process as it then is.
     """
-    return _on_process(lambda process: process.restore())
+    return on_process(lambda process: process.restore())
 
 
-def _on_process(action: Callable[[Process], Report]) -> Report:
+def on_process(action: Callable[[Process], Report]) -> Report:
     reason = _unsupported()
     if reason is None:
         try:

@@ -38,6 +38,7 @@ class Process:
         self.notes: dict[Key, tuple[str, ...]] = {}
         self.locked: dict[Range, Lock] = {}
         self.refused: dict[Range, tuple[Lock, OSError]] = {}
+        self.start_note: tuple[str, ...] = ()  # how the process was started, if not as wanted
         self.held: dict[str, int] = {}  # images that we were started from, and locks on them
         self.hosts_locks: list[Range] = []  # made by others than us
         self.huge = 0  # bytes of moved regions on huge pages, when last measured
@@ -78,13 +79,23 @@ class Process:
         have the moved code mapped. Returns whether everything is as it was in the parent, so that
         the parent's measurements hold."""
         before = set(self.locked), self.huge
-        wanted = [*self.locked.values(), *(lock for lock, _ in self.refused.values())]
-        self.locked.clear()
-        self._lock(wanted)
+        self.lock_in_child()
         for regions in self._regions():
             fault_in(regions)
         self.huge = self._huge(smaps.starting_at(self._starts()))
         return before == (set(self.locked), self.huge)
+
+    def lock_in_child(self) -> Report:
+        """In a forked child: lock what the parent had locked, and nothing else."""
+        wanted = [*self.locked.values(), *(lock for lock, _ in self.refused.values())]
+        self.locked.clear()
+        self._lock(wanted)
+        return self.report or Report(os.getpid(), None)
+
+    def set_note(self, note: str | None) -> Report:
+        """Have the interpreter's report say how the process was started."""
+        self.start_note = (note,) if note else ()
+        return self.report or Report(os.getpid(), None)
 
     def restore(self) -> Report:
         """Put everything back; see page_primer.restore()."""
@@ -344,6 +355,7 @@ class Process:
         segments = measure(obj.segments, here, self.pmd, self.left.get(key_of(obj), ()))
         code = [segment for segment in segments if segment.kind == "code"]
         native = plan.native_regions(obj) if obj.native else []
+        notes = primed.notes if primed else self.notes.get(key_of(obj), ())
         return ObjectReport(
             path=obj.path,
             interpreter=obj.interpreter,
@@ -356,7 +368,7 @@ class Process:
             copied_bytes=primed.bytes if primed else sum(r.end - r.start for r in native),
             written_bytes=primed.prepared.written if primed else 0,
             segments=segments,
-            notes=primed.notes if primed else self.notes.get(key_of(obj), ()),
+            notes=(*(self.start_note if obj.interpreter else ()), *notes),
         )
 
 

@@ -1,4 +1,4 @@
-"""The command: page-primer status | doctor."""
+"""The command: page-primer run | build | status | doctor."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from page_primer.options import Options
+from page_primer.options import NAMES, Options
 from page_primer.report import image_place, mib, percent
 
 if TYPE_CHECKING:
@@ -25,6 +25,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Machine code on huge pages and locked in memory, for Python servers.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
+
+    run = commands.add_parser(
+        "run", help="start a command, and prime every Python process it leads to",
+        usage="page-primer run [options] [--] COMMAND ...",
+    )  # fmt: skip
+    for name in sorted(NAMES):
+        flag = f"--{name.replace('_', '-')}"
+        run.add_argument(flag, metavar="VALUE", help=f"as PAGE_PRIMER_{name.upper()}")
+    native = run.add_mutually_exclusive_group()
+    native.add_argument("--native", action="store_const", const="1", dest="native",
+                        help="start interpreters from their images: the default where it works; "
+                        "with this option it is said where it does not")  # fmt: skip
+    native.add_argument("--no-native", action="store_const", const="0", dest="native",
+                        help="prime interpreters after their start")  # fmt: skip
+    run.add_argument("--late", action="store_const", const="1",
+                     help="move libraries as well that are loaded later")  # fmt: skip
+    run.add_argument("-v", "--verbose", action="store_const", const="1",
+                     help="one line on stderr for each process")  # fmt: skip
+    run.add_argument("argv", nargs=argparse.REMAINDER, metavar="COMMAND ...")
+    run.set_defaults(run=_run)
+
+    build = commands.add_parser(
+        "build", help="write an interpreter's image for native load, for a container's image"
+    )
+    build.add_argument("--python", default=sys.executable, metavar="PATH",
+                       help="the interpreter (default: this one)")  # fmt: skip
+    build.add_argument("directory", metavar="DIR", help="an absolute path, made if it is missing")
+    build.set_defaults(run=_build)
 
     status = commands.add_parser(
         "status", help="what a live process and its children have on huge pages, locked, shared"
@@ -52,6 +80,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of our output went away (`| head`): not our error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _run(given: argparse.Namespace) -> int:
+    from page_primer import launch
+
+    command = given.argv[1:] if given.argv[:1] == ["--"] else given.argv
+    if not command:
+        raise ValueError("run: no command")
+    settings = {
+        f"PAGE_PRIMER_{name.upper()}": value
+        for name in (*NAMES, "native", "late", "verbose")
+        if (value := getattr(given, name)) is not None
+    }
+    return launch.run(command, settings, explicit=given.native == "1")
+
+
+def _build(given: argparse.Namespace) -> int:
+    from page_primer.build import build
+    from page_primer.starts import Refusal
+
+    try:
+        print(build(given.python, given.directory))
+    except Refusal as why:
+        print(f"page-primer: {why}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def _status(given: argparse.Namespace) -> int:

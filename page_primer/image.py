@@ -159,9 +159,7 @@ def check_file_size(size: int) -> None:
 def _build_ids(layout: Layout, file: elf.File) -> list[int]:
     """p_offset of the PT_NOTEs that hold a build-id."""
     headers = PROGRAM_HEADER.iter_unpack(layout.object.headers)
-    return [
-        header[2] for header in headers if header[0] == elf.PT_NOTE and file.build_id(header)
-    ]
+    return [header[2] for header in headers if header[0] == elf.PT_NOTE and file.build_id(header)]
 
 
 def _write_all(fd: int, data: bytes | memoryview, offset: int) -> int:

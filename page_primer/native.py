@@ -32,16 +32,14 @@ class NativeLayout(Layout):
     def pad(self) -> int:
         return self.object.start % self.pmd
 
-    def build_id_note(self, file: elf.File) -> int | None:
+    def build_id_note(self, file: elf.File) -> int | None:  # noqa: ARG002
         return None
 
     def head(self, file: elf.File, section_headers: int) -> list[tuple[int, bytes]]:
         fields = list(file.header)
         fields[5], fields[6] = self.pad + self.headers_at, section_headers
         table = _program_headers(self)
-        identities = [
-            (self.pad + offset, build_id(self, size)) for offset, size in self.build_ids
-        ]
+        identities = [(self.pad + offset, build_id(self, size)) for offset, size in self.build_ids]
         return [(0, elf.HEADER.pack(*fields)), (fields[5], table), *identities]
 
 
@@ -92,15 +90,15 @@ def _lay_out(path: str, fd: int, pmd: int) -> NativeLayout:
     if elf.has_text_relocations(dynamic):
         raise CannotLayOut(TEXT_RELOCATIONS)
     strings = file.dynamic_strings()
-    if any("$" in entry for tag in (elf.DT_RPATH, elf.DT_RUNPATH) for entry in strings.get(tag, ())):
+    if any(
+        "$" in entry for tag in (elf.DT_RPATH, elf.DT_RUNPATH) for entry in strings.get(tag, ())
+    ):
         raise CannotLayOut("it looks for libraries beside itself ($ORIGIN)")
     region = Region(span[0].start, span[-1].end, PF_R | PF_X)
     low, high = region.huge(pmd)
     if low == high:
         raise CannotLayOut(NO_CHUNK)
-    build_ids = tuple(
-        found for h in headers if h[0] == elf.PT_NOTE and (found := file.build_id(h))
-    )
+    build_ids = tuple(found for h in headers if h[0] == elf.PT_NOTE and (found := file.build_id(h)))
     identity = b"".join(os.pread(fd, size, at) for at, size in build_ids).hex() or "0"
     name = f"{LAYOUT_VERSION}-native-{identity}-{source.size:x}-{pmd:x}-{os.path.basename(path)}"
     return NativeLayout(obj, (region,), pmd, name, file.header[5], build_ids)

@@ -78,7 +78,7 @@ class Options(Record, aside=("explicit",)):
                 known = ", ".join(sorted(_PARSERS))
                 raise TypeError(f"unknown page-primer option {name!r}: known are {known}")
             found[name] = _PARSERS[name](name, value)
-        enabled = _flag("PAGE_PRIMER", environ.get("PAGE_PRIMER") or True)
+        enabled = flag("PAGE_PRIMER", environ.get("PAGE_PRIMER") or True)
         return cls(enabled=enabled, explicit=frozenset(found), **found)
 
     def as_dict(self) -> dict[str, Any]:
@@ -86,7 +86,7 @@ class Options(Record, aside=("explicit",)):
         return {name: getattr(self, name) for name in ("enabled", *NAMES)}
 
 
-def _flag(name: str, value: Any) -> bool:
+def flag(name: str, value: Any) -> bool:
     if isinstance(value, bool):
         return value
     text = str(value).strip().lower()
@@ -140,11 +140,11 @@ def _directory(name: str, value: Any) -> str | None:
 
 
 _PARSERS = {
-    "remap": _flag,
-    "mlock": _flag,
+    "remap": flag,
+    "mlock": flag,
     "backing": _backing,
-    "merge": _flag,
-    "keep_profilers": _flag,
+    "merge": flag,
+    "keep_profilers": flag,
     "include": _patterns,
     "exclude": _patterns,
     "limit": _bytes,

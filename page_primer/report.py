@@ -111,7 +111,7 @@ class Report(Record):
         return data
 
     def __str__(self) -> str:
-        lines = [self._summary()]
+        lines = [self.summary()]
         shortfall = self._lock_shortfall()
         if shortfall:
             lines.append(shortfall)
@@ -133,7 +133,7 @@ class Report(Record):
             or self.reason != since.reason
             or left_out != since._left_out()
         ):
-            logger.info("page-primer: %s", self._summary())
+            logger.info("page-primer: %s", self.summary())
             for line in self._details():
                 logger.debug("page-primer: %s", line)
         elif self.pid != since.pid:
@@ -147,7 +147,8 @@ class Report(Record):
         if missed and (since is None or missed != since._remap_shortfall()):
             logger.warning("page-primer: %s", missed)
 
-    def _summary(self) -> str:
+    def summary(self) -> str:
+        """The one line that log() writes at INFO."""
         if self.reason is not None:
             return f"nothing done: {self.reason}"
         parts = []

@@ -54,6 +54,7 @@ class Command(Record):
 
     program: str
     arguments: tuple[str, ...]
+    name: str  # of the process, as the kernel would set it
 
 
 class Start(Record):
@@ -64,7 +65,9 @@ class Start(Record):
     offset: int  # in the image, of what is to be on huge pages
     length: int  # bytes
 
-    def run(self, program: str, arguments: Sequence[bytes | str], environment: dict[str, str]) -> None:
+    def run(
+        self, program: str, arguments: Sequence[str] | Sequence[bytes], environment: dict[str, str]
+    ) -> None:
         """Replace this process. Raises OSError; what was set in `environment` is for the new
         process alone."""
         path = self.image
@@ -72,7 +75,7 @@ class Start(Record):
             others = environment.get("LD_PRELOAD")
             environment["LD_PRELOAD"] = f"{self.image}:{others}" if others else self.image
             path = program
-        os.execve(path, arguments, environment)
+        os.execve(path, list(map(os.fsencode, arguments)), environment)
 
 
 def resolve(arguments: Sequence[str]) -> Command:
@@ -82,6 +85,7 @@ def resolve(arguments: Sequence[str]) -> Command:
         OSError: there is no such command, or it may not be executed.
     """
     program = _find(arguments[0])
+    name = os.path.basename(program)
     rest = tuple(arguments)
     for _ in range(4):  # as deep as the kernel goes
         with open(program, "rb") as file:
@@ -97,7 +101,8 @@ def resolve(arguments: Sequence[str]) -> Command:
             if not re.fullmatch(r"[^-=\s][^=\s]*", words[1]):
                 break
             program, rest = _find(words[1]), rest[1:]
-    return Command(program, rest)
+            name = os.path.basename(program)
+    return Command(program, rest, name)
 
 
 def _find(name: str) -> str:
@@ -156,16 +161,9 @@ def _prepare(program: str, status: os.stat_result, places: Sequence[backing.Plac
     pmd = pmd_size()
     if not pmd:
         raise Refusal("no huge pages on this kernel")
-    path = os.path.realpath(program)
+    path, library = interpreter(program)
     _require_plain(path, status)
-    try:
-        with open(path, "rb") as file:
-            program_file = elf.File(file.fileno())
-            library = _library(path, program_file)
-            pie = program_file.header[1] == elf.ET_DYN
-    except elf.Malformed:
-        raise Refusal(f"{path} is not a Python interpreter") from None
-    if library is None and pie and backing.kernel() < (5, 10):
+    if backing.kernel() < (5, 10):
         raise Refusal("Linux before 5.10 does not align programs")
     with open(library or path, "rb") as file:
         try:
@@ -187,7 +185,24 @@ def _prepare(program: str, status: os.stat_result, places: Sequence[backing.Plac
     raise Refusal("; ".join(notes) or "no directory for images")
 
 
-def _write(opened: store.Store, layout: native.NativeLayout, original: int, library: str | None) -> Start:
+def interpreter(program: str) -> tuple[str, str | None]:
+    """The file of an interpreter, symbolic links followed, and of its libpython if it has one.
+
+    Raises:
+        Refusal: it is no interpreter that can be started natively.
+        OSError: it cannot be read.
+    """
+    path = os.path.realpath(program)
+    try:
+        with open(path, "rb") as file:
+            return path, _library(path, elf.File(file.fileno()))
+    except elf.Malformed:
+        raise Refusal(f"{path} is not a Python interpreter") from None
+
+
+def _write(
+    opened: store.Store, layout: native.NativeLayout, original: int, library: str | None
+) -> Start:
     """Have the image in a store, with the right content, on huge pages."""
     if os.statvfs(opened.path).f_flag & os.ST_NOEXEC:
         raise Refusal("mounted noexec")
@@ -253,7 +268,7 @@ def _library(path: str, file: elf.File) -> str | None:
     with open(found, "rb") as opened:
         if elf.File(opened.fileno()).dynamic_strings().get(elf.DT_SONAME) != [wanted]:
             raise Refusal(f"{wanted} has another SONAME")
-    return os.path.realpath(found)
+    return os.path.realpath(str(found))
 
 
 def _glibc() -> tuple[int, ...]:
@@ -303,7 +318,9 @@ def _read(path: str) -> Start | Refusal | None:
         status = os.fstat(fd)
         if not _trusted(status) or not stat.S_ISREG(status.st_mode):
             return None
-        form, how, what, identity, library, library_identity, extent = file.read(1 << 16).split("\n")[:7]
+        form, how, what, identity, library, library_identity, extent = file.read(1 << 16).split(
+            "\n"
+        )[:7]
     if form != _FORMAT:
         return None
     if how == "no":
@@ -311,7 +328,10 @@ def _read(path: str) -> Start | Refusal | None:
     there = os.stat(what)
     if _image_identity(there) != identity or not _trusted(there):
         return None
-    if how == "preload" and _identity(os.stat(library)) != library_identity:
+    # With a search path of its own this process may be given another library.
+    if how == "preload" and (
+        "LD_LIBRARY_PATH" in os.environ or _identity(os.stat(library)) != library_identity
+    ):
         return None
     offset, length = (int(number, 16) for number in extent.split())
     return Start(what, library if how == "preload" else None, offset, length)
@@ -340,6 +360,15 @@ def _keep(directories: Sequence[str], name: str, text: str) -> None:
         except (store.Unusable, OSError):
             with contextlib.suppress(OSError):
                 os.unlink(draft)
+
+
+def introduce(launcher: str, site: str, options: Options) -> None:
+    """Tell launcher.c, which is at a path, where the directory with our sitecustomize is."""
+    with contextlib.suppress(OSError):
+        name = f"launcher-{_identity(os.stat(launcher))}"
+        places = [path for path, _ in backing.directories(options)]
+        if not any(os.path.exists(f"{path}/{_FOLDER}/{name}") for path in places):
+            _keep(places, name, site + "\n")
 
 
 def _prune(folder: str) -> None:

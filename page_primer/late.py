@@ -1,0 +1,41 @@
+"""Prime libraries when they arrive: `page-primer run --late`.
+
+A framework's integration knows when an application has been loaded; a launcher does not. It looks
+after each extension module whether a library came with room for a huge page, which takes
+microseconds, and primes then.
+"""
+
+from __future__ import annotations
+
+from importlib.machinery import ExtensionFileLoader, ModuleSpec
+from types import ModuleType
+
+from page_primer import _core, prime
+from page_primer.options import Options
+from page_primer.survey import page_size, pmd_size, segments_of
+
+
+def watch(options: Options) -> None:
+    """Look after each extension module that this process imports from now on."""
+    plain = ExtensionFileLoader.create_module
+    pmd = pmd_size()
+    known = {(base, headers) for _, base, headers in _core.objects()[2]}
+
+    def create_module(self: ExtensionFileLoader, spec: ModuleSpec) -> ModuleType:
+        module = plain(self, spec)
+        found = {(base, headers) for _, base, headers in _core.objects()[2]}
+        new = found - known
+        known.update(new)
+        if any(_has_room(base, headers, pmd) for base, headers in new):
+            prime(options)
+        return module
+
+    if pmd:
+        ExtensionFileLoader.create_module = create_module  # type: ignore[method-assign]
+
+
+def _has_room(base: int, headers: bytes, pmd: int) -> bool:
+    return any(
+        segment.code and segment.size >= pmd // 2
+        for segment in segments_of(headers, base, page_size())
+    )

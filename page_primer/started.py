@@ -1,0 +1,125 @@
+"""What happens in each Python process that starts under `page-primer run`, before its own code.
+
+Called by site/sitecustomize.py. A process that could have been started natively and was not (one
+that another spawned, or a shell) starts again, from the image: nothing of its own has run yet. Then
+it is primed like any other, and its children lock for themselves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+
+from page_primer import on_process, prime
+from page_primer.options import Options, flag
+
+STARTED = "PAGE_PRIMER_STARTED"  # "PID name": this process was started from an image, by us
+NATIVE, LATE, VERBOSE = "PAGE_PRIMER_NATIVE", "PAGE_PRIMER_LATE", "PAGE_PRIMER_VERBOSE"
+
+
+def start() -> None:
+    """Bring this process to the primed state. What goes wrong is said with PAGE_PRIMER_VERBOSE."""
+    options = Options.load()
+    preloaded = _forget_preload()
+    tried = _started()
+    if not options.enabled:
+        return
+    reason = None
+    if tried and not preloaded and not _runs_image():
+        reason = "the image was not loaded"
+    elif not tried:
+        reason = _start_again(options)
+    note = f"native load: {reason}" if reason else None
+    on_process(lambda process: process.set_note(note))
+    report = prime(options)
+    os.register_at_fork(after_in_child=_lock_in_child)
+    if _wants(LATE, False):
+        from page_primer import late
+
+        late.watch(options)
+    if _wants(VERBOSE, False):
+        print(f"page-primer[{os.getpid()}]: {report.summary()}", file=sys.stderr)
+        if note:
+            print(f"page-primer[{os.getpid()}]: {note}", file=sys.stderr)
+
+
+def _wants(name: str, default: bool) -> bool:
+    return flag(name, os.environ.get(name) or default)
+
+
+def _forget_preload() -> bool:
+    """Take the image out of LD_PRELOAD, which is for this process alone: in another program, or
+    another Python, it would be in the way. Returns whether it was there."""
+    from page_primer.survey import is_native
+
+    entries = os.environ.get("LD_PRELOAD", "").split(":")
+    others = [entry for entry in entries if not is_native(entry)]
+    if len(others) == len(entries):
+        return False
+    if others:
+        os.environ["LD_PRELOAD"] = ":".join(others)
+    else:
+        del os.environ["LD_PRELOAD"]
+    return True
+
+
+def _started() -> bool:
+    """Whether this process was started by us already; then it gets its name back, which people
+    look for with pgrep, and which is that of the file that was executed."""
+    pid, _, name = os.environ.pop(STARTED, "").partition(" ")
+    if pid != str(os.getpid()):
+        return False
+    if name:
+        _write_name(name)
+    return True
+
+
+def _write_name(name: str) -> None:
+    with contextlib.suppress(OSError), open("/proc/self/comm", "wb", buffering=0) as file:
+        file.write(os.fsencode(name))
+
+
+def _runs_image() -> bool:
+    from page_primer.survey import is_native
+
+    return is_native(os.readlink("/proc/self/exe"))
+
+
+def _start_again(options: Options) -> str | None:
+    """Start this process natively. Returns only if it cannot be: with the reason, or None where it
+    was not wanted."""
+    if not _wants(NATIVE, True) or sys.platform != "linux":
+        return f"{NATIVE}=0" if NATIVE in os.environ else None
+    try:
+        own = os.readlink("/proc/self/exe")
+        with open("/proc/self/cmdline", "rb", buffering=0) as file:
+            arguments = file.readall()[:-1].split(b"\0")
+        with open("/proc/self/comm", "rb", buffering=0) as file:
+            name = os.fsdecode(file.readall()[:-1])
+        # An interpreter inside another program is started as that program.
+        if os.path.realpath(sys.executable) != own or arguments != list(
+            map(os.fsencode, sys.orig_argv)
+        ):
+            return "not an interpreter's own process"
+        from page_primer import _core, starts
+
+        if _core.threads() > 1:
+            return "threads were started before"
+        try:
+            found = starts.plan(own, options)
+        except starts.Refusal as why:
+            return str(why)
+        environment = {**os.environ, STARTED: f"{os.getpid()} {name}"}
+        found.run(own, arguments, environment)
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
+def _lock_in_child() -> None:
+    """A fork inherits no locks. Only locks: the child of a thread must not ask the loader."""
+    try:
+        on_process(lambda process: process.lock_in_child())
+    except BaseException:  # a signal handler's: a fork hook has nobody to raise it to
+        return
