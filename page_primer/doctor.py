@@ -11,7 +11,6 @@ import contextlib
 import errno
 import os
 import re
-import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -241,7 +240,7 @@ class _Examination:
             ("THP of this process", lambda: [judge_thp_disabled(process.thp_disabled)]),
             ("write-execute", lambda: [judge_mdwe(process.mdwe, options)]),
             ("container", lambda: [self.container]),
-            ("interpreter", lambda: [judge_interpreter(self.layout(), options, self.in_container)]),
+            ("interpreter", lambda: [judge_interpreter(self.layout(), options)]),
             ("image directories", self.directories),
             ("memory", self.memory),
             ("hugetlb pool", lambda: [judge_pool(settings, options, self.pool_pages())]),
@@ -628,7 +627,7 @@ def coverage(obj: Object, regions: Sequence[Region], pmd: int) -> Coverage:
     return Coverage(huge, huge / obj.code_bytes if obj.code_bytes else 0.0, left)
 
 
-def judge_interpreter(found: Interpreter, options: Options, container: bool = False) -> Check:
+def judge_interpreter(found: Interpreter, options: Options) -> Check:
     """What share of the interpreter's code can be on huge pages, and what keeps the rest."""
     text = (
         f"{_name(found.path)}: {found.kind} on {found.filesystem or 'an unknown file system'}, "
@@ -657,23 +656,19 @@ def judge_interpreter(found: Interpreter, options: Options, container: bool = Fa
         return Check("interpreter", OK, text)
     if found.phase and plan.NO_CHUNK in best.left:
         text += f"; its load address is not {mib(found.pmd_size)} aligned, which costs coverage"
-    fix = _coverage_fix(found, best, options, container)
+    fix = _coverage_fix(found, best, options)
     # Short of full is the nature of a small interpreter, unless something can be done about it.
     status = PROBLEM if not best.huge_bytes else WARNING if fix or found.phase else INFO
     return Check("interpreter", status, text, fix)
 
 
-def _coverage_fix(
-    found: Interpreter, best: Coverage, options: Options, container: bool
-) -> str | None:
+def _coverage_fix(found: Interpreter, best: Coverage, options: Options) -> str | None:
     if plan.NO_CHUNK in best.left and not options.merge:
         return "PAGE_PRIMER_MERGE=1"
     if plan.PROFILERS_HEAD in best.left:
         return "PAGE_PRIMER_KEEP_PROFILERS=0"
-    prefix = sys.base_prefix
-    if found.phase and container and prefix != "/usr" and found.path.startswith(f"{prefix}/"):
-        # Docker fills a new named volume from the image, and a volume is not on overlayfs.
-        return f"docker run --volume page-primer-python:{prefix}"
+    if found.phase and plan.NO_CHUNK in best.left:
+        return "page-primer run -- COMMAND"  # started from its image, it is aligned
     return None
 
 

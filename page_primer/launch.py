@@ -66,6 +66,8 @@ def _native(
     if launcher is not None:
         starts.introduce(launcher, SITE, options)
     found = starts.resolve(command)
+    if not starts.looks_at_site(found.arguments):
+        return "an interpreter with -I, -E or -S looks at no PYTHONPATH"
     try:
         start = starts.plan(found.program, options)
         environment = {**environment, STARTED: f"{os.getpid()} {found.name}"}

@@ -303,6 +303,16 @@ static bool add_site(const char *site)
     return !setenv("PYTHONPATH", paths, 1);
 }
 
+/* Whether an interpreter may have options that keep it from importing our sitecustomize: -I, -E, -S.
+ * Those of a script are taken for its own, to be looked at in Python. */
+static bool may_ignore_site(char **arguments)
+{
+    for (char **word = arguments + 1; *word && strcmp(*word, "-c") && strcmp(*word, "-m"); word++)
+        if (**word == '-' && word[0][1] != '-' && strpbrk(*word, "IES"))
+            return true;
+    return false;
+}
+
 /* Execute a command as its record says; return where anything is in doubt. */
 static void run(char **argv)
 {
@@ -335,6 +345,8 @@ static void run(char **argv)
         execvp(argv[0], argv);
         return;
     }
+    if (may_ignore_site(command.arguments))
+        return;
     snprintf(started, sizeof started, "%d %s", getpid(), command.name);
     setenv("PAGE_PRIMER_STARTED", started, 1);
     if (!strcmp(record.how, "exec")) {

@@ -105,6 +105,28 @@ def resolve(arguments: Sequence[str]) -> Command:
     return Command(program, rest, name)
 
 
+def looks_at_site(arguments: Sequence[str]) -> bool:
+    """Whether an interpreter with this argv imports our sitecustomize, and not with -I, -E or -S:
+    who does not would leave LD_PRELOAD to its children."""
+    words = iter(arguments[1:])
+    for word in words:
+        if len(word) < 2 or word[0] != "-" or word == "--":
+            break
+        if word.startswith("--"):
+            next(words, None) if word == "--check-hash-based-pycs" else None
+            continue
+        for index, letter in enumerate(word[1:], 2):
+            if letter in "IES":
+                return False
+            if letter in "cm":
+                return True
+            if letter in "WX":  # with an argument: the rest of the word, or the next one
+                if index == len(word):
+                    next(words, None)
+                break
+    return True
+
+
 def _find(name: str) -> str:
     if "/" in name:
         os.stat(name)
