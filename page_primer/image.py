@@ -13,8 +13,9 @@ an ELF header describes *this* file to the tools that find it in /proc/PID/maps:
 - a build-id of its own, since perf caches files by build-id and would symbolise with the original's
   offsets.
 
-After the loadable part come the sections that symbolisers read (.symtab and its strings) and the
-section headers, those left out marked SHT_NULL so that section numbers keep their meaning.
+After the loadable part come the sections that tools read (.symtab and its strings, USDT's notes,
+and debug information where there is room) and the section headers, those left out marked SHT_NULL
+so that section numbers keep their meaning.
 """
 
 from __future__ import annotations
@@ -33,12 +34,15 @@ from page_primer.plan import Region
 from page_primer.survey import PF_R, PF_W, PF_X, PROGRAM_HEADER, PT_LOAD, Object, Source, page_size
 
 # Part of an image's name in the store: raise it when what is written here changes.
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 _NAME = re.compile(r"\d+(-[0-9a-f]+){7}-[0-9a-frx.]+")
 
 _PT_NULL, _PT_NOTE, _PT_PHDR, _PT_GNU_STACK = 0, 4, 6, 0x6474E551
 _SHT_SYMTAB, _SHF_ALLOC = 2, 2
-_KEPT_SECTIONS = (".gnu_debuglink", ".gnu_debugaltlink", ".gnu_debugdata")
+_KEPT_SECTIONS = (".gnu_debuglink", ".gnu_debugaltlink", ".gnu_debugdata", ".note.stapsdt")
+_DEBUG_SECTIONS = (".debug_", ".zdebug_")
+_DEBUG_LIMIT = 64 << 20  # bytes; and at most a quarter of what the file system has left
+_COPY_BLOCK = 1 << 20
 _HEADER_ROOM = 4096  # the kernel looks for a build-id in the first page only
 
 # Elf64_Ehdr: e_ident, e_type, e_machine, e_version, e_entry, e_phoff, e_shoff, e_flags, e_ehsize,
@@ -119,13 +123,14 @@ def write(layout: Layout, original: int, target: int) -> int:
     if note + _NOTE.size > _HEADER_ROOM:
         raise CannotLayOut("too many program headers")
 
-    end, tail = _sections(layout, original, names, elf["e_shstrndx"], note)
-    check_file_size(max(offset + len(data) for offset, data in tail))
+    end, copies, table = _sections(layout, original, names, elf["e_shstrndx"], note, _room(target))
+    check_file_size(end + len(table))
     written = 0
     for offset, block in _content(layout, original):
         written += _write_all(target, block, offset)
-    for offset, data in tail:
-        written += _write_all(target, data, offset)
+    for source, offset, size in copies:
+        written += _copy(original, source, target, offset, size)
+    written += _write_all(target, table, end)
 
     fields = list(_EHDR.unpack(os.pread(original, _EHDR.size, 0)))
     fields[5], fields[6], fields[10] = _EHDR.size, end, len(program_headers)
@@ -148,6 +153,24 @@ def check_file_size(size: int) -> None:
 def _notes(segment: Any) -> Iterator[dict[str, Any]]:
     # elftools declares what iter_segments() gives by its base class.
     yield from segment.iter_notes()
+
+
+def _room(target: int) -> int:
+    """Bytes of debug information that an image may have: without it tools name the functions, but
+    not those that the compiler inlined, nor source lines."""
+    status = os.fstatvfs(target)
+    room = min(_DEBUG_LIMIT, status.f_bavail * status.f_frsize // 4)
+    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    return room if limit == resource.RLIM_INFINITY else min(room, limit // 4)
+
+
+def _copy(original: int, source: int, target: int, offset: int, size: int) -> int:
+    buffer = memoryview(bytearray(min(size, _COPY_BLOCK)))
+    for done in range(0, size, _COPY_BLOCK):
+        block = buffer[: size - done]
+        _read_into(original, block, source + done)
+        _write_all(target, block, offset + done)
+    return size
 
 
 def _write_all(fd: int, data: bytes | memoryview, offset: int) -> int:
@@ -194,14 +217,18 @@ def _read_into(fd: int, buffer: memoryview, offset: int) -> None:
 
 
 def _sections(
-    layout: Layout, original: int, names: Sequence[str], names_index: int, note: int
-) -> tuple[int, list[tuple[int, bytes]]]:
-    """Where the section headers go, and the (offset, data) of all that follows the content."""
+    layout: Layout, original: int, names: Sequence[str], names_index: int, note: int, room: int
+) -> tuple[int, list[tuple[int, int, int]], bytes]:
+    """Where the section headers go, what is copied before them (offset there, offset here, bytes),
+    and the headers. Debug information comes along where all of it fits into `room` bytes."""
     at = _align(layout.content_end)
-    data: list[tuple[int, bytes]] = []
+    copies: list[tuple[int, int, int]] = []
     table = []
     headers = _section_headers(original, len(names))
     linked = {header[6] for header in headers if header[1] == _SHT_SYMTAB} | {names_index}
+    debug = {index for index, name in enumerate(names) if name.startswith(_DEBUG_SECTIONS)}
+    if sum(headers[index][5] for index in debug) <= room:
+        linked |= debug
     for index, (name, header) in enumerate(zip(names, headers, strict=True)):
         sh_name, kind, flags, address, offset, size, *rest = header
         if name == ".note.gnu.build-id":
@@ -209,15 +236,13 @@ def _sections(
         elif flags & _SHF_ALLOC:
             offset = layout.offset(layout.object.base + address)
         elif kind == _SHT_SYMTAB or index in linked or name in _KEPT_SECTIONS:
-            offset = at
-            data.append((at, os.pread(original, size, header[4])))
-            at = _align(at + size)
+            copies.append((offset, at, size))
+            offset, at = at, _align(at + size)
         else:
             table.append(bytes(_SECTION_HEADER.size))
             continue
         table.append(_SECTION_HEADER.pack(sh_name, kind, flags, address, offset, size, *rest))
-    data.append((at, b"".join(table)))
-    return at, data
+    return at, copies, b"".join(table)
 
 
 def _section_headers(original: int, count: int) -> list[tuple[int, ...]]:
