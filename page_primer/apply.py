@@ -6,12 +6,13 @@ import contextlib
 import errno
 import os
 import resource
+import struct
 import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from page_primer import _core, backing, plan, smaps, survey
+from page_primer import _core, backing, perfmap, plan, smaps, survey
 from page_primer.measure import measure
 from page_primer.move import Key, NotMoved, Primed, carry_out, fault_in, key_of, put_back
 from page_primer.options import Options
@@ -21,6 +22,35 @@ from page_primer.smaps import Mapping, overlapping
 from page_primer.survey import Object, Survey
 
 Range = tuple[int, int]  # addresses
+
+
+@dataclass
+class PerfMap:
+    """The perf map of this process, where one was asked for."""
+
+    symbols: dict[Key, str] = field(default_factory=dict)
+    written: tuple[int, frozenset[Key]] = (0, frozenset())  # the process, the objects in its file
+    outcome: str | None = None  # the file's path, or why there is none
+
+    def update(self, primed: dict[Key, Primed]) -> None:
+        """Write what is not in the file yet: every process has one of its own."""
+        pid, before = self.written
+        before = before if pid == os.getpid() else frozenset()
+        nameless = {key: one for key, one in primed.items() if one.prepared.backing != "image"}
+        new = nameless.keys() - before
+        if not new:
+            return
+        try:
+            for key in new - self.symbols.keys():
+                self.symbols[key] = "".join(perfmap.lines(primed[key].object, primed[key].regions))
+            text = "".join(self.symbols[key] for key in new)
+            self.outcome = perfmap.write(text, again=bool(before))
+        except OSError as error:
+            self.outcome = f"not written: {backing.reason_of(error)}"
+        except (struct.error, IndexError) as error:
+            self.outcome = f"not written: {error}"
+        else:
+            self.written = os.getpid(), before | new
 
 
 @dataclass
@@ -39,6 +69,7 @@ class Process:
     locked: dict[Range, Lock] = field(default_factory=dict)
     refused: dict[Range, tuple[Lock, OSError]] = field(default_factory=dict)
     hosts_locks: list[Range] = field(default_factory=list)  # made by others than us
+    perf_map: PerfMap = field(default_factory=lambda: PerfMap())
     huge: int = 0  # bytes of moved regions on huge pages, when last measured
     report: Report | None = None
     busy: bool = False  # a call is under way; another in the same thread is a signal handler's
@@ -67,6 +98,7 @@ class Process:
             start = self.primed[key].regions[0].start
             for mapping in overlapping(mappings, start, start + 1):
                 self.mapped[key] = mapping.device, mapping.inode
+        self._write_perf_map()
         self.report = self._measure(moved, mappings, began)
         return self.report
 
@@ -80,8 +112,15 @@ class Process:
         self._lock(wanted)
         for primed in self.primed.values():
             fault_in(primed.regions)
+        map_before = self.perf_map.outcome
+        self._write_perf_map()
         self.huge = self._huge(smaps.starting_at(self._starts()))
-        return before == (set(self.locked), self.huge)
+        same_map = map_before == self.perf_map.outcome
+        return same_map and before == (set(self.locked), self.huge)
+
+    def _write_perf_map(self) -> None:
+        if self.options is not None and self.options.perf_map:
+            self.perf_map.update(self.primed)
 
     def restore(self) -> Report:
         """Put everything back; see page_primer.restore()."""
@@ -270,6 +309,7 @@ class Process:
             lock_refused_bytes=refused,
             lock_refusal=backing.reason_of(refusal) if refusal else None,
             lock_limit=limit if over and limit != resource.RLIM_INFINITY else None,
+            perf_map=self.perf_map.outcome,
             warn=tuple(sorted(explicit & {"remap", "mlock", "backing"})),
             milliseconds=_since(began),
             threads=_core.threads(),

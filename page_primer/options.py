@@ -27,6 +27,7 @@ class OptionValues(TypedDict, total=False):
     backing: str
     merge: bool
     keep_profilers: bool
+    perf_map: bool
     include: Iterable[str] | str | None
     exclude: Iterable[str] | str | None
     limit: int | str
@@ -47,6 +48,7 @@ class Options:
     backing: str = "auto"
     merge: bool = True
     keep_profilers: bool = True
+    perf_map: bool = False
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     limit: int = DEFAULT_LIMIT
@@ -142,6 +144,7 @@ _PARSERS = {
     "backing": _backing,
     "merge": _flag,
     "keep_profilers": _flag,
+    "perf_map": _flag,
     "include": _patterns,
     "exclude": _patterns,
     "limit": _bytes,
