@@ -289,7 +289,9 @@ def _program_headers(layout: Layout, build_ids: Sequence[int]) -> list[bytes]:
 
 def _read_only(layout: Layout) -> Iterator[tuple[int, int, int]]:
     """The read-only PT_LOADs: the regions as they are mapped from the image, and as R alone what
-    stays mapped from the original, so that the executable ones are exactly the image's."""
+    stays mapped from the original, so that the executable ones are exactly the image's. What comes
+    before the first region is left out: elfutils takes (start of the mapping) - (p_vaddr of the
+    first PT_LOAD) for the load bias."""
     for span in layout.object.spans():
         # Up to the last byte the file gives, not to the end of its page.
         end = min(span[-1].end, span[-1].file_end)
@@ -297,7 +299,7 @@ def _read_only(layout: Layout) -> Iterator[tuple[int, int, int]]:
         for region in layout.regions:
             if not span[0].start <= region.start < span[-1].end:
                 continue
-            if at < region.start:
+            if at < region.start and region != layout.regions[0]:
                 yield at, region.start, PF_R
             yield region.start, min(region.end, end), region.flags
             at = region.end
