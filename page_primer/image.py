@@ -280,7 +280,11 @@ def _program_headers(layout: Layout, build_ids: Sequence[int]) -> list[bytes]:
          end - start, end - start, page_size())
         for start, end, flags in _read_only(layout)
     ]  # fmt: skip
-    loads.sort(key=lambda load: load[3])
+    # In the order of addresses, but what is not mapped before the first region comes last: elfutils
+    # takes (start of the mapping) - (p_vaddr of the first PT_LOAD) for the load bias, and py-spy's
+    # symboliser wants the lowest one to be there.
+    first = layout.regions[0].start - obj.base
+    loads.sort(key=lambda load: (load[3] < first, load[3]))
     count = len(loads) + len(rest) + 1
     note = _EHDR.size + count * PROGRAM_HEADER.size
     notes = [(_PT_NOTE, PF_R, note, note, note, _NOTE.size, _NOTE.size, 4)]
@@ -289,9 +293,7 @@ def _program_headers(layout: Layout, build_ids: Sequence[int]) -> list[bytes]:
 
 def _read_only(layout: Layout) -> Iterator[tuple[int, int, int]]:
     """The read-only PT_LOADs: the regions as they are mapped from the image, and as R alone what
-    stays mapped from the original, so that the executable ones are exactly the image's. What comes
-    before the first region is left out: elfutils takes (start of the mapping) - (p_vaddr of the
-    first PT_LOAD) for the load bias."""
+    stays mapped from the original, so that the executable ones are exactly the image's."""
     for span in layout.object.spans():
         # Up to the last byte the file gives, not to the end of its page.
         end = min(span[-1].end, span[-1].file_end)
@@ -299,7 +301,7 @@ def _read_only(layout: Layout) -> Iterator[tuple[int, int, int]]:
         for region in layout.regions:
             if not span[0].start <= region.start < span[-1].end:
                 continue
-            if at < region.start and region != layout.regions[0]:
+            if at < region.start:
                 yield at, region.start, PF_R
             yield region.start, min(region.end, end), region.flags
             at = region.end
