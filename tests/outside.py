@@ -79,6 +79,7 @@ class Text:
     huge: int
     locked: bool
     executable: bool  # all of it is mapped r-x
+    fixed: bool  # of an ET_EXEC
     span_vmas: list[Vma]  # the mappings of the read-only span
 
     @property
@@ -124,7 +125,7 @@ def text_of(pid: int, path: str | None = None) -> Text:
     """Measure the .text of an object, by default of the interpreter."""
     path = path or interpreter_file(pid)
     vmas = smaps(pid)
-    section, loads, _ = elf_file(path, os.stat(path).st_mtime_ns)
+    section, loads, fixed = elf_file(path, os.stat(path).st_mtime_ns)
     base = load_bias(path, vmas)
     low, high = base + section["sh_addr"], base + section["sh_addr"] + section["sh_size"]
 
@@ -154,4 +155,4 @@ def text_of(pid: int, path: str | None = None) -> Text:
         inside = min(high, end) - max(low, start)
         huge += max(0, inside - missing) if inside > 0 else 0
     span_vmas = [v for v in vmas if span_start <= v.start and v.end <= span_end]
-    return Text(path, high - low, attainable, huge, locked, executable, span_vmas)
+    return Text(path, high - low, attainable, huge, locked, executable, fixed, span_vmas)
