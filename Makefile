@@ -3,6 +3,7 @@
 # make test    the whole test suite
 # make lint    formatting, lint rules, types
 # make bench   what priming costs
+# make tools-matrix   every tool on every interpreter and backing; writes docs/tools.md
 # make kernels Debian's Python under other kernels, in qemu
 #
 # Each does all the set-up it needs, in .venv and (as root on Debian) with apt-get.
@@ -12,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py page_primer/_core.c
 
-.PHONY: demo demo-celery test lint bench kernels clean
+.PHONY: demo demo-celery test lint bench tools-matrix kernels clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/gunicorn/demo.py
@@ -23,7 +24,8 @@ demo-celery: $(VENV)/.demo-celery
 
 test: $(VENV)/.dev
 	tools/system-packages gdb:gdb ps:procps setpriv:util-linux readelf:binutils \
-	    redis-server:redis-server
+	    redis-server:redis-server perf:linux-perf valgrind:valgrind nsenter:util-linux \
+	    $(PIE_ARCHIVE):libpython3.11-dev
 	$(BIN)/pytest
 
 lint: $(VENV)/.dev
@@ -33,6 +35,14 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/prime_cost.py
+
+# In Debian, an interpreter in an archive, to build a position-independent one from.
+PIE_ARCHIVE = /usr/lib/python3.11/config-3.11-$(shell uname -m)-linux-gnu/libpython3.11-pic.a
+
+tools-matrix: $(VENV)/.dev
+	tools/system-packages gdb:gdb perf:linux-perf valgrind:valgrind nsenter:util-linux \
+	    debootstrap:debootstrap $(PIE_ARCHIVE):libpython3.11-dev
+	$(BIN)/python tools/matrix.py
 
 # Of Debian's own Python, whatever $(PYTHON) is; the runner is named by KERNEL_BOOT.
 kernels:
@@ -63,4 +73,4 @@ $(VENV)/.dev: $(VENV)/.created $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-debian build dist *.egg-info page_primer/*.so
+	rm -rf $(VENV) .venv-debian .venv-tools build dist *.egg-info page_primer/*.so

@@ -42,6 +42,7 @@ def prime(options: Options | None = None, /, **values: Unpack[OptionValues]) -> 
         merge: let read-only data share a huge page with code, and so become executable. Without it,
             only ranges of one protection are moved.
         keep_profilers: leave on the original file what profilers need to see there.
+        perf_map: write /tmp/perf-PID.map with the symbols of code in memory without a file's name.
         include: only objects whose path or file name matches one of these fnmatch patterns.
         exclude: no objects whose path or file name matches one of these fnmatch patterns.
         limit: bytes to copy at most for objects other than the interpreter; "64M" works too.

@@ -20,6 +20,10 @@ from page_primer.report import ObjectReport, Report
 from page_primer.smaps import Mapping, overlapping
 from page_primer.survey import Object, Survey
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from page_primer.perfmap import PerfMap
+
 Range = tuple[int, int]  # addresses
 
 
@@ -40,6 +44,7 @@ class Process:
         self.refused: dict[Range, tuple[Lock, OSError]] = {}
         self.start_note: tuple[str, ...] = ()  # how the process was started, if not as wanted
         self.held: dict[str, int] = {}  # images that we were started from, and locks on them
+        self.perf_map: PerfMap | None = None
         self.hosts_locks: list[Range] = []  # made by others than us
         self.huge = 0  # bytes of moved regions on huge pages, when last measured
         self.report: Report | None = None
@@ -71,6 +76,7 @@ class Process:
             start = self.primed[key].regions[0].start
             for mapping in overlapping(mappings, start, start + 1):
                 self.mapped[key] = mapping.device, mapping.inode
+        self._write_perf_map()
         self.report = self._measure(moved, mappings, began)
         return self.report
 
@@ -78,12 +84,13 @@ class Process:
         """In a forked child: lock what the parent had locked, which a fork does not inherit, and
         have the moved code mapped. Returns whether everything is as it was in the parent, so that
         the parent's measurements hold."""
-        before = set(self.locked), self.huge
+        before = set(self.locked), self.huge, self._perf_map_outcome()
         self.lock_in_child()
         for regions in self._regions():
             fault_in(regions)
+        self._write_perf_map()
         self.huge = self._huge(smaps.starting_at(self._starts()))
-        return before == (set(self.locked), self.huge)
+        return before == (set(self.locked), self.huge, self._perf_map_outcome())
 
     def lock_in_child(self) -> Report:
         """In a forked child: lock what the parent had locked, and nothing else."""
@@ -96,6 +103,16 @@ class Process:
         """Have the interpreter's report say how the process was started."""
         self.start_note = (note,) if note else ()
         return self.report or Report(os.getpid(), None)
+
+    def _write_perf_map(self) -> None:
+        if self.options is not None and self.options.perf_map:
+            from page_primer.perfmap import PerfMap
+
+            self.perf_map = self.perf_map or PerfMap()
+            self.perf_map.update(self.primed)
+
+    def _perf_map_outcome(self) -> str | None:
+        return self.perf_map.outcome if self.perf_map else None
 
     def restore(self) -> Report:
         """Put everything back; see page_primer.restore()."""
@@ -344,6 +361,7 @@ class Process:
             lock_refused_bytes=refused,
             lock_refusal=backing.reason_of(refusal) if refusal else None,
             lock_limit=limit if over and limit != resource.RLIM_INFINITY else None,
+            perf_map=self._perf_map_outcome(),
             warn=tuple(sorted(explicit & {"remap", "mlock", "backing"})),
             milliseconds=_since(began),
             threads=_core.threads(),

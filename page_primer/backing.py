@@ -298,7 +298,8 @@ def _memory_file(name: str, move: Move, pmd: int, flags: int) -> Iterator[Attemp
         return
     fd = -1
     try:
-        fd = _memfd_create(os.path.basename(move.object.path), flags)
+        # Not the object's name: tools that search for "libpython" would find two.
+        fd = _memfd_create("page-primer", flags)
         offsets, end = {}, 0
         for region in move.memory:
             offsets[region], end = end, end + region.end - region.start

@@ -13,8 +13,9 @@ an ELF header describes *this* file to the tools that find it in /proc/PID/maps:
 - a build-id of its own, since perf caches files by build-id and would symbolise with the original's
   offsets.
 
-After the loadable part come the sections that symbolisers read (.symtab and its strings) and the
-section headers, those left out marked SHT_NULL so that section numbers keep their meaning.
+After the loadable part come the sections that tools read (.symtab and its strings, USDT's notes,
+and debug information where there is room) and the section headers, those left out marked SHT_NULL
+so that section numbers keep their meaning.
 """
 
 from __future__ import annotations
@@ -32,12 +33,15 @@ from page_primer.record import Record
 from page_primer.survey import Object, Source, is_native, page_size
 
 # Part of an image's name in the store: raise it when what is written here changes.
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 # FNV-1a, 256 bits (RFC 9923): the first and the factor.
 _FNV = 0xDD268DBCAAC550362D98C384C4E576CCC8B1536847B6BBB31023B4C8CAEE0535, (1 << 168) + 0x163
 
 _HEXADECIMAL = set("0123456789abcdef")
-_KEPT_SECTIONS = (".gnu_debuglink", ".gnu_debugaltlink", ".gnu_debugdata")
+_KEPT_SECTIONS = (".gnu_debuglink", ".gnu_debugaltlink", ".gnu_debugdata", ".note.stapsdt")
+_DEBUG_SECTIONS = (".debug_", ".zdebug_")
+_DEBUG_LIMIT = 64 << 20  # bytes; and at most a quarter of what the file system has left
+_COPY_BLOCK = 1 << 20
 _HEADER_ROOM = 4096  # the kernel looks for a build-id in the first page only
 
 _BUILD_ID_SIZE = 20  # that of SHA-1, which tools expect
@@ -115,24 +119,27 @@ def write(layout: Layout, original: int, target: int) -> int:
         raise CannotLayOut("too many program headers")
     try:
         file = elf.File(original)
-        end, tail = _sections(layout, file)
+        end, copies, table = _sections(layout, file, _room(target))
         head = layout.head(file, end)
     except (elf.Malformed, struct.error) as error:  # the latter of numbers that do not fit
         raise CannotLayOut(f"not a well-formed ELF file: {error}") from error
-    check_file_size(max(offset + len(data) for offset, data in tail))
+    check_file_size(end + len(table))
     written = 0
     for offset, block in content(layout, original):
         written += _write_all(target, block, offset)
-    for offset, data in (*tail, *head):
+    for source, offset, size in copies:
+        written += _copy(original, source, target, offset, size)
+    for offset, data in ((end, table), *head):
         written += _write_all(target, data, offset)
     return written
 
 
 def holds(layout: Layout, original: int, target: int) -> bool:
     """Whether the file `target` is what write() writes of `layout`, as far as it is loaded."""
-    file = elf.File(original)
-    end, _ = _sections(layout, file)
-    head = layout.head(file, end)
+    try:
+        head = layout.head(elf.File(original), elf.File(target).header[6])
+    except elf.Malformed:
+        return False
     for offset, block in content(layout, original):
         there = bytearray(len(block))
         _read_into(target, memoryview(there), offset)
@@ -160,6 +167,24 @@ def _build_ids(layout: Layout, file: elf.File) -> list[int]:
     """p_offset of the PT_NOTEs that hold a build-id."""
     headers = PROGRAM_HEADER.iter_unpack(layout.object.headers)
     return [header[2] for header in headers if header[0] == elf.PT_NOTE and file.build_id(header)]
+
+
+def _room(target: int) -> int:
+    """Bytes of debug information that an image may have: without it tools name the functions, but
+    not those that the compiler inlined, nor source lines."""
+    status = os.fstatvfs(target)
+    room = min(_DEBUG_LIMIT, status.f_bavail * status.f_frsize // 4)
+    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    return room if limit == resource.RLIM_INFINITY else min(room, limit // 4)
+
+
+def _copy(original: int, source: int, target: int, offset: int, size: int) -> int:
+    buffer = memoryview(bytearray(min(size, _COPY_BLOCK)))
+    for done in range(0, size, _COPY_BLOCK):
+        block = buffer[: size - done]
+        _read_into(original, block, source + done)
+        _write_all(target, block, offset + done)
+    return size
 
 
 def _write_all(fd: int, data: bytes | memoryview, offset: int) -> int:
@@ -205,16 +230,22 @@ def _read_into(fd: int, buffer: memoryview, offset: int) -> None:
         done += count
 
 
-def _sections(layout: Layout, file: elf.File) -> tuple[int, list[tuple[int, bytes]]]:
-    """Where the section headers go, and the (offset, data) of all that follows the content."""
+def _sections(
+    layout: Layout, file: elf.File, room: int
+) -> tuple[int, list[tuple[int, int, int]], bytes]:
+    """Where the section headers go, what is copied before them (offset there, offset here, bytes),
+    and the headers. Debug information comes along where all of it fits into `room` bytes."""
     at = _align(layout.content_end)
     note = layout.build_id_note(file)
-    data: list[tuple[int, bytes]] = []
+    copies: list[tuple[int, int, int]] = []
     table = []
     headers = file.sections()
     names = file.section_names(headers)
     linked = {header[6] for header in headers if header[1] == elf.SHT_SYMTAB} | {file.names_index}
-    room = file.size
+    debug = {index for index, name in enumerate(names) if name.startswith(_DEBUG_SECTIONS)}
+    if sum(headers[index][5] for index in debug) <= room:
+        linked |= debug
+    left = file.size
     for index, (name, header) in enumerate(zip(names, headers, strict=True)):
         sh_name, kind, flags, address, offset, size, *rest = header
         if name == ".note.gnu.build-id" and note is not None:
@@ -222,18 +253,16 @@ def _sections(layout: Layout, file: elf.File) -> tuple[int, list[tuple[int, byte
         elif flags & elf.SHF_ALLOC:
             offset = layout.offset(layout.object.base + address)
         elif kind == elf.SHT_SYMTAB or index in linked or name in _KEPT_SECTIONS:
-            room -= size
-            if room < 0:
-                raise elf.Malformed("sections overlap")
-            offset = at
-            data.append((at, file.read(header[4], size)))
-            at = _align(at + size)
+            left -= size
+            if left < 0 or offset + size > file.size:
+                raise elf.Malformed("sections overlap" if left < 0 else "cut short")
+            copies.append((offset, at, size))
+            offset, at = at, _align(at + size)
         else:
             table.append(bytes(elf.SECTION_HEADER.size))
             continue
         table.append(elf.SECTION_HEADER.pack(sh_name, kind, flags, address, offset, size, *rest))
-    data.append((at, b"".join(table)))
-    return at, data
+    return at, copies, b"".join(table)
 
 
 def _align(offset: int) -> int:
@@ -261,7 +290,11 @@ def _program_headers(layout: Layout, file: elf.File) -> list[bytes]:
          end - start, end - start, page_size())
         for start, end, flags in _read_only(layout)
     ]  # fmt: skip
-    loads.sort(key=lambda load: load[3])
+    # In the order of addresses, but what is not mapped before the first region comes last: elfutils
+    # takes (start of the mapping) - (p_vaddr of the first PT_LOAD) for the load bias, and py-spy's
+    # symboliser wants the lowest one to be there.
+    first = layout.regions[0].start - obj.base
+    loads.sort(key=lambda load: (load[3] < first, load[3]))
     count = len(loads) + len(rest) + 1
     note = elf.HEADER.size + count * PROGRAM_HEADER.size
     notes = [(elf.PT_NOTE, PF_R, note, note, note, _NOTE.size, _NOTE.size, 4)]

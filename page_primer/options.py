@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         backing: str
         merge: bool
         keep_profilers: bool
+        perf_map: bool
         include: Iterable[str] | str | None
         exclude: Iterable[str] | str | None
         limit: int | str
@@ -50,6 +51,7 @@ class Options(Record, aside=("explicit",)):
     backing: str = "auto"
     merge: bool = True
     keep_profilers: bool = True
+    perf_map: bool = False
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     limit: int = DEFAULT_LIMIT
@@ -145,6 +147,7 @@ _PARSERS = {
     "backing": _backing,
     "merge": flag,
     "keep_profilers": flag,
+    "perf_map": flag,
     "include": _patterns,
     "exclude": _patterns,
     "limit": _bytes,

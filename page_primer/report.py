@@ -76,6 +76,7 @@ class Report(Record):
     lock_refused_bytes: int = 0
     lock_refusal: str | None = None  # in the kernel's words
     lock_limit: int | None = None  # RLIMIT_MEMLOCK; None: no limit
+    perf_map: str | None = None  # the perf map's path, or why it was not written
     warn: tuple[str, ...] = ()  # what was asked for by name: "remap", "mlock"
     milliseconds: float = 0.0
     threads: int = 0
@@ -223,6 +224,8 @@ class Report(Record):
                     f"{segment.locked_bytes} locked" + (f" ({left})" if left else "")
                 )
             lines += [f"{obj.name}: {note}" for note in obj.notes]
+        if self.perf_map:
+            lines.append(f"perf map: {self.perf_map}")
         others: dict[str, list[str]] = {}
         for obj in self.objects:
             if obj.backing is None and not obj.notes and not obj.code_huge_bytes:

@@ -79,6 +79,7 @@ class Text:
     huge: int
     locked: bool
     executable: bool  # all of it is mapped r-x
+    fixed: bool  # of an ET_EXEC
     span_vmas: list[Vma]  # the mappings of the read-only span
 
     @property
@@ -108,17 +109,24 @@ def elf_file(path: str, _mtime: int) -> tuple[Any, list[Any], bool]:
         return section, [s.header for s in elf.iter_segments("PT_LOAD")], elf["e_type"] == "ET_EXEC"
 
 
+def load_bias(path: str, vmas: list[Vma], file: str | None = None) -> int:
+    """Address minus p_vaddr of an object among a process's mappings; `file` is where to read it,
+    for a process with another root."""
+    _, loads, fixed = elf_file(file or path, os.stat(file or path).st_mtime_ns)
+    if fixed:
+        return 0
+    # Writable data stays on the object's own file, so it tells where the object is.
+    data = next(h for h in loads if h["p_flags"] & 2)
+    at = next(v for v in vmas if v.path == path and v.offset == data["p_offset"] & -PAGE)
+    return at.start - (data["p_vaddr"] & -PAGE)
+
+
 def text_of(pid: int, path: str | None = None) -> Text:
     """Measure the .text of an object, by default of the interpreter."""
     path = path or interpreter_file(pid)
     vmas = smaps(pid)
     section, loads, fixed = elf_file(path, os.stat(path).st_mtime_ns)
-    # Writable data stays on the object's own file, so it tells where the object is.
-    base = 0
-    if not fixed:
-        data = next(h for h in loads if h["p_flags"] & 2)
-        at = next(v for v in vmas if v.path == path and v.offset == data["p_offset"] & -PAGE)
-        base = at.start - (data["p_vaddr"] & -PAGE)
+    base = load_bias(path, vmas)
     low, high = base + section["sh_addr"], base + section["sh_addr"] + section["sh_size"]
 
     # The run of read-only segments that are contiguous in memory and hold the section.
@@ -147,4 +155,4 @@ def text_of(pid: int, path: str | None = None) -> Text:
         inside = min(high, end) - max(low, start)
         huge += max(0, inside - missing) if inside > 0 else 0
     span_vmas = [v for v in vmas if span_start <= v.start and v.end <= span_end]
-    return Text(path, high - low, attainable, huge, locked, executable, span_vmas)
+    return Text(path, high - low, attainable, huge, locked, executable, fixed, span_vmas)

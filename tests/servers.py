@@ -52,8 +52,8 @@ def check(pids, locked=True):
     return texts
 
 
-def get(port, path="/"):
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+def get(port, path="/", seconds=10):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=seconds)
     try:
         connection.request("GET", path)
         return connection.getresponse().read()

@@ -25,6 +25,7 @@ def test_environment_sets_and_arguments_win():
         "PAGE_PRIMER_BACKING": "memfd",
         "PAGE_PRIMER_MERGE": "off",
         "PAGE_PRIMER_KEEP_PROFILERS": "FALSE",
+        "PAGE_PRIMER_PERF_MAP": "1",
         "PAGE_PRIMER_INCLUDE": "libpython*, libssl*",
         "PAGE_PRIMER_EXCLUDE": "*/numpy/*",
         "PAGE_PRIMER_LIMIT": "12M",
@@ -33,6 +34,7 @@ def test_environment_sets_and_arguments_win():
     options = Options.load({"backing": "image", "mlock": True}, environ)
     assert options == Options(
         remap=False, mlock=True, backing="image", merge=False, keep_profilers=False,
+        perf_map=True,
         include=("libpython*", "libssl*"), exclude=("*/numpy/*",), limit=12 << 20,
         image_dir="/srv/images",
     )  # fmt: skip

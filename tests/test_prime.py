@@ -1,6 +1,7 @@
 """prime() and restore() in real processes, checked from outside in smaps."""
 
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -666,4 +667,4 @@ def test_a_signal_handler_in_the_midst_of_prime(python, images, action):
 def test_image_directory_with_a_trailing_slash(python, images):
     with Process(python) as process:
         core = interpreter(process.prime(image_dir=f"{images}//"))
-        assert core["where"].startswith(f"{images}/1-")
+        assert re.match(rf"{re.escape(str(images))}/\d+-", core["where"])

@@ -1,0 +1,264 @@
+"""Real tools on a primed gunicorn worker see what they see of an unprimed one. `make tools-matrix`
+tries all of them on every interpreter and backing; here are the ones people use first."""
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import outside
+import probes
+import pytest
+from conftest import INTERPRETERS, python_of
+from probes import NOTE, PROBES, UNPRIMED, WORKS, NotHere, Shape, Target
+from process import Process, interpreter
+
+pytestmark = [
+    pytest.mark.skipif(
+        os.geteuid() != 0 and Path("/proc/sys/kernel/yama/ptrace_scope").exists(),
+        reason="tools may not attach to other processes here",
+    ),
+    pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler"),
+]
+
+PYTHON_LEVEL = ["py-spy dump", "pystack remote", "austin", "faulthandler"]
+NATIVE = [
+    "py-spy dump --native",
+    "pystack remote --native",
+    "gdb bt",
+    "gdb symbols",
+    "gdb breakpoint",
+    "gcore, then gdb bt",
+    "gcore, then pystack core --native",
+    "perf record",
+    "a C++ exception through moved frames",
+    "backtrace(3)",
+    "build-id and symbols of a mapping's file",
+]
+# In memory without a name, too: what works by the loader's list, and perf by its map.
+WITHOUT_PATH = [name for name in NATIVE if name.startswith(("gdb", "gcore", "a C++", "backtrace"))]
+
+# Interpreter, way, and the tools that must see there what they see unprimed.
+CASES = [
+    ("shared", "image on disk", [*PYTHON_LEVEL, *NATIVE, "perf record, started before priming"]),
+    ("shared", "image on tmpfs", ["py-spy dump", "pystack remote --native", "perf record"]),
+    ("shared", "memfd", [*PYTHON_LEVEL, *WITHOUT_PATH]),
+    ("shared", "anonymous", [*PYTHON_LEVEL, "gdb bt"]),
+    ("shared", "anonymous, perf map", ["perf record"]),
+    # austin cannot: it takes the first mapping of the program's path for the program's start.
+    ("static", "image on disk", ["py-spy dump", "pystack remote", "faulthandler", *NATIVE]),
+    ("static", "memfd", PYTHON_LEVEL),
+    ("PIE", "image on disk", [*PYTHON_LEVEL, *NATIVE]),
+    ("PIE", "memfd", PYTHON_LEVEL),
+]
+
+
+@pytest.fixture(scope="module")
+def scratch():
+    """A directory on disk, and one on a tmpfs."""
+    with contextlib.ExitStack() as stack:
+        directories = [
+            stack.enter_context(tempfile.TemporaryDirectory(prefix="page-primer-", dir=place))
+            for place in ("/var/tmp", "/dev/shm")
+        ]
+        stack.callback(shutil.rmtree, probes.BUILD_IDS, ignore_errors=True)
+        disk, memory = map(Path, directories)
+        probes.build_module(disk)
+        yield disk, memory
+
+
+@pytest.fixture(scope="module")
+def targets(scratch):
+    """target(form, way, late): a server, started once; the last of them is kept."""
+    disk, memory = scratch
+    ways = {way.name: way for way in [UNPRIMED, *probes.ways(disk / "images", memory / "images")]}
+    running = {}
+
+    def target(form, way, late=False):
+        key = form, way, late
+        if key not in running:
+            for other in [key for key in running if key[1] != UNPRIMED.name]:
+                running.pop(other).__exit__()
+            made = Target(shape(form, disk), ways[way], disk, late=late)
+            running[key] = made.__enter__()
+            if way != UNPRIMED.name and not late:
+                made.require_primed()
+        return running[key]
+
+    yield target
+    for one in running.values():
+        one.__exit__()
+
+
+def shape(form, directory):
+    """An interpreter of a form: the one that runs the tests, or Debian's, or built from its."""
+    debian = next((path for path in INTERPRETERS.values() if path.startswith("/usr/bin/")), None)
+    if form == "shared":
+        return Shape(form, sys.executable)
+    if debian is None or (form == "PIE" and not probes.ARCHIVE.exists()):
+        pytest.skip(f"no {form} interpreter here, nor libpython3.11-dev to build one from")
+    home = directory / form
+    home.mkdir(exist_ok=True)
+    python = python_of(home, debian)
+    if form == "PIE" and os.path.islink(python):
+        probes.build_pie(Path(python))
+    return Shape(form, python)
+
+
+@pytest.fixture(scope="module")
+def unprimed(targets):
+    """What a tool sees of an unprimed worker; asked once."""
+    seen = {}
+
+    def look(form, name):
+        if (form, name) not in seen:
+            try:
+                seen[form, name] = PROBES[name].look(
+                    targets(form, UNPRIMED.name, PROBES[name].late)
+                )
+            except NotHere as reason:
+                seen[form, name] = reason
+        if isinstance(seen[form, name], NotHere):
+            pytest.skip(str(seen[form, name]))
+        return seen[form, name]
+
+    return look
+
+
+@pytest.mark.parametrize(
+    ("form", "way", "name"),
+    [(form, way, name) for form, way, names in CASES for name in names],
+)
+def test_the_tool_sees_what_it_sees_unprimed(targets, unprimed, form, way, name):
+    expected = unprimed(form, name)
+    seen = PROBES[name].look(targets(form, way, PROBES[name].late))
+    verdict = PROBES[name].judge(expected, seen)
+    if (form, name) == ("PIE", "py-spy dump --native"):
+        # The interpreter's frames beyond the head that stays on /proc/PID/exe, by their names.
+        assert verdict.mark == NOTE and verdict.note.endswith("frames more"), verdict
+        return
+    assert verdict.mark == WORKS, (verdict, expected, seen)
+
+
+@pytest.mark.parametrize("form", ["shared", "static"])
+def test_a_core_file_without_its_image(targets, unprimed, scratch, form):
+    """Full frames by the objects' own files, and the missing image named."""
+    target = targets(form, "image on disk")
+    core = str(probes.core_of(target))
+    image = target.interpreter_image
+    folder = Path(image).parent
+    folder.rename(scratch[0] / "gone")
+    try:
+        exe = os.readlink(f"/proc/{target.pid}/exe")
+        said = probes.gdb("bt", target=[exe, core])
+    finally:
+        (scratch[0] / "gone").rename(folder)
+    assert f"Can't open file {image}" in said
+    frames = probes.gdb_frames(said)
+    expected = unprimed(form, "gcore, then gdb bt")
+    assert [frame.name for frame in frames] == [frame.name for frame in expected]
+
+
+def test_a_perf_map_is_written_when_asked_for(python):
+    with Process(python) as process:
+        path = Path(f"/tmp/perf-{process.pid}.map")
+        process.prime(backing="memfd", keep_profilers=False)
+        assert not path.exists()
+        process.restore()
+        report = process.prime(backing="memfd", keep_profilers=False, perf_map=True)
+        assert report["perf_map"] == str(path)
+        try:
+            core = interpreter(report)
+            moved = [
+                vma
+                for vma in outside.smaps(process.pid)
+                if vma.path.startswith("/memfd:page-primer")
+            ]
+            lines = [line.split(maxsplit=2) for line in path.read_text().splitlines()]
+            assert path.stat().st_mode & 0o777 == 0o600
+            for start, size, _ in lines:
+                assert any(v.start <= int(start, 16) < v.end for v in moved) and int(size, 16)
+            table = probes.Symbols(process.pid)
+            assert all(name.partition("@")[0] in table.at(int(at, 16)) for at, _, name in lines)
+            assert {"_PyEval_EvalFrameDefault", "PyList_Sort"} <= {name for _, _, name in lines}
+            assert core["backing"] == "memfd"
+            # A child has a number of its own, and so a file of its own.
+            child = process.run(
+                "import os\npid = os.fork()\n"
+                "if not pid:\n    os._exit(page_primer.prime(backing='memfd', "
+                "keep_profilers=False, perf_map=True).perf_map is None)\n"
+                "result = pid, os.waitpid(pid, 0)[1]"
+            )
+            of_child = Path(f"/tmp/perf-{child[0]}.map")
+            assert child[1] == 0 and of_child.read_text() == path.read_text()
+            of_child.unlink()
+        finally:
+            path.unlink()
+
+
+@pytest.mark.parametrize("there", ["symlink", "hard link", "directory", "of others", "stale"])
+def test_a_perf_map_harms_no_file_that_is_there(python, tmp_path, there):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    with Process(python) as process:
+        path = Path(f"/tmp/perf-{process.pid}.map")
+        if there == "symlink":
+            path.symlink_to(victim)
+        elif there == "hard link":
+            try:
+                path.hardlink_to(victim)
+            except OSError:
+                pytest.skip("/tmp is another file system")
+        elif there == "directory":
+            path.mkdir()
+        else:
+            path.write_text("0 1 earlier\n")
+            path.chmod(0o666 if there == "of others" else 0o600)
+        try:
+            report = process.prime(backing="memfd", keep_profilers=False, perf_map=True)
+            assert interpreter(report)["backing"] == "memfd"
+            assert victim.read_text() == "precious"
+            if there == "stale":
+                assert report["perf_map"] == str(path) and "earlier" not in path.read_text()
+            else:
+                assert report["perf_map"].startswith("not written: "), report["perf_map"]
+        finally:
+            path.rmdir() if there == "directory" else path.unlink()
+
+
+def test_a_perf_map_is_added_to_cpythons_own(tmp_path):
+    """CPython 3.12 and newer with -X perf writes one for Python's functions."""
+    versions = {tuple(map(int, name.partition("-")[0].split("."))): name for name in INTERPRETERS}
+    if max(versions) < (3, 12):
+        pytest.skip("no CPython 3.12 or newer here")
+    python = python_of(tmp_path, INTERPRETERS[versions[max(versions)]])
+    with Process(python, options=["-X", "perf"]) as process:
+        path = Path(f"/tmp/perf-{process.pid}.map")
+        try:
+            process.prime(backing="memfd", keep_profilers=False, perf_map=True)
+            text = path.read_text()
+            assert "py::" in text and "PyList_Sort" in text
+        finally:
+            path.unlink()
+
+
+def test_debug_information_is_left_out_where_there_is_no_room(python, images):
+    """An image must not fill a small file system for the sake of source lines."""
+    sizes = []
+    for limit in ("unlimited", str(24 << 20)):
+        done = subprocess.run(
+            ["prlimit", f"--fsize={limit}", python, "-c",
+             "import page_primer; r = page_primer.prime(backing='image', mlock=False, "
+             f"image_dir={str(images / limit)!r}); print(r.interpreter.where)"],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        with open(done.stdout.strip(), "rb") as file:
+            elf = probes.ELFFile(file)
+            assert elf.get_section_by_name(".dynsym")
+            sizes.append(bool(elf.get_section_by_name(".debug_info")))
+    with open(outside.interpreter_file(os.getpid()), "rb") as file:
+        has_any = bool(probes.ELFFile(file).get_section_by_name(".debug_info"))
+    assert sizes == [has_any, False]

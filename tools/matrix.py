@@ -1,0 +1,244 @@
+"""Attach every tool to a primed gunicorn worker, for every interpreter and every backing here, and
+write the table into docs/tools.md: `make tools-matrix`.
+
+    python tools/matrix.py [--shape PATTERN] [--probe PATTERN] [--jobs N] [--output FILE]
+
+What a tool sees is compared with what it sees of an unprimed worker of the same interpreter, in the
+same run. tests/probes.py has the probes, tests/test_tools.py asserts on the most important ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import traceback
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+import conftest  # noqa: E402
+import probes  # noqa: E402
+from probes import ABSENT, CANNOT, NOTE, PROBES, UNPRIMED, WORKS, Shape, Verdict, Way  # noqa: E402
+
+KEPT = ROOT / ".venv-tools"  # a Debian unstable, and memray for each interpreter: built once
+BEGIN, END = "<!-- made by make tools-matrix -->\n", "<!-- end -->\n"
+MIRROR = "http://deb.debian.org/debian"
+WAITING = 3600  # seconds, for debootstrap
+# What Debian unstable has of tools: its own interpreter's, and what runs in the worker.
+IN_CHROOT = ("sys.remote_exec", "pdb -p", "faulthandler", "a C++ *", "backtrace(3)")
+SYMBOL = {WORKS: "works", NOTE: "note", CANNOT: "cannot", ABSENT: "-"}
+
+# Why, where it is known; the first that matches tool, way and interpreter.
+WHY = (
+    ("austin", "image*", "*not PIE*",
+     "austin takes the first mapping of /proc/PID/exe's path for the program's first, and all of "
+     "it up to the writable data is on the image"),
+    ("py-spy dump --native", "image*", "*static PIE*",
+     "py-spy takes the mapping that stays on /proc/PID/exe for the whole interpreter, and so shows "
+     "the interpreter's own frames beyond it, by their names"),
+    ("pystack remote --native", "[ma]*", "*", "elfutils unwinds by what is at the mapping's path"),
+    ("py-spy *--native", "[ma]*", "*", "py-spy unwinds by what is at the mapping's path"),
+    ("perf record*", "memfd", "*", "perf looks for symbols at the path, and a memfd has none"),
+    ("perf record*", "anonymous", "*", "perf knows anonymous memory by a perf map: see the column"),
+    ("build-id*", "[ma]*", "*", "there is no file to look into"),
+)  # fmt: skip
+
+
+def shapes() -> Iterator[Shape | str]:
+    """The interpreters to be had here, or in words why one is not."""
+    for name, base in conftest.INTERPRETERS.items():
+        home = KEPT / name
+        home.mkdir(parents=True, exist_ok=True)
+        python = conftest.python_of(home, base)
+        maps = probes.run(base, "-c", "print(open('/proc/self/maps').read())")
+        form = "shared libpython" if "/libpython3" in maps else "static, not PIE"
+        install_memray(python)
+        yield Shape(f"CPython {name.partition('-')[0]}, {form}", python)
+    if probes.ARCHIVE.exists():
+        home = KEPT / "pie"
+        home.mkdir(exist_ok=True)
+        python = conftest.python_of(home, "/usr/bin/python3.11")
+        install_memray(python)
+        probes.build_pie(Path(python))
+        yield Shape("CPython 3.11, static PIE", python)
+    else:
+        yield "a static PIE: needs libpython3.11-dev to build it from"
+    yield unstable()
+
+
+def install_memray(python: str) -> None:
+    """memray is loaded into the process that it looks at, so it must be that interpreter's."""
+    check = subprocess.run([python, "-c", "import memray"], capture_output=True, check=False)
+    if check.returncode:
+        pip = [sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check"]
+        # What it depends on is pure Python, and here.
+        options = ["--quiet", "--no-deps", "--ignore-installed"]
+        subprocess.run([*pip, "install", *options, "memray"], check=False)
+
+
+def unstable() -> Shape | str:
+    """Debian unstable's interpreter, in a chroot that is built once."""
+    name = "Debian unstable's python3, static, not PIE"
+    if os.geteuid() != 0 or not shutil.which("debootstrap"):
+        return f"{name}: needs root and debootstrap"
+    root = KEPT / "unstable"
+    if not (root / "done").exists():
+        shutil.rmtree(root, ignore_errors=True)
+        command = [
+            "debootstrap",
+            "--variant=minbase",
+            "--include=python3",
+            "sid",
+            str(root),
+            MIRROR,
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=WAITING, check=False)
+        if done.returncode:
+            return f"{name}: debootstrap: {probes.last_line(done.stdout + done.stderr)}"
+        (root / "mnt/repository").mkdir()
+        (root / "done").touch()
+    python = max(path.name for path in (root / "usr/bin").glob("python3.[0-9][0-9]"))
+    packages = os.path.relpath(sysconfig.get_path("purelib"), ROOT)
+    path = f"/mnt/repository:/mnt/repository/{packages}"
+    enter = (
+        'mount -t proc proc "$0/proc" && mount --bind /sys "$0/sys" && '
+        'mount -t tmpfs tmpfs "$0/dev/shm" && '
+        f'mount --bind "{ROOT}" "$0/mnt/repository" && exec chroot "$0" "$@"'
+    )
+    wrapper = ("unshare", "--mount", "sh", "-c", enter, str(root), "env", f"PYTHONPATH={path}")
+    return Shape(f"CPython {python[6:]} (Debian unstable), static, not PIE",
+                 f"/usr/bin/{python}", str(root), wrapper)  # fmt: skip
+
+
+def look(shape: Shape, way: Way, module: Path, wanted: list[str]) -> dict[str, object]:
+    """What each tool sees, or the exception that it ended with."""
+    seen: dict[str, object] = {}
+    for late in (False, True):
+        mine = [PROBES[name] for name in wanted if PROBES[name].late == late]
+        if not mine:
+            continue
+        with probes.Target(shape, way, module, late=late) as target:
+            if not late and way != UNPRIMED:
+                target.require_primed()
+            for probe in sorted(mine, key=lambda probe: probe.last):
+                try:
+                    seen[probe.name] = probe.look(target)
+                except Exception as error:
+                    if not isinstance(error, probes.NotHere | probes.Failed):
+                        traceback.print_exc()
+                    seen[probe.name] = error
+    return seen
+
+
+def judge(name: str, expected: object, seen: object) -> Verdict:
+    if isinstance(expected, probes.NotHere):
+        return Verdict(ABSENT, str(expected))
+    if isinstance(expected, Exception):
+        return Verdict(ABSENT, f"nor unprimed: {expected}")
+    if isinstance(seen, Exception):
+        return Verdict(CANNOT, str(seen))
+    return PROBES[name].judge(expected, seen)
+
+
+Table = dict[str, dict[str, Verdict]]
+
+
+def examine(shape: Shape, ways: list[Way], module: Path, wanted: list[str]) -> Table:
+    """The verdicts for an interpreter: by tool, by way."""
+    if shape.chroot:
+        wanted = [name for name in wanted if any(fnmatch.fnmatch(name, p) for p in IN_CHROOT)]
+    unprimed = look(shape, UNPRIMED, module, wanted)
+    table: Table = {name: {} for name in wanted}
+    for way in ways:
+        primed = look(shape, way, module, wanted)
+        for name in wanted:
+            table[name][way.name] = judge(name, unprimed[name], primed[name])
+            print(f"{shape.name} | {way.name} | {name}: {table[name][way.name]}", flush=True)
+    return table
+
+
+def why(tool: str, way: str, shape: str) -> str:
+    for tools, ways, shapes, reason in WHY:
+        pairs = (tool, tools), (way, ways), (shape, shapes)
+        if all(fnmatch.fnmatch(*pair) for pair in pairs):
+            return f": {reason}"
+    return ""
+
+
+def render(tables: dict[str, Table], absent: list[str], ways: list[Way]) -> Iterator[str]:
+    """The tables in Markdown, each with its notes."""
+    yield f"Run on Linux {os.uname().release} ({os.uname().machine}) with {versions()}.\n\n"
+    for shape, table in tables.items():
+        notes: dict[str, int] = {}
+        yield f"### {shape}\n\n| tool | {' | '.join(way.name for way in ways)} |\n"
+        yield "|---|" + "---|" * len(ways) + "\n"
+        for tool, verdicts in table.items():
+            cells = []
+            for way, verdict in verdicts.items():
+                cell = SYMBOL[verdict.mark]
+                if verdict.mark != WORKS:
+                    note = f"{verdict.note}{why(tool, way, shape)}"
+                    cell += f" ({notes.setdefault(note, len(notes) + 1)})"
+                cells.append(cell)
+            yield f"| {tool} | {' | '.join(cells)} |\n"
+        yield "\n" + "".join(f"{number}. {note}\n" for note, number in notes.items()) + "\n"
+    yield "".join(f"Not tried: {reason}.\n" for reason in absent)
+
+
+def versions() -> str:
+    """The versions of the tools, as they say themselves."""
+    found = []
+    for name in ("py-spy", "pystack", "memray", "austin", "gdb", "perf", "valgrind"):
+        try:
+            said = probes.run(probes.tool(name), "--version")
+        except probes.NotHere:
+            continue
+        number = re.search(r"\d+\.\d+[\d.]*", said.rpartition(") ")[2] or said)
+        found.append(f"{name} {number[0] if number else '?'}")
+    return ", ".join(found)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--shape", default="*", metavar="PATTERN")
+    parser.add_argument("--probe", default="*", metavar="PATTERN")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N")
+    parser.add_argument("--output", default=str(ROOT / "docs" / "tools.md"), metavar="FILE")
+    options = parser.parse_args()
+    wanted = [name for name in PROBES if fnmatch.fnmatch(name, options.probe)]
+    # The same path in the chroot as here.
+    with (
+        tempfile.TemporaryDirectory(prefix="page-primer-", dir="/var/tmp") as disk,
+        tempfile.TemporaryDirectory(prefix="page-primer-", dir="/dev/shm") as memory,
+        tempfile.TemporaryDirectory(prefix="page-primer-") as scratch,
+    ):
+        ways = probes.ways(Path(disk), Path(memory))
+        probes.build_module(Path(scratch))
+        found = list(shapes())
+        chosen = [
+            s for s in found if isinstance(s, Shape) and fnmatch.fnmatch(s.name, options.shape)
+        ]
+        with ThreadPoolExecutor(options.jobs) as pool:
+            done = pool.map(lambda shape: examine(shape, ways, Path(scratch), wanted), chosen)
+            tables = {shape.name: table for shape, table in zip(chosen, done, strict=True)}
+    shutil.rmtree(probes.BUILD_IDS, ignore_errors=True)
+    text = "".join(render(tables, [s for s in found if isinstance(s, str)], ways))
+    output = Path(options.output)
+    before, _, rest = output.read_text().partition(BEGIN)
+    output.write_text(f"{before}{BEGIN}\n{text}{END}{rest.partition(END)[2]}")
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
