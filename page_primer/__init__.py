@@ -36,7 +36,8 @@ def prime(options: Options | None = None, /, **values: Unpack[OptionValues]) -> 
     Args:
         options: ready-made options; then `values` must be empty.
         remap: move code onto huge pages.
-        mlock: lock what ELF objects have mapped, the hottest code first.
+        mlock: lock what ELF objects have mapped, the hottest code first: "all" of it (or True), or
+            the "code" alone; False for nothing.
         backing: "auto", or one of "image", "memfd", "anonymous", "hugetlb".
         merge: let read-only data share a huge page with code, and so become executable. Without it,
             only ranges of one protection are moved.
@@ -44,6 +45,8 @@ def prime(options: Options | None = None, /, **values: Unpack[OptionValues]) -> 
         include: only objects whose path or file name matches one of these fnmatch patterns.
         exclude: no objects whose path or file name matches one of these fnmatch patterns.
         limit: bytes to copy at most for objects other than the interpreter; "64M" works too.
+        memory_share: of the memory that is available to this process (of the machine, and within
+            the limits of its memory cgroups), the share that copies and locks may take at most.
         image_dir: the directory for images, absolute; by default the first that fits.
 
     What is not given comes from the environment (`PAGE_PRIMER_REMAP` and so on), then from the

@@ -13,14 +13,13 @@ from dataclasses import dataclass, field, replace
 
 from page_primer import _core, backing, plan, smaps, survey
 from page_primer.measure import measure
+from page_primer.memory import Memory
 from page_primer.move import Key, NotMoved, Primed, carry_out, fault_in, key_of, put_back
 from page_primer.options import Options
-from page_primer.plan import Left, Lock
+from page_primer.plan import Left, Lock, Range
 from page_primer.report import ObjectReport, Report
 from page_primer.smaps import Mapping, overlapping
 from page_primer.survey import Object, Survey
-
-Range = tuple[int, int]  # addresses
 
 
 @dataclass
@@ -38,6 +37,8 @@ class Process:
     notes: dict[Key, tuple[str, ...]] = field(default_factory=dict)
     locked: dict[Range, Lock] = field(default_factory=dict)
     refused: dict[Range, tuple[Lock, OSError]] = field(default_factory=dict)
+    withheld: list[Lock] = field(default_factory=list)  # for want of memory
+    memory: Memory | None = None  # what was to be had when that was decided
     hosts_locks: list[Range] = field(default_factory=list)  # made by others than us
     huge: int = 0  # bytes of moved regions on huge pages, when last measured
     report: Report | None = None
@@ -54,12 +55,13 @@ class Process:
                 last = self.report = self._measure((), smaps.read_smaps(), began)
             return replace(last, pid=self.pid, moved=(), milliseconds=_since(began))
         self.report = None  # should this not come to its end
+        held = self._held()  # by the parent too, so that locking it here takes no memory
         if child:
             self.locked.clear()
             self.hosts_locks.clear()
-        moved = self._move_new(options)
+        moved = self._move_new(options, held)
         self._lock_again_for_host(moved)
-        self._lock(plan.locks(self.objects, smaps.read_maps(), options))
+        self._lock_new(moved, options, held)
         mappings = smaps.read_smaps()
         if self._take_back_small(moved, mappings):
             mappings = smaps.read_smaps()
@@ -91,6 +93,7 @@ class Process:
                 _core.unlock(start, end - start)
         self.locked.clear()
         self.refused.clear()
+        self.withheld.clear()
         for key, primed in list(self.primed.items()):
             try:
                 put_back(primed)
@@ -112,12 +115,13 @@ class Process:
 
     # -------------------------------------------------------------------------------- moving ---
 
-    def _move_new(self, options: Options) -> list[Key]:
+    def _move_new(self, options: Options, held: Sequence[Range]) -> list[Key]:
         """Survey the process and move what can be moved and is not yet; returns what was."""
         found = self._as_it_was_before_us(survey.take())
         self._note_hosts_locks(found)
         used = sum(p.bytes for p in self.primed.values() if not p.object.interpreter)
-        planned = plan.make(found, options, used)
+        planned = plan.make(found, options, used, held)
+        self.memory = found.memory
         self.left, self.notes = {}, {}
         for left in planned.left:
             self.left.setdefault(key_of(left.object), []).append(left)
@@ -238,6 +242,21 @@ class Process:
                 with contextlib.suppress(OSError):
                     _core.lock(region.start, region.end - region.start)
 
+    def _held(self) -> list[Range]:
+        """The ranges that we have copied or locked: they take no more memory."""
+        moved = [(r.start, r.end) for primed in self.primed.values() for r in primed.regions]
+        return [*moved, *self.locked]
+
+    def _lock_new(self, moved: Iterable[Key], options: Options, held: Sequence[Range]) -> None:
+        """Lock what is not locked yet, as far as memory allows beside what was moved."""
+        wanted = plan.locks(self.objects, smaps.read_maps(), options)
+        room = plan.memory_room(self.memory, options, held)
+        objects = [self.primed[key].object for key in moved]
+        room -= sum(plan.size_of(obj) for obj in objects)
+        paid = [*held, *((s.start, s.end) for obj in objects for s in obj.segments)]
+        allowed, self.withheld = plan.affordable(wanted, room, paid)
+        self._lock(allowed)
+
     def _lock(self, wanted: Iterable[Lock]) -> None:
         self.refused.clear()
         for lock in wanted:
@@ -260,16 +279,20 @@ class Process:
         limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
         over = refusal is not None and refusal.errno in (errno.ENOMEM, errno.EPERM, errno.EAGAIN)
         refused = sum(end - start for start, end in self.refused)
+        withheld = sum(lock.end - lock.start for lock in self.withheld)
         explicit = self.options.explicit if self.options else frozenset()
         return Report(
             pid=self.pid,
             reason=None,
             objects=tuple(self._measure_object(obj, mappings) for obj in self.objects),
             moved=tuple(self.primed[key].object.path for key in moved),
-            lock_wanted_bytes=refused + sum(end - start for start, end in self.locked),
+            lock_wanted_bytes=refused + withheld + sum(end - start for start, end in self.locked),
             lock_refused_bytes=refused,
+            lock_withheld_bytes=withheld,
             lock_refusal=backing.reason_of(refusal) if refusal else None,
             lock_limit=limit if over and limit != resource.RLIM_INFINITY else None,
+            memory=self.memory,
+            memory_share=self.options.memory_share if self.options else None,
             warn=tuple(sorted(explicit & {"remap", "mlock", "backing"})),
             milliseconds=_since(began),
             threads=_core.threads(),

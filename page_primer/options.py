@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict, get_args
 
 BACKINGS = ("auto", "image", "memfd", "anonymous", "hugetlb")
 
@@ -14,22 +16,30 @@ BACKINGS = ("auto", "image", "memfd", "anonymous", "hugetlb")
 # user should decide.
 DEFAULT_LIMIT = 64 << 20
 
+# All that a web worker has mapped fits a container of 128 MiB, and the interpreter one of 64 MiB;
+# three quarters of what is there stay for the application to grow into.
+DEFAULT_MEMORY_SHARE = 0.25
+
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _TRUE = ("1", "true", "yes", "on")
 _FALSE = ("0", "false", "no", "off")
+
+
+Mlock = Literal["all", "code"]
 
 
 class OptionValues(TypedDict, total=False):
     """The keyword arguments of `page_primer.prime()`."""
 
     remap: bool
-    mlock: bool
+    mlock: Mlock | bool
     backing: str
     merge: bool
     keep_profilers: bool
     include: Iterable[str] | str | None
     exclude: Iterable[str] | str | None
     limit: int | str
+    memory_share: float | str
     image_dir: str | os.PathLike[str] | None
 
 
@@ -43,13 +53,14 @@ class Options:
 
     enabled: bool = True
     remap: bool = True
-    mlock: bool = True
+    mlock: Mlock | Literal[False] = "all"
     backing: str = "auto"
     merge: bool = True
     keep_profilers: bool = True
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     limit: int = DEFAULT_LIMIT
+    memory_share: float = DEFAULT_MEMORY_SHARE
     image_dir: str | None = None
     explicit: frozenset[str] = field(default=frozenset(), compare=False)
 
@@ -83,13 +94,26 @@ class Options:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "explicit"}
 
 
+def _truth(value: Any) -> bool | None:
+    text = str(value).strip().lower() if isinstance(value, str | int) else ""
+    return text in _TRUE if text in _TRUE + _FALSE else None
+
+
 def _flag(name: str, value: Any) -> bool:
-    if isinstance(value, bool):
-        return value
-    text = str(value).strip().lower()
-    if isinstance(value, str | int) and text in _TRUE + _FALSE:
-        return text in _TRUE
-    raise ValueError(f"{name} must be true or false (1/0, yes/no, on/off), not {value!r}")
+    truth = _truth(value)
+    if truth is None:
+        raise ValueError(f"{name} must be true or false (1/0, yes/no, on/off), not {value!r}")
+    return truth
+
+
+def _mlock(name: str, value: Any) -> str | bool:
+    text = value.strip().lower() if isinstance(value, str) else ""
+    if text in get_args(Mlock):
+        return text
+    truth = _truth(value)
+    if truth is None:
+        raise ValueError(f'{name} must be "all" (or true), "code" or false, not {value!r}')
+    return truth and "all"
 
 
 def _backing(name: str, value: Any) -> str:
@@ -125,6 +149,16 @@ def _bytes(name: str, value: Any) -> int:
     return value
 
 
+def _share(name: str, value: Any) -> float:
+    number = math.nan
+    if isinstance(value, str | int | float) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError, OverflowError):
+            number = float(value)
+    if not 0 < number <= 1:
+        raise ValueError(f"{name} must be a number above 0 and up to 1, not {value!r}")
+    return number
+
+
 def _directory(name: str, value: Any) -> str | None:
     if value is None:
         return None
@@ -138,12 +172,13 @@ def _directory(name: str, value: Any) -> str | None:
 
 _PARSERS = {
     "remap": _flag,
-    "mlock": _flag,
+    "mlock": _mlock,
     "backing": _backing,
     "merge": _flag,
     "keep_profilers": _flag,
     "include": _patterns,
     "exclude": _patterns,
     "limit": _bytes,
+    "memory_share": _share,
     "image_dir": _directory,
 }

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
-from page_primer import _core
+from page_primer import _core, memory
+from page_primer.memory import Memory
 from page_primer.smaps import Mapping, overlapping, read_maps, read_smaps
 
 PT_LOAD, PT_DYNAMIC = 1, 2
@@ -133,6 +134,7 @@ class Survey:
     thp_disabled: bool  # PR_SET_THP_DISABLE
     threads: int
     loads: tuple[int, int]  # the loader's counters
+    memory: Memory | None = None  # what is to be had, where known
     mappings: Sequence[Mapping] = field(default=(), repr=False)
 
 
@@ -168,7 +170,13 @@ def take() -> Survey:
                         main=index == 0, inside=interpreter)
             )  # fmt: skip
     return Survey(
-        tuple(objects), pmd, _core.thp_disabled(), _core.threads(), (adds, subs), mappings
+        tuple(objects),
+        pmd,
+        _core.thp_disabled(),
+        _core.threads(),
+        (adds, subs),
+        memory.read(),
+        mappings,
     )
 
 
