@@ -14,8 +14,9 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from page_primer import memory
 from page_primer.options import Options
-from page_primer.report import Report
+from page_primer.report import Report, shortage
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -75,7 +76,7 @@ def restore() -> Report:
 
 
 def _on_process(action: Callable[[Process], Report]) -> Report:
-    reason = _unsupported()
+    reason = _unsupported() or _too_little_memory()
     if reason is None:
         try:
             from page_primer import apply
@@ -95,6 +96,14 @@ def _on_process(action: Callable[[Process], Report]) -> Report:
             except Exception as error:
                 reason = f"{type(error).__name__}: {error}"
     return Report(pid=os.getpid(), reason=reason)
+
+
+def _too_little_memory() -> str | None:
+    """The modules that prime take a few megabytes themselves, which may be the last ones."""
+    found = memory.read() if "page_primer.apply" not in sys.modules else None
+    if found is None or found.available >= memory.WORKING:
+        return None
+    return f"too little memory, {shortage(found)}"
 
 
 def _unsupported() -> str | None:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from page_primer.memory import Memory
+from page_primer.memory import WORKING, Memory
 from page_primer.options import Options
 from page_primer.report import OVER_LIMIT, OVER_MEMORY
 from page_primer.smaps import Mapping, overlapping
@@ -30,10 +30,6 @@ NO_CODE = "no code"
 NO_CHUNK = "no whole huge page"
 PROFILERS_HEAD = "kept for profilers"
 WRITABLE = "writable"
-
-# What writing images takes beside them: pyelftools, a block of one huge page, the survey itself
-# (measured: 7 MiB).
-WORKING_MEMORY = 8 << 20
 
 Range = tuple[int, int]  # addresses
 
@@ -112,7 +108,7 @@ def make(survey: Survey, options: Options, used: int = 0, held: Iterable[Range] 
     room = options.limit - used
     held = _disjoint(held)
     memory = memory_room(survey.memory, options, held)
-    spare = survey.memory.available - WORKING_MEMORY if survey.memory else memory
+    spare = survey.memory.available - WORKING if survey.memory else memory
     for obj in sorted(survey.objects, key=_heat):
         reason = _refusal(obj, survey, options)
         move = None if reason else _move(obj, survey.pmd_size, options)
@@ -129,7 +125,8 @@ def make(survey: Survey, options: Options, used: int = 0, held: Iterable[Range] 
             size = size_of(obj)
             left += explain(obj, move.image, survey.pmd_size)
         else:
-            size = _lock_size(obj, options, held)  # it will be locked where it is
+            # It will be locked where it is; if it must be less than all, then the code.
+            size = _lock_size(obj, options, held, code_only=reason == OVER_MEMORY)
             left += [Left(obj, s.start, s.end, s.kind, _why(s, reason)) for s in obj.segments]
         if size <= memory:
             memory -= size
@@ -156,10 +153,11 @@ def size_of(obj: Object) -> int:
     return sum(segment.end - segment.start for segment in obj.segments)
 
 
-def _lock_size(obj: Object, options: Options, held: Sequence[Range]) -> int:
+def _lock_size(obj: Object, options: Options, held: Sequence[Range], code_only: bool) -> int:
     if not options.mlock or not _selected(obj, options):
         return 0
-    wanted = [s for s in obj.segments if options.mlock != "code" or s.kind == "code"]
+    code_only |= options.mlock == "code"
+    wanted = [s for s in obj.segments if s.kind == "code" or not code_only]
     return sum(_outside(s.start, s.end, held) for s in wanted)
 
 

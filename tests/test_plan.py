@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from page_primer import plan
-from page_primer.memory import Memory
+from page_primer.memory import WORKING, Memory
 from page_primer.options import Options
 from page_primer.smaps import Mapping
 from page_primer.survey import PF_R, PF_W, PF_X, Object, Segment, Source, Survey
@@ -265,11 +265,14 @@ def test_memory_goes_to_the_hottest_first():
         ("code", plan.OVER_MEMORY), ("data", plan.WRITABLE),
     }  # fmt: skip
     # What is held is available no longer, and counts: nothing is added by asking again.
-    taken = [(0, python)]
+    objects[-1] = debian_python(problem="already remapped")
+    taken = [(s.start, s.end) for s in objects[-1].segments]
     assert moved(4 * (python + 9 * MIB) - python, held=taken) == paths[1:2]
+    assert moved(4 * (python + 9 * MIB) - python - 4, held=taken) == []
+    objects[-1] = debian_python()
     # With room for everything there is still a second copy to be kept in mind, and ourselves.
-    assert moved(2 * python + plan.WORKING_MEMORY, memory_share=1) == paths[:1]
-    assert moved(2 * python + plan.WORKING_MEMORY - 1, memory_share=1) == []
+    assert moved(2 * python + WORKING, memory_share=1) == paths[:1]
+    assert moved(2 * python + WORKING - 1, memory_share=1) == []
 
 
 def test_what_is_not_moved_keeps_its_share_of_memory_for_the_lock():
