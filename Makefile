@@ -3,6 +3,7 @@
 # make test    the whole test suite
 # make lint    formatting, lint rules, types
 # make bench   what priming costs
+# make bench-pressure    what locking buys when memory is short (root)
 # make kernels Debian's Python under other kernels, in qemu
 #
 # Each does all the set-up it needs, in .venv and (as root on Debian) with apt-get.
@@ -12,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py page_primer/_core.c
 
-.PHONY: demo demo-celery test lint bench kernels clean
+.PHONY: demo demo-celery test lint bench bench-pressure kernels clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/gunicorn/demo.py
@@ -23,7 +24,7 @@ demo-celery: $(VENV)/.demo-celery
 
 test: $(VENV)/.dev
 	tools/system-packages gdb:gdb ps:procps setpriv:util-linux readelf:binutils \
-	    redis-server:redis-server
+	    redis-server:redis-server perf:linux-perf
 	$(BIN)/pytest
 
 lint: $(VENV)/.dev
@@ -33,6 +34,11 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/prime_cost.py
+
+bench-pressure: $(VENV)/.dev
+	tools/system-packages vmtouch:vmtouch perf:linux-perf redis-server:redis-server
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[bench]"
+	$(BIN)/python benchmarks/pressure.py --celery --plot docs/pressure
 
 # Of Debian's own Python, whatever $(PYTHON) is; the runner is named by KERNEL_BOOT.
 kernels:

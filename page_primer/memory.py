@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from page_primer import mounts
 
-# What priming takes beside copies and locks, bytes: pyelftools, a block of one huge page, the survey
-# (measured: 7 MiB), or, in a process that is not primed yet, modules of our own (4 MiB).
+# What priming takes beside copies and locks, bytes: pyelftools, a block of one huge page, the
+# survey (measured: 7 MiB), or, in a process that is not primed yet, modules of our own (4 MiB).
 WORKING = 8 << 20
 
 # (limit, bytes in use, their part in the page cache that can be reclaimed: keys of memory.stat),
