@@ -58,8 +58,9 @@ VARIANTS = {
 }
 PACKAGES = ("gunicorn", "flask", "werkzeug", "jinja2", "markupsafe", "click", "itsdangerous",
             "blinker", "packaging", "elftools", "celery", "kombu", "vine", "billiard", "amqp",
-            "redis", "dateutil", "six.py", "tzdata", "click_didyoumean", "click_plugins",
-            "click_repl", "prompt_toolkit", "wcwidth", "typing_extensions.py")  # fmt: skip
+            "redis", "dateutil", "six.py", "tzdata", "tzlocal", "exceptiongroup",
+            "click_didyoumean", "click_plugins", "click_repl", "prompt_toolkit", "wcwidth",
+            "typing_extensions.py")  # fmt: skip
 
 APP = """
 import json, os, re, resource, sqlite3, decimal, hashlib
@@ -111,7 +112,7 @@ os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def private_copy(home: Path) -> None:
-    """A copy of this interpreter, the libraries and packages it uses here, out of the page cache."""
+    """Copy this interpreter, the libraries and packages it uses here, and drop them from memory."""
     version = f"python{sys.version_info[0]}.{sys.version_info[1]}"
     (home / "bin").mkdir(parents=True)
     (home / "lib").mkdir()
@@ -151,6 +152,20 @@ def drop(home: Path) -> None:
             os.close(fd)
 
 
+def environment(home: Path) -> dict[str, str]:
+    """What makes a private copy use itself alone."""
+    return {
+        "PYTHONHOME": str(home), "PYTHONPATH": str(home / "site"),
+        "LD_LIBRARY_PATH": str(home / "lib"),
+    }  # fmt: skip
+
+
+def stream_through(cgroup: Cgroup, path: Path) -> None:
+    """The neighbour."""
+    command = [*cgroup.wrapper, "/usr/bin/env", "-i", sys._base_executable, "-I", "-S"]
+    subprocess.run([*command, "-c", NEIGHBOUR, str(path), "2"], check=True)
+
+
 class Served:
     """A variant: its cgroup, its files, its server, and what was measured of it."""
 
@@ -166,8 +181,7 @@ class Served:
         python = next((self.home / "bin").iterdir())
         self.env = {
             **{k: v for k, v in os.environ.items() if not k.startswith(("PAGE_PRIMER", "PYTHON"))},
-            "PYTHONHOME": str(self.home), "PYTHONPATH": str(self.home / "site"),
-            "LD_LIBRARY_PATH": str(self.home / "lib"), "C_FORCE_ROOT": "1",
+            **environment(self.home), "C_FORCE_ROOT": "1",
             "PAGE_PRIMER_IMAGE_DIR": str(self.home / "images"), **VARIANTS[name],
         }  # fmt: skip
         if broker:
@@ -216,10 +230,7 @@ class Served:
             connection.close()
 
     def press(self) -> None:
-        subprocess.run(
-            [*self.cgroup.wrapper, "/usr/bin/python3", "-c", NEIGHBOUR, str(self.stream), "2"],
-            check=True,
-        )
+        stream_through(self.cgroup, self.stream)
 
     def round(self) -> None:
         """Pressure, one request, and then some in quiet."""

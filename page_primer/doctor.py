@@ -947,7 +947,7 @@ def judge_available(memory: Memory | None, share: float, wanted: int) -> Check:
     if memory.where == "/proc/meminfo":
         return Check(name, WARNING, text, "give the machine more memory, or end other processes")
     need = memory.limit + int(wanted / share) - memory.available
-    size = -(-need >> 20)
+    size = (-(-need >> 20)) + 4  # what is in use differs from one moment to the next
     fix = (
         f"MemoryMax={size}M (systemd), --memory={size}m (Docker), "
         f"resources: {{limits: {{memory: {size}Mi}}}} (Kubernetes)"
