@@ -3,6 +3,7 @@
 # make test    the whole test suite
 # make lint    formatting, lint rules, types
 # make bench   what priming costs
+# make bench-pressure    what locking buys when memory is short (root)
 # make tools-matrix   every tool on every interpreter and backing; writes docs/tools.md
 # make kernels Debian's Python under other kernels, in qemu
 #
@@ -11,9 +12,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml setup.py page_primer/_core.c
+SOURCES := pyproject.toml setup.py page_primer/_core.c page_primer/launcher.c
 
-.PHONY: demo demo-celery test lint bench tools-matrix kernels clean
+.PHONY: demo demo-celery test lint bench bench-pressure tools-matrix kernels clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/gunicorn/demo.py
@@ -35,6 +36,11 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/prime_cost.py
+
+bench-pressure: $(VENV)/.dev
+	tools/system-packages vmtouch:vmtouch perf:linux-perf redis-server:redis-server
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[bench]"
+	$(BIN)/python benchmarks/pressure.py --celery --plot docs/pressure
 
 # In Debian, an interpreter in an archive, to build a position-independent one from.
 PIE_ARCHIVE = /usr/lib/python3.11/config-3.11-$(shell uname -m)-linux-gnu/libpython3.11-pic.a

@@ -13,7 +13,7 @@ import os
 import sys
 
 from page_primer.options import Options
-from page_primer.report import Report
+from page_primer.report import Report, shortage
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -37,7 +37,8 @@ def prime(options: Options | None = None, /, **values: Unpack[OptionValues]) -> 
     Args:
         options: ready-made options; then `values` must be empty.
         remap: move code onto huge pages.
-        mlock: lock what ELF objects have mapped, the hottest code first.
+        mlock: lock what ELF objects have mapped, the hottest code first: "all" of it (or True), or
+            the "code" alone; False for nothing.
         backing: "auto", or one of "image", "memfd", "anonymous", "hugetlb".
         merge: let read-only data share a huge page with code, and so become executable. Without it,
             only ranges of one protection are moved.
@@ -46,6 +47,8 @@ def prime(options: Options | None = None, /, **values: Unpack[OptionValues]) -> 
         include: only objects whose path or file name matches one of these fnmatch patterns.
         exclude: no objects whose path or file name matches one of these fnmatch patterns.
         limit: bytes to copy at most for objects other than the interpreter; "64M" works too.
+        memory_share: of the memory that is available to this process (of the machine, and within
+            the limits of its memory cgroups), the share that copies and locks may take at most.
         image_dir: the directory for images, absolute; by default the first that fits.
 
     What is not given comes from the environment (`PAGE_PRIMER_REMAP` and so on), then from the
@@ -74,7 +77,7 @@ def restore() -> Report:
 
 
 def on_process(action: Callable[[Process], Report]) -> Report:
-    reason = _unsupported()
+    reason = _unsupported() or _too_little_memory()
     if reason is None:
         try:
             from page_primer import apply
@@ -94,6 +97,18 @@ def on_process(action: Callable[[Process], Report]) -> Report:
             except Exception as error:
                 reason = f"{type(error).__name__}: {error}"
     return Report(pid=os.getpid(), reason=reason)
+
+
+def _too_little_memory() -> str | None:
+    """The modules that prime take a few megabytes themselves, which may be the last ones."""
+    if "page_primer.apply" in sys.modules:
+        return None
+    from page_primer import memory
+
+    found = memory.read()
+    if found is None or found.available >= memory.WORKING:
+        return None
+    return f"too little memory, {shortage(found)}"
 
 
 def _unsupported() -> str | None:

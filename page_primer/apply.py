@@ -12,9 +12,10 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from page_primer import _core, backing, plan, smaps, store, survey
 from page_primer.measure import measure
+from page_primer.memory import Memory
 from page_primer.move import Key, NotMoved, Primed, carry_out, fault_in, key_of, put_back
 from page_primer.options import Options
-from page_primer.plan import Left, Lock, Move, Region
+from page_primer.plan import Left, Lock, Move, Range, Region
 from page_primer.record import replace
 from page_primer.report import ObjectReport, Report
 from page_primer.smaps import Mapping, overlapping
@@ -23,8 +24,6 @@ from page_primer.survey import Object, Survey
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from page_primer.perfmap import PerfMap
-
-Range = tuple[int, int]  # addresses
 
 
 class Process:
@@ -42,8 +41,10 @@ class Process:
         self.notes: dict[Key, tuple[str, ...]] = {}
         self.locked: dict[Range, Lock] = {}
         self.refused: dict[Range, tuple[Lock, OSError]] = {}
+        self.withheld: list[Lock] = []  # for want of memory
+        self.memory: Memory | None = None  # what was to be had when that was decided
         self.start_note: tuple[str, ...] = ()  # how the process was started, if not as wanted
-        self.held: dict[str, int] = {}  # images that we were started from, and locks on them
+        self.image_locks: dict[str, int] = {}  # images that we were started from, and locks on them
         self.perf_map: PerfMap | None = None
         self.hosts_locks: list[Range] = []  # made by others than us
         self.huge = 0  # bytes of moved regions on huge pages, when last measured
@@ -62,16 +63,17 @@ class Process:
                 last = self.report = self._measure((), smaps.read_smaps(), began)
             return replace(last, pid=self.pid, moved=(), milliseconds=_since(began))
         self.report = None  # should this not come to its end
+        held = self._held()  # by the parent too, so that locking it here takes no memory
         if child:
             self.locked.clear()
             self.hosts_locks.clear()
-        moved = self._move_new(options)
-        mappings = self._lock_and_look(moved, options)
+        moved = self._move_new(options, held)
+        mappings = self._lock_and_look(moved, options, held)
         # Of the first backing that could be prepared, smaps was not asked yet.
         if self._move_small_again(moved, mappings, options):
-            mappings = self._lock_and_look(moved, options)
+            mappings = self._lock_and_look(moved, options, held)
             if self._take_back_small(moved, mappings):
-                mappings = self._lock_and_look(moved, options)
+                mappings = self._lock_and_look(moved, options, held)
         for key in moved:
             start = self.primed[key].regions[0].start
             for mapping in overlapping(mappings, start, start + 1):
@@ -122,6 +124,7 @@ class Process:
                 _core.unlock(start, end - start)
         self.locked.clear()
         self.refused.clear()
+        self.withheld.clear()
         for key, primed in list(self.primed.items()):
             try:
                 put_back(primed)
@@ -143,12 +146,13 @@ class Process:
 
     # -------------------------------------------------------------------------------- moving ---
 
-    def _move_new(self, options: Options) -> dict[Key, Move]:
+    def _move_new(self, options: Options, held: Sequence[Range]) -> dict[Key, Move]:
         """Survey the process and move what can be moved and is not yet; returns what was."""
         found = self._as_it_was_before_us(survey.take())
         self._note_hosts_locks(found)
         used = sum(p.bytes for p in self.primed.values() if not p.object.interpreter)
-        planned = plan.make(found, options, used)
+        planned = plan.make(found, options, used, held)
+        self.memory = found.memory
         self.left, self.notes = {}, {}
         for left in planned.left:
             self.left.setdefault(key_of(left.object), []).append(left)
@@ -159,8 +163,8 @@ class Process:
         for obj in found.objects:
             if obj.native:
                 fault_in(plan.native_regions(obj))
-                if obj.path not in self.held:
-                    self.held[obj.path] = store.hold(obj.path)
+                if obj.path not in self.image_locks:
+                    self.image_locks[obj.path] = store.hold(obj.path)
         places = backing.directories(options) if planned.moves else []
         return {
             key_of(move.object): move
@@ -313,12 +317,21 @@ class Process:
                 if mapping.is_locked and not any(a < end and start < b for a, b in known):
                     self.hosts_locks.append((start, end))
 
-    def _lock_and_look(self, moved: Collection[Key], options: Options) -> Sequence[Mapping]:
-        """Lock what is there after the moves, and read what came of both."""
+    def _lock_and_look(
+        self, moved: Collection[Key], options: Options, held: Sequence[Range]
+    ) -> Sequence[Mapping]:
+        """Lock what is there after the moves, as far as memory allows beside them, and read what
+        came of both. What was `held` before takes no more memory."""
         self._lock_again_for_host(moved)
         loaded = _core.loads() != self.loads
         mappings = self._survey_again(moved) if loaded else smaps.read_maps()
-        self._lock(plan.locks(self.objects, mappings, options))
+        wanted = plan.locks(self.objects, mappings, options)
+        room = plan.memory_room(self.memory, options, held)
+        objects = [self.primed[key].object for key in moved]
+        room -= sum(plan.size_of(obj) for obj in objects)
+        paid = [*held, *((s.start, s.end) for obj in objects for s in obj.segments)]
+        allowed, self.withheld = plan.affordable(wanted, room, paid)
+        self._lock(allowed)
         return smaps.read_smaps()
 
     def _lock_again_for_host(self, moved: Iterable[Key]) -> None:
@@ -328,6 +341,11 @@ class Process:
             if any(low < region.end and region.start < high for low, high in self.hosts_locks):
                 with contextlib.suppress(OSError):
                     _core.lock(region.start, region.end - region.start)
+
+    def _held(self) -> list[Range]:
+        """The ranges that we have copied or locked: they take no more memory."""
+        moved = [(r.start, r.end) for primed in self.primed.values() for r in primed.regions]
+        return [*moved, *self.locked]
 
     def _lock(self, wanted: Iterable[Lock]) -> None:
         self.refused.clear()
@@ -351,17 +369,21 @@ class Process:
         limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
         over = refusal is not None and refusal.errno in (errno.ENOMEM, errno.EPERM, errno.EAGAIN)
         refused = sum(end - start for start, end in self.refused)
+        withheld = sum(lock.end - lock.start for lock in self.withheld)
         explicit = self.options.explicit if self.options else frozenset()
         return Report(
             pid=self.pid,
             reason=None,
             objects=tuple(self._measure_object(obj, mappings) for obj in self.objects),
             moved=tuple(self.primed[key].object.path for key in moved),
-            lock_wanted_bytes=refused + sum(end - start for start, end in self.locked),
+            lock_wanted_bytes=refused + withheld + sum(end - start for start, end in self.locked),
             lock_refused_bytes=refused,
+            lock_withheld_bytes=withheld,
             lock_refusal=backing.reason_of(refusal) if refusal else None,
             lock_limit=limit if over and limit != resource.RLIM_INFINITY else None,
             perf_map=self._perf_map_outcome(),
+            memory=self.memory,
+            memory_share=self.options.memory_share if self.options else None,
             warn=tuple(sorted(explicit & {"remap", "mlock", "backing"})),
             milliseconds=_since(began),
             threads=_core.threads(),

@@ -162,6 +162,8 @@ def _status(given: argparse.Namespace) -> int:
             ]
         )
         _show_table(("object", "code", "huge", "locked", "copied", "shared", "PSS", "on"), rows)
+        if process.unlocked:
+            print(f"  {process.unlocked}")
     return 0 if any(process.problem is None for process in processes) else 1
 
 

@@ -19,12 +19,14 @@ from typing import Any
 from page_primer import _unsupported, mounts
 from page_primer.mounts import Mount, mount_of
 from page_primer.options import Options
-from page_primer.report import mib, percent
+from page_primer.report import memlock_for, memlock_remedy, mib, percent, shortage
 
 try:
     from page_primer import _core, backing, plan, survey
     from page_primer.elf import PF_R, PF_X
+    from page_primer.memory import Memory
     from page_primer.plan import Plan, Region
+    from page_primer.status import CAP_IPC_LOCK
     from page_primer.survey import Object, Survey
     from page_primer.trial import Trial, try_directory, try_lock, try_memory
 except ImportError as error:  # not Linux, or built without the C core: examine() says so
@@ -36,7 +38,6 @@ OK, INFO, WARNING, PROBLEM = "ok", "info", "warning", "problem"
 
 _THP = "/sys/kernel/mm/transparent_hugepage"
 _HUGETLB = "/sys/kernel/mm/hugepages"
-_CAP_IPC_LOCK = 14  # linux/capability.h
 _PLENTY = 0.9  # share of the interpreter's code that is worth no remark
 
 
@@ -249,6 +250,7 @@ class _Examination:
                 lambda: [judge_backing(self.trials, self.layout(), options, settings.kernel)],
             ),
             ("locking", self.locking),
+            ("available memory", self.available),
         ]
 
     @property
@@ -318,6 +320,12 @@ class _Examination:
             return
         code, everything = lock_sizes(*self.seen(), self.options)
         yield judge_locking(self.process, code, everything, try_lock(code), try_lock(everything))
+
+    def available(self) -> Iterator[Check]:
+        found, planned = self.seen()
+        _, wanted = lock_sizes(found, planned, self.options)
+        wanted = max(wanted, sum(plan.size_of(move.object) for move in planned.moves))
+        yield judge_available(found.memory, self.options.memory_share, wanted)
 
 
 def _words(error: Exception) -> str:
@@ -497,7 +505,7 @@ def read_process() -> Process:
         mdwe=mdwe,
         soft=limit(soft),
         hard=limit(hard),
-        capable=bool(int(status.get("CapEff", "0"), 16) >> _CAP_IPC_LOCK & 1),
+        capable=bool(int(status.get("CapEff", "0"), 16) >> CAP_IPC_LOCK & 1),
         locked=int(status.get("VmLck", "0")) << 10,
     )
 
@@ -905,14 +913,39 @@ def judge_locking(
     if process.soft is None or process.locked + everything <= process.soft:
         # A sandbox, then: there is no limit to raise.
         return Check("locking", PROBLEM, f"{what}; mlock refused ({refused}) despite {limits}")
-    need = -(-(process.locked + everything) >> 20) + 1
-    fix = (
-        f"LimitMEMLOCK={need}M (systemd), --ulimit memlock={need << 20} (Docker) "
-        f"or ulimit -l {need << 10}"
-    )
-    if process.hard is None or need << 20 <= process.hard:
+    need = process.locked + everything
+    fix = memlock_remedy(need)
+    if process.hard is None or memlock_for(need) <= process.hard:
         fix += ", which needs no privilege here"
     if code_refused is None:
         text = f"{what}: the code fits, everything does not: {limits}"
         return Check("locking", WARNING, text, fix)
     return Check("locking", PROBLEM, f"{what}: not even the code fits: {limits}", fix)
+
+
+def judge_available(memory: Memory | None, share: float, wanted: int) -> Check:
+    """Whether the machine's memory and its cgroups' allow what is to be copied and locked.
+
+    Args:
+        memory: what is to be had.
+        share: of that, what may be taken.
+        wanted: bytes to copy and to lock.
+    """
+    name = "available memory"
+    if memory is None:
+        return Check(name, INFO, "unknown: /proc/meminfo and the memory cgroup are not readable")
+    text = (
+        f"{shortage(memory)}; page-primer takes {100 * share:g} % of that at most, "
+        f"{mib(int(share * memory.available))}, and wants {mib(wanted)}"
+    )
+    if wanted <= share * memory.available:
+        return Check(name, OK, text)
+    if memory.where == "/proc/meminfo":
+        return Check(name, WARNING, text, "give the machine more memory, or end other processes")
+    need = memory.limit + int(wanted / share) - memory.available
+    size = (-(-need >> 20)) + 4  # what is in use differs from one moment to the next
+    fix = (
+        f"MemoryMax={size}M (systemd), --memory={size}m (Docker), "
+        f"resources: {{limits: {{memory: {size}Mi}}}} (Kubernetes)"
+    )
+    return Check(name, WARNING, text, fix)

@@ -2,38 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from page_primer.record import Record
 
 
 class Mount(Record):
-    """The file system that a path is, or would be, on."""
+    """A mounted file system."""
 
     point: str
     filesystem: str
     options: frozenset[str] = frozenset()
+    root: str = "/"  # the directory of the file system that is mounted there
 
 
-def mount_of(path: str, mountinfo: str) -> Mount:
-    """The mount that an absolute path without symbolic links belongs to.
+def parse(mountinfo: str) -> Iterator[Mount]:
+    """The mounts in the text of /proc/self/mountinfo.
 
-    From /proc/self/mountinfo (proc(5)): the mount point is the fifth field, the mount's options are
+    From proc(5): the root is the fourth field, the mount point the fifth, the mount's options are
     the sixth; type, source and the file system's options follow a lone hyphen.
     """
-    best = Mount("", "")
     for line in mountinfo.splitlines():
         left, _, right = line.partition(" - ")
         fields, rest = left.split(" "), right.split(" ")
-        if len(fields) < 6 or len(rest) < 3:
-            continue
-        point = fields[4]
-        if "\\" in point:
-            import re  # too slow an import for what is so rare
-
-            point = re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), point)
-        inside = path == point or path.startswith(point.rstrip("/") + "/")
-        if inside and len(point) >= len(best.point):
+        if len(fields) >= 6 and len(rest) >= 3:
             options = {*fields[5].split(","), *rest[2].split(",")}
-            best = Mount(point, rest[0], frozenset(options))
+            yield Mount(_plain(fields[4]), rest[0], frozenset(options), _plain(fields[3]))
+
+
+def _plain(field: str) -> str:
+    if "\\" in field:
+        import re  # too slow an import for what is so rare
+
+        field = re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), field)
+    return field
+
+
+def mount_of(path: str, mountinfo: str) -> Mount:
+    """The mount that an absolute path without symbolic links belongs to."""
+    best = Mount("", "")
+    for mount in parse(mountinfo):
+        inside = path == mount.point or path.startswith(mount.point.rstrip("/") + "/")
+        if inside and len(mount.point) >= len(best.point):
+            best = mount
     return best
 
 

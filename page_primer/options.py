@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 from collections.abc import Iterable, Mapping
 
@@ -9,13 +11,15 @@ from page_primer.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, TypedDict
+    from typing import Any, Literal, TypedDict
+
+    Mlock = Literal["all", "code"]
 
     class OptionValues(TypedDict, total=False):
         """The keyword arguments of `page_primer.prime()`."""
 
         remap: bool
-        mlock: bool
+        mlock: Mlock | bool
         backing: str
         merge: bool
         keep_profilers: bool
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
         include: Iterable[str] | str | None
         exclude: Iterable[str] | str | None
         limit: int | str
+        memory_share: float | str
         image_dir: str | os.PathLike[str] | None
 
 
@@ -32,6 +37,10 @@ BACKINGS = ("auto", "image", "memfd", "anonymous", "hugetlb")
 # worker touches is far less; what exceeds this is one framework of hundreds of megabytes, whose
 # user should decide.
 DEFAULT_LIMIT = 64 << 20
+
+# All that a web worker has mapped fits a container of 128 MiB, and the interpreter one of 64 MiB;
+# three quarters of what is there stay for the application to grow into.
+DEFAULT_MEMORY_SHARE = 0.25
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _TRUE = ("1", "true", "yes", "on")
@@ -47,7 +56,7 @@ class Options(Record, aside=("explicit",)):
 
     enabled: bool = True
     remap: bool = True
-    mlock: bool = True
+    mlock: Mlock | Literal[False] = "all"
     backing: str = "auto"
     merge: bool = True
     keep_profilers: bool = True
@@ -55,6 +64,7 @@ class Options(Record, aside=("explicit",)):
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     limit: int = DEFAULT_LIMIT
+    memory_share: float = DEFAULT_MEMORY_SHARE
     image_dir: str | None = None
     explicit: frozenset[str] = frozenset()
 
@@ -88,13 +98,26 @@ class Options(Record, aside=("explicit",)):
         return {name: getattr(self, name) for name in ("enabled", *NAMES)}
 
 
+def _truth(value: Any) -> bool | None:
+    text = str(value).strip().lower() if isinstance(value, str | int) else ""
+    return text in _TRUE if text in _TRUE + _FALSE else None
+
+
 def flag(name: str, value: Any) -> bool:
-    if isinstance(value, bool):
-        return value
-    text = str(value).strip().lower()
-    if isinstance(value, str | int) and text in _TRUE + _FALSE:
-        return text in _TRUE
-    raise ValueError(f"{name} must be true or false (1/0, yes/no, on/off), not {value!r}")
+    truth = _truth(value)
+    if truth is None:
+        raise ValueError(f"{name} must be true or false (1/0, yes/no, on/off), not {value!r}")
+    return truth
+
+
+def _mlock(name: str, value: Any) -> str | bool:
+    text = value.strip().lower() if isinstance(value, str) else ""
+    if text in ("all", "code"):
+        return text
+    truth = _truth(value)
+    if truth is None:
+        raise ValueError(f'{name} must be "all" (or true), "code" or false, not {value!r}')
+    return truth and "all"
 
 
 def _backing(name: str, value: Any) -> str:
@@ -130,6 +153,16 @@ def _bytes(name: str, value: Any) -> int:
     return value
 
 
+def _share(name: str, value: Any) -> float:
+    number = math.nan
+    if isinstance(value, str | int | float) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError, OverflowError):
+            number = float(value)
+    if not 0 < number <= 1:
+        raise ValueError(f"{name} must be a number above 0 and up to 1, not {value!r}")
+    return number
+
+
 def _directory(name: str, value: Any) -> str | None:
     if value is None:
         return None
@@ -143,7 +176,7 @@ def _directory(name: str, value: Any) -> str | None:
 
 _PARSERS = {
     "remap": flag,
-    "mlock": flag,
+    "mlock": _mlock,
     "backing": _backing,
     "merge": flag,
     "keep_profilers": flag,
@@ -151,6 +184,7 @@ _PARSERS = {
     "include": _patterns,
     "exclude": _patterns,
     "limit": _bytes,
+    "memory_share": _share,
     "image_dir": _directory,
 }
 

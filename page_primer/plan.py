@@ -8,13 +8,15 @@ chunk that holds any code becomes r-x, another r--; around them the span keeps i
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 from page_primer.elf import PF_R, PF_X
+from page_primer.memory import WORKING, Memory
 from page_primer.options import Options
 from page_primer.record import Record
-from page_primer.report import OVER_LIMIT
+from page_primer.report import OVER_LIMIT, OVER_MEMORY
 from page_primer.smaps import Mapping, overlapping
 from page_primer.survey import Object, Segment, Survey
 
@@ -28,6 +30,8 @@ NO_CODE = "no code"
 NO_CHUNK = "no whole huge page"
 PROFILERS_HEAD = "kept for profilers"
 WRITABLE = "writable"
+
+Range = tuple[int, int]  # addresses
 
 
 class Region(Record):
@@ -85,17 +89,21 @@ class Lock(Record):
     on_fault: bool
 
 
-def make(survey: Survey, options: Options, used: int = 0) -> Plan:
+def make(survey: Survey, options: Options, used: int = 0, held: Iterable[Range] = ()) -> Plan:
     """Plan the moves, the hottest object first.
 
     Args:
         survey: the process as found.
         options: what the caller wants.
         used: bytes of the limit that earlier moves of this process have taken.
+        held: what this process has copied or locked before.
     """
     moves: list[Move] = []
     left: list[Left] = []
     room = options.limit - used
+    held = _disjoint(held)
+    memory = memory_room(survey.memory, options, held)
+    spare = survey.memory.available - WORKING if survey.memory else memory
     for obj in sorted(survey.objects, key=_heat):
         if obj.native:
             left += explain(obj, native_regions(obj), survey.pmd_size)
@@ -106,14 +114,66 @@ def make(survey: Survey, options: Options, used: int = 0) -> Plan:
             reason = reason or NO_CHUNK
         elif not obj.interpreter and move.bytes > room:
             reason = OVER_LIMIT
+        elif size_of(obj) > memory or 2 * size_of(obj) > spare:
+            # Twice: of the object that moves there may be two copies, the best and the one tried.
+            reason = OVER_MEMORY
         if move is not None and not reason:
             moves.append(move)
             room -= 0 if obj.interpreter else move.bytes
-        if move is not None and not reason:
+            size = size_of(obj)
             left += explain(obj, move.image, survey.pmd_size)
         else:
+            # It will be locked where it is; if it must be less than all, then the code.
+            size = _lock_size(obj, options, held, code_only=reason == OVER_MEMORY)
             left += [Left(obj, s.start, s.end, s.kind, _why(s, reason)) for s in obj.segments]
+        if size <= memory:
+            memory -= size
+            spare -= size
     return Plan(tuple(moves), tuple(left))
+
+
+def memory_room(memory: Memory | None, options: Options, held: Iterable[Range]) -> int:
+    """Bytes of memory that may yet be copied to, or locked.
+
+    Args:
+        memory: what is to be had; None where nothing is known.
+        options: what the caller wants.
+        held: what was copied or locked before. It is available no longer, and counts as taken.
+    """
+    if memory is None:
+        return sys.maxsize
+    taken = sum(end - start for start, end in _disjoint(held))
+    return int(options.memory_share * (memory.available + taken)) - taken
+
+
+def size_of(obj: Object) -> int:
+    """Bytes of memory that an object takes once it is moved and locked."""
+    return sum(segment.end - segment.start for segment in obj.segments)
+
+
+def _lock_size(obj: Object, options: Options, held: Sequence[Range], code_only: bool) -> int:
+    if not options.mlock or not _selected(obj, options):
+        return 0
+    code_only |= options.mlock == "code"
+    wanted = [s for s in obj.segments if s.kind == "code" or not code_only]
+    return sum(_outside(s.start, s.end, held) for s in wanted)
+
+
+def _disjoint(ranges: Iterable[Range]) -> list[Range]:
+    """The same addresses in ascending ranges, none of which overlap or touch."""
+    found: list[Range] = []
+    for start, end in sorted(ranges):
+        if found and start <= found[-1][1]:
+            start, last = found.pop()
+            end = max(end, last)
+        found.append((start, end))
+    return found
+
+
+def _outside(start: int, end: int, disjoint: Iterable[Range]) -> int:
+    """Bytes of a range that none of `disjoint` covers."""
+    covered = (min(end, high) - max(start, low) for low, high in disjoint)
+    return end - start - sum(size for size in covered if size > 0)
 
 
 def native_regions(obj: Object) -> list[Region]:
@@ -148,7 +208,7 @@ def explain(obj: Object, regions: Sequence[Region], pmd: int) -> list[Left]:
     return left
 
 
-def _inside(low: int, high: int, ranges: Iterable[tuple[int, int]]) -> bool:
+def _inside(low: int, high: int, ranges: Iterable[Range]) -> bool:
     return any(start <= low and high <= end for start, end in ranges)
 
 
@@ -177,6 +237,8 @@ def locks(
             if not mapping.permissions.startswith("r"):
                 continue  # the loader's PROT_NONE gaps
             kind = "data" if mapping.writable else "code" if mapping.executable else "rodata"
+            if options.mlock == "code" and kind != "code":
+                continue
             worth = {"code": 0 if obj.interpreter else 1, "rodata": 2, "data": 3}[kind]
             # A whole mapping, unless it grew beyond the object (.bss beside other memory).
             lock = Lock(
@@ -186,6 +248,29 @@ def locks(
             wanted.append(((worth, rank), lock))
     wanted.sort(key=lambda item: item[0])
     return tuple(lock for _, lock in wanted)
+
+
+def affordable(
+    wanted: Iterable[Lock], room: int, held: Iterable[Range]
+) -> tuple[list[Lock], list[Lock]]:
+    """Divide locks, in the order of their worth, into those that memory allows, and the rest.
+
+    Args:
+        wanted: what locks() says.
+        room: bytes of memory that may be taken.
+        held: ranges that take no more, for they were copied or locked before.
+    """
+    held = _disjoint(held)
+    allowed: list[Lock] = []
+    withheld: list[Lock] = []
+    for lock in wanted:
+        cost = _outside(lock.start, lock.end, held)
+        if cost > max(room, 0):
+            withheld.append(lock)
+            continue
+        room -= cost
+        allowed.append(lock)
+    return allowed, withheld
 
 
 def _heat(obj: Object) -> tuple[bool, int]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 from page_primer.record import Record, asdict
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import logging
     from typing import Any, Protocol
+
+    from page_primer.memory import Memory
 
     class Logger(Protocol):
         """What `Report.log()` needs: logging.Logger has it, and so has gunicorn's logger."""
@@ -17,7 +21,9 @@ if TYPE_CHECKING:
         def warning(self, msg: str, *args: Any) -> Any: ...
 
 
-OVER_LIMIT = "over the limit"  # a reason for leaving code alone that is worth its own words
+# Reasons for leaving code alone that are worth words of their own.
+OVER_LIMIT = "over the limit"
+OVER_MEMORY = "short of memory"
 
 
 class SegmentReport(Record):
@@ -77,6 +83,9 @@ class Report(Record):
     lock_refusal: str | None = None  # in the kernel's words
     lock_limit: int | None = None  # RLIMIT_MEMLOCK; None: no limit
     perf_map: str | None = None  # the perf map's path, or why it was not written
+    lock_withheld_bytes: int = 0  # not tried, to leave memory to others
+    memory: Memory | None = None  # what was to be had then
+    memory_share: float | None = None  # of it, what copies and locks may take
     warn: tuple[str, ...] = ()  # what was asked for by name: "remap", "mlock"
     milliseconds: float = 0.0
     threads: int = 0
@@ -113,9 +122,7 @@ class Report(Record):
 
     def __str__(self) -> str:
         lines = [self.summary()]
-        shortfall = self._lock_shortfall()
-        if shortfall:
-            lines.append(shortfall)
+        lines += filter(None, (self._lock_shortfall(), self._memory_shortfall()))
         return "\n".join([*lines, *(f"  {line}" for line in self._details())])
 
     def log(self, logger: Logger | logging.Logger, *, since: Report | None = None) -> None:
@@ -127,23 +134,26 @@ class Report(Record):
             since: an earlier report, of this process or of the one it was forked from. Then only
                 what differs is worth a line above DEBUG.
         """
-        left_out = self._left_out()
+        left_out = self._left_out(OVER_LIMIT)
         if (
             since is None
             or self.moved
             or self.reason != since.reason
-            or left_out != since._left_out()
+            or left_out != since._left_out(OVER_LIMIT)
         ):
             logger.info("page-primer: %s", self.summary())
             for line in self._details():
                 logger.debug("page-primer: %s", line)
         elif self.pid != since.pid:
             logger.debug("page-primer: as before, %.1f ms", self.milliseconds)
-        shortfall = self._lock_shortfall()
-        if shortfall and (since is None or shortfall != since._lock_shortfall()):
-            core = self.interpreter
-            needed = "mlock" in self.warn or (core is not None and not core.locked_bytes)
-            (logger.warning if needed else logger.info)("page-primer: %s", shortfall)
+        core = self.interpreter
+        needed = "mlock" in self.warn or (core is not None and not core.locked_bytes)
+        for shortfall, before in (
+            (self._lock_shortfall(), since and since._lock_shortfall()),
+            (self._memory_shortfall(), since and since._memory_shortfall()),
+        ):
+            if shortfall and shortfall != before:
+                (logger.warning if needed else logger.info)("page-primer: %s", shortfall)
         missed = self._remap_shortfall()
         if missed and (since is None or missed != since._remap_shortfall()):
             logger.warning("page-primer: %s", missed)
@@ -163,7 +173,7 @@ class Report(Record):
         parts.append(
             f"{mib(self.code_huge_bytes)} of {mib(self.code_bytes)} in {len(self.objects)} objects"
         )
-        left_out = self._left_out()
+        left_out = self._left_out(OVER_LIMIT)
         if left_out:
             parts.append(f"over the limit: {', '.join(left_out)}")
         parts.append(f"{mib(self.locked_bytes)} locked")
@@ -175,18 +185,17 @@ class Report(Record):
             done += f", {self.threads} threads"
         return f"{'; '.join(parts)}; {done}"
 
-    def _left_out(self) -> list[str]:
-        """The objects that the limit left out, with the size of their code."""
+    def _left_out(self, reason: str) -> list[str]:
+        """The objects that were left out for a reason, with the size of their code."""
         return [
             f"{obj.name} ({mib(obj.code_bytes)})"
             for obj in self.objects
-            if obj.backing is None and OVER_LIMIT in _reasons(obj)
+            if obj.backing is None and reason in _reasons(obj)
         ]
 
     def _lock_shortfall(self) -> str | None:
         if not self.lock_refused_bytes:
             return None
-        wanted = -(-self.lock_wanted_bytes >> 20) + 1
         text = (
             f"{mib(self.lock_refused_bytes)} of {mib(self.lock_wanted_bytes)} not locked "
             f"({self.lock_refusal})"
@@ -195,8 +204,23 @@ class Report(Record):
             return text
         return (
             f"{text}: RLIMIT_MEMLOCK is {mib(self.lock_limit)}; "
-            f"allow it with LimitMEMLOCK={wanted}M (systemd), "
-            f"--ulimit memlock={wanted << 20} (Docker) or ulimit -l {wanted << 10}"
+            f"allow it with {memlock_remedy(self.lock_wanted_bytes)}"
+        )
+
+    def _memory_shortfall(self) -> str | None:
+        """What was not done lest memory run short."""
+        unmoved = self._left_out(OVER_MEMORY)
+        if self.memory is None or not (unmoved or self.lock_withheld_bytes):
+            return None
+        parts = [f"not moved: {', '.join(unmoved)}"] if unmoved else []
+        if self.lock_withheld_bytes:
+            parts.append(
+                f"{mib(self.lock_withheld_bytes)} of {mib(self.lock_wanted_bytes)} not locked"
+            )
+        return (
+            f"to leave memory to others, {' and '.join(parts)}: {shortage(self.memory)}, of which "
+            f"page-primer takes {100 * (self.memory_share or 0):g} % at most; "
+            "raise that limit, or PAGE_PRIMER_MEMORY_SHARE"
         )
 
     def _remap_shortfall(self) -> str | None:
@@ -242,6 +266,30 @@ def _reasons(obj: ObjectReport) -> list[str]:
 def image_place(path: str) -> str:
     """An image's path, for people: its store, rather than the folder named after its content."""
     return f"image in {path.rsplit('/', 2)[0]}"
+
+
+def memlock_for(size: int) -> int:
+    """The RLIMIT_MEMLOCK that lets so many bytes be locked, with a little room: whole MiB."""
+    return (-(-size >> 20) + 1) << 20
+
+
+def memlock_remedy(size: int) -> str:
+    """The lines that let a process lock so many bytes."""
+    limit = memlock_for(size)
+    if "KUBERNETES_SERVICE_HOST" in os.environ:  # a pod has no such limit of its own to set
+        return (
+            "securityContext: {capabilities: {add: [IPC_LOCK]}} where the container runs as root, "
+            f"or LimitMEMLOCK={limit >> 20}M for the node's container runtime"
+        )
+    return (
+        f"LimitMEMLOCK={limit >> 20}M (systemd), --ulimit memlock={limit} (Docker) "
+        f"or ulimit -l {limit >> 10}"
+    )
+
+
+def shortage(memory: Memory) -> str:
+    """What is to be had, and where the limit is, for people."""
+    return f"{mib(memory.available)} available of {mib(memory.limit)} ({memory.where})"
 
 
 def mib(size: int) -> str:

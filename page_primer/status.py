@@ -16,8 +16,11 @@ from typing import Any
 from page_primer import elf
 from page_primer.elf import PROGRAM_HEADER, PT_LOAD
 from page_primer.measure import measure
+from page_primer.report import memlock_remedy, mib
 from page_primer.smaps import Mapping, overlapping, read_smaps, total
 from page_primer.survey import Segment, is_native, page_size, pmd_size, segments_of
+
+CAP_IPC_LOCK = 14  # linux/capability.h
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class ObjectStatus:
     code_bytes: int
     code_huge_bytes: int
     locked_bytes: int
+    lockable_bytes: int  # mapped, and not by the loader's PROT_NONE gaps
     copied_bytes: int  # of the read-only span, not mapped from the object's own file
     shared_bytes: int  # resident, of the read-only span, and mapped by other processes too
     pss_bytes: int  # resident, of the read-only span, divided by the processes that map it
@@ -43,15 +47,32 @@ class ProcessStatus:
     command: str
     objects: tuple[ObjectStatus, ...] = ()
     locked_bytes: int = 0  # VmLck: all of the process, not only ELF objects
+    lock_limit: int | None = None  # RLIMIT_MEMLOCK; None: there is none, or CAP_IPC_LOCK
     problem: str | None = None
 
     def sum(self, name: str) -> int:
         """One number of all objects, by its field name."""
         return sum(getattr(obj, name) for obj in self.objects)
 
+    @property
+    def unlocked(self) -> str | None:
+        """What is not locked and why, with the remedy; None where all that can be locked is."""
+        wanted, locked = self.sum("lockable_bytes"), self.sum("locked_bytes")
+        if locked >= wanted:
+            return None
+        text = f"{mib(wanted - locked)} of {mib(wanted)} not locked"
+        # Locks of something else may take their part of the limit.
+        if self.lock_limit is None or self.locked_bytes - locked + wanted <= self.lock_limit:
+            return f"{text}, which nothing forbids: not asked for, or see its log"
+        return (
+            f"{text}: RLIMIT_MEMLOCK is {mib(self.lock_limit)}; "
+            f"allow it with {memlock_remedy(self.locked_bytes - locked + wanted)}"
+        )
+
     def as_dict(self) -> dict[str, Any]:
         """Plain data, ready for json.dumps()."""
         data = asdict(self)
+        data["unlocked"] = self.unlocked
         for name in ("code_bytes", "code_huge_bytes", "copied_bytes", "shared_bytes", "pss_bytes"):
             data[name] = self.sum(name)
         return data
@@ -93,10 +114,11 @@ def examine(pid: int) -> ProcessStatus:
         return ProcessStatus(pid, 0, "", problem="no such process")
     try:
         mappings = read_smaps(pid)
-        locked = _locked(pid)
+        locked, limit = _locked(pid), _lock_limit(pid)
     except OSError as error:
         return replace(status, problem=f"cannot read its mappings: {error.strerror}")
-    return replace(status, objects=tuple(_objects(pid, mappings)), locked_bytes=locked)
+    objects = tuple(_objects(pid, mappings))
+    return replace(status, objects=objects, locked_bytes=locked, lock_limit=limit)
 
 
 def _objects(pid: int, mappings: Sequence[Mapping]) -> Iterator[ObjectStatus]:
@@ -122,6 +144,9 @@ def _objects(pid: int, mappings: Sequence[Mapping]) -> Iterator[ObjectStatus]:
             code_bytes=sum(s.bytes for s in code),
             code_huge_bytes=sum(s.huge_bytes for s in code),
             locked_bytes=sum(s.locked_bytes for s in segments),
+            lockable_bytes=sum(
+                min(m.end, last) - max(m.start, first) for m in here if m.permissions[0] == "r"
+            ),
             copied_bytes=sum(m.size for m in moved),
             shared_bytes=total(span, "Shared_Clean") + total(span, "Shared_Dirty"),
             pss_bytes=total(span, "Pss"),
@@ -191,10 +216,22 @@ def _parent(pid: int) -> int:
 
 
 def _locked(pid: int) -> int:
-    for line in _read(f"/proc/{pid}/status").decode(errors="replace").splitlines():
-        if line.startswith("VmLck:"):
-            return int(line.split()[1]) << 10
-    return 0
+    return int(_field(pid, "status", "VmLck:", "0")) << 10
+
+
+def _lock_limit(pid: int) -> int | None:
+    limit = _field(pid, "limits", "Max locked memory", "unlimited")
+    if limit == "unlimited" or int(_field(pid, "status", "CapEff:", "0"), 16) >> CAP_IPC_LOCK & 1:
+        return None
+    return int(limit)
+
+
+def _field(pid: int, name: str, title: str, default: str) -> str:
+    """What follows a title in /proc/PID/NAME."""
+    for line in _read(f"/proc/{pid}/{name}").decode(errors="replace").splitlines():
+        if line.startswith(title):
+            return line.removeprefix(title).split()[0]
+    return default
 
 
 def _read(path: str) -> bytes:

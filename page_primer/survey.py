@@ -6,8 +6,9 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 
-from page_primer import _core, elf
+from page_primer import _core, elf, memory
 from page_primer.elf import PF_R, PF_W, PF_X, PROGRAM_HEADER, PT_LOAD
+from page_primer.memory import Memory
 from page_primer.record import Record, replace
 from page_primer.smaps import Mapping, overlapping, read_maps, read_smaps
 
@@ -123,6 +124,7 @@ class Survey(Record, aside=("mappings",)):
     thp_disabled: bool  # PR_SET_THP_DISABLE
     threads: int
     loads: tuple[int, int]  # the loader's counters
+    memory: Memory | None = None  # what is to be had, where known
     mappings: Sequence[Mapping] = ()
 
 
@@ -152,7 +154,8 @@ def take(
     Args:
         read: what reads its mappings. With read_maps, which is faster, what only smaps tells
             (resident code, VmFlags) counts as none.
-        known: objects to be taken over as they are, where they are still loaded.
+        known: objects to be taken over as they are, where they are still loaded. With them it is
+            not asked again what memory is to be had.
 
     Raises:
         OSError: /proc is not readable.
@@ -172,7 +175,13 @@ def take(
                         main=index == 0, inside=interpreter)
             )  # fmt: skip
     return Survey(
-        tuple(objects), pmd, _core.thp_disabled(), _core.threads(), (adds, subs), mappings
+        tuple(objects),
+        pmd,
+        _core.thp_disabled(),
+        _core.threads(),
+        (adds, subs),
+        None if as_known else memory.read(),
+        mappings,
     )
 
 

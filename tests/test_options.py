@@ -13,7 +13,7 @@ from page_primer.options import DEFAULT_LIMIT, Options
 def test_defaults():
     options = Options.load({}, {})
     assert (options.enabled, options.remap, options.mlock, options.backing) == (
-        True, True, True, "auto",
+        True, True, "all", "auto",
     )  # fmt: skip
     assert (options.limit, options.explicit) == (DEFAULT_LIMIT, frozenset())
 
@@ -29,14 +29,15 @@ def test_environment_sets_and_arguments_win():
         "PAGE_PRIMER_INCLUDE": "libpython*, libssl*",
         "PAGE_PRIMER_EXCLUDE": "*/numpy/*",
         "PAGE_PRIMER_LIMIT": "12M",
+        "PAGE_PRIMER_MEMORY_SHARE": "0.5",
         "PAGE_PRIMER_IMAGE_DIR": "/srv/images",
     }
     options = Options.load({"backing": "image", "mlock": True}, environ)
     assert options == Options(
-        remap=False, mlock=True, backing="image", merge=False, keep_profilers=False,
+        remap=False, mlock="all", backing="image", merge=False, keep_profilers=False,
         perf_map=True,
         include=("libpython*", "libssl*"), exclude=("*/numpy/*",), limit=12 << 20,
-        image_dir="/srv/images",
+        memory_share=0.5, image_dir="/srv/images",
     )  # fmt: skip
     assert "limit" in options.explicit
 
@@ -48,6 +49,21 @@ def test_empty_variable_is_unset():
 @pytest.mark.parametrize("value", ["0", "false", "No", "off"])
 def test_off_switch_beats_arguments(value):
     assert not Options.load({"remap": True}, {"PAGE_PRIMER": value}).enabled
+
+
+@pytest.mark.parametrize(
+    ("value", "mlock"),
+    [("all", "all"), (" Code ", "code"), (True, "all"), (1, "all"), ("on", "all"),
+     (False, False), ("off", False), (0, False), ("No", False)],
+)  # fmt: skip
+def test_mlock_is_all_or_code_or_off(value, mlock):
+    assert Options.load({"mlock": value}, {}).mlock == mlock
+    assert Options.load({}, {"PAGE_PRIMER_MLOCK": str(value)}).mlock == mlock
+
+
+@pytest.mark.parametrize("value", [1, 1.0, "1", 0.001, "0.5", " .25 "])
+def test_shares(value):
+    assert Options.load({"memory_share": value}, {}).memory_share == float(value)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +82,10 @@ def test_sizes(text, size):
         ("limit", 1.5), ("limit", "1.5M"), ("limit", "٣"), ("backing", "tape"), ("backing", []),
         ("remap", "maybe"), ("remap", 2), ("mlock", None), ("image_dir", "images"),
         ("image_dir", "/a\0b"),
-        ("limit", "9" * 5000),
+        ("limit", "9" * 5000), ("mlock", "some"), ("mlock", 2), ("mlock", ["code"]),
+        ("memory_share", 0), ("memory_share", -0.5), ("memory_share", 1.01),
+        ("memory_share", "25%"), ("memory_share", True), ("memory_share", None),
+        ("memory_share", "nan"), ("memory_share", 10**400),
     ],
 )  # fmt: skip
 def test_bad_value_is_named_in_one_line(name, value):
@@ -90,6 +109,10 @@ def test_unknown_option_is_named():
 def test_bad_variable_is_named():
     with pytest.raises(ValueError, match="PAGE_PRIMER_LIMIT must be"):
         Options.load({}, {"PAGE_PRIMER_LIMIT": "lots"})
+    with pytest.raises(ValueError, match='PAGE_PRIMER_MLOCK must be "all"'):
+        Options.load({}, {"PAGE_PRIMER_MLOCK": "rodata"})
+    with pytest.raises(ValueError, match="PAGE_PRIMER_MEMORY_SHARE must be a number above 0"):
+        Options.load({}, {"PAGE_PRIMER_MEMORY_SHARE": "0"})
     with pytest.raises(ValueError, match="PAGE_PRIMER must be true or false"):
         Options.load({}, {"PAGE_PRIMER": "perhaps"})
 

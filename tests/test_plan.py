@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from page_primer import plan
+from page_primer.memory import WORKING, Memory
 from page_primer.options import Options
 from page_primer.smaps import Mapping
 from page_primer.survey import PF_R, PF_W, PF_X, Object, Segment, Source, Survey
@@ -29,9 +30,10 @@ def obj(*segments, path="/lib/x.so", **more):
     return Object(name=path, path=path, headers=b"", segments=segments, **more)
 
 
-def make(*objects, used=0, pmd=PMD, thp_disabled=False, **options):
-    survey = Survey(objects, pmd, thp_disabled, 1, (1, 0))
-    return plan.make(survey, Options(**options), used)
+def make(*objects, used=0, held=(), available=None, pmd=PMD, thp_disabled=False, **options):
+    memory = None if available is None else Memory(available, 1 << 40, "/proc/meminfo")
+    survey = Survey(objects, pmd, thp_disabled, 1, (1, 0), memory)
+    return plan.make(survey, Options(**options), used, held)
 
 
 def ranges(regions):
@@ -204,14 +206,15 @@ def test_disabled_thp_does_not_concern_hugetlb():
     assert make(debian_python(), thp_disabled=True, backing="hugetlb").moves
 
 
-def test_the_limit_is_spent_on_the_hottest_and_the_interpreter_always_fits():
-    def library(n, resident):
-        start = (n + 1) << 30
-        return obj(
-            segment(start, 8 * MIB, PF_R | PF_X), segment(start + 8 * MIB, MIB, PF_R | PF_W),
-            path=f"/lib/{n}.so", resident_code=resident,
-        )  # fmt: skip
+def library(n, resident):
+    start = (n + 1) << 30
+    return obj(
+        segment(start, 8 * MIB, PF_R | PF_X), segment(start + 8 * MIB, MIB, PF_R | PF_W),
+        path=f"/lib/{n}.so", resident_code=resident,
+    )  # fmt: skip
 
+
+def test_the_limit_is_spent_on_the_hottest_and_the_interpreter_always_fits():
     libraries = [library(n, n * MIB) for n in range(1, 5)]
     planned = make(*libraries, debian_python(), limit=15 * MIB)  # 8 MiB each
     paths = [move.object.path for move in planned.moves]
@@ -235,8 +238,76 @@ def test_locks_are_ordered_by_worth():
         ("/usr/bin/python3.11", "data"), ("/lib/y.so", "data"),
     ]  # fmt: skip
     assert [lock.on_fault for lock in locks] == [False] * 6 + [True] * 2
+    code = plan.locks([library, python], mappings, Options(mlock="code"))
+    assert code == locks[:2]
     assert plan.locks([python], mappings, Options(mlock=False)) == ()
     assert plan.locks([python], mappings, Options(exclude=("python*",))) == ()
+
+
+def test_memory_goes_to_the_hottest_first():
+    """Each library here takes 9 MiB, the interpreter 6.8."""
+    objects = [*(library(n, n * MIB) for n in range(1, 5)), debian_python()]
+    paths = [move.object.path for move in make(*objects).moves]
+    assert paths[:2] == ["/usr/bin/python3.11", "/lib/4.so"]
+    python = plan.size_of(debian_python())
+
+    def moved(available, **more):
+        return [m.object.path for m in make(*objects, available=available, **more).moves]
+
+    assert moved(1 << 30) == paths
+    # A quarter of what is available, not even for the interpreter more.
+    assert moved(4 * (python + 9 * MIB)) == paths[:2]
+    assert moved(4 * (python + 9 * MIB) - 4) == paths[:1]
+    assert moved(4 * python - 4) == []
+    assert moved(4 * python) == paths[:1]
+    left = make(*objects, available=4 * python).left
+    assert {(p.kind, p.reason) for p in left if p.object.path == "/lib/4.so"} == {
+        ("code", plan.OVER_MEMORY), ("data", plan.WRITABLE),
+    }  # fmt: skip
+    # What is held is available no longer, and counts: nothing is added by asking again.
+    objects[-1] = debian_python(problem="already remapped")
+    taken = [(s.start, s.end) for s in objects[-1].segments]
+    assert moved(4 * (python + 9 * MIB) - python, held=taken) == paths[1:2]
+    assert moved(4 * (python + 9 * MIB) - python - 4, held=taken) == []
+    objects[-1] = debian_python()
+    # With room for everything there is still a second copy to be kept in mind, and ourselves.
+    assert moved(2 * python + WORKING, memory_share=1) == paths[:1]
+    assert moved(2 * python + WORKING - 1, memory_share=1) == []
+
+
+def test_what_is_not_moved_keeps_its_share_of_memory_for_the_lock():
+    """The hotter object has no whole huge page, but is to be locked."""
+    small = obj(segment(0x1000, MIB, PF_R | PF_X), path="/lib/small.so", resident_code=9 * MIB)
+    big = library(1, MIB)
+    room = plan.size_of(small) + plan.size_of(big)
+    assert make(small, big, available=4 * room).moves != ()
+    assert make(small, big, available=4 * room - 4).moves == ()
+    assert make(small, big, available=4 * room - 4, mlock=False).moves != ()
+    assert make(small, big, available=4 * room - 4, exclude=("small.so",)).moves != ()
+    locked = [(0x1000, 0x1000 + MIB)]
+    assert make(small, big, available=4 * room - MIB, held=locked).moves != ()
+
+
+def test_locks_are_divided_by_worth_and_what_is_held_is_free():
+    locks = [
+        plan.Lock(debian_python(), start, end, "code", False)
+        for start, end in ((0, 4 * PAGE), (4 * PAGE, 6 * PAGE), (6 * PAGE, 7 * PAGE))
+    ]
+    assert plan.affordable(locks, 7 * PAGE, ()) == (locks, [])
+    assert plan.affordable(locks, 6 * PAGE, ()) == (locks[:2], locks[2:])
+    # A smaller one takes what a larger one could not.
+    assert plan.affordable(locks, 3 * PAGE, ()) == (locks[1:], locks[:1])
+    assert plan.affordable(locks, 0, [(0, 4 * PAGE), (5 * PAGE, 7 * PAGE)]) == (
+        [locks[0], locks[2]], [locks[1]],
+    )  # fmt: skip
+    assert plan.affordable(locks, -1, [(PAGE, 6 * PAGE), (0, 2 * PAGE)]) == (locks[:2], locks[2:])
+
+
+def test_without_knowledge_of_memory_nothing_is_withheld():
+    assert plan.memory_room(None, Options(), ()) > 1 << 60
+    some = Memory(10 * MIB, 20 * MIB, "/proc/meminfo")
+    assert plan.memory_room(some, Options(memory_share=0.5), ()) == 5 * MIB
+    assert plan.memory_room(some, Options(memory_share=0.5), [(0, MIB), (0, 2 * MIB)]) == 4 * MIB
 
 
 @st.composite

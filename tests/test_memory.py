@@ -1,0 +1,250 @@
+"""The guard: what memory allows, read from made-up trees of files, and obeyed in real cgroups."""
+
+import json
+import subprocess
+import sys
+
+import outside
+import pytest
+from cgroup import Cgroup
+from process import Process, interpreter
+from test_gunicorn import Gunicorn, require_no_failure
+
+from page_primer import memory
+from page_primer.memory import Memory
+
+MIB = 1 << 20
+
+
+def tree(root, files):
+    for path, text in files.items():
+        file = root / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    return str(root)
+
+
+def machine(available=1 << 20, total=1 << 21):
+    return f"MemTotal: {total} kB\nMemFree: 5 kB\nMemAvailable:   {available} kB\nHugePages: 0\n"
+
+
+V2 = "31 23 0:28 {root} /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n"
+V1 = "35 31 0:32 {root} /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory\n"
+OTHER_V1 = "32 31 0:29 / /sys/fs/cgroup/cpu rw,relatime - cgroup cgroup rw,cpu\n"
+
+
+def stat(inactive=0, active=0, prefix=""):
+    return (
+        f"anon 999\n{prefix}inactive_file {inactive}\n{prefix}active_file {active}\nunevictable 7"
+    )
+
+
+def v2(path, limit="max", high="max", current=0, **pages):
+    at = f"sys/fs/cgroup{path}"
+    return {
+        f"{at}/memory.max": f"{limit}\n", f"{at}/memory.high": f"{high}\n",
+        f"{at}/memory.current": f"{current}\n", f"{at}/memory.stat": stat(**pages),
+    }  # fmt: skip
+
+
+def v1(path, limit, current=0, **pages):
+    at = f"sys/fs/cgroup/memory{path}"
+    return {
+        f"{at}/memory.limit_in_bytes": f"{limit}\n", f"{at}/memory.usage_in_bytes": f"{current}\n",
+        f"{at}/memory.stat": stat(prefix="total_", **pages),
+    }  # fmt: skip
+
+
+def proc(mountinfo, cgroup, meminfo=None):
+    return {
+        "proc/meminfo": machine() if meminfo is None else meminfo,
+        "proc/self/mountinfo": mountinfo, "proc/self/cgroup": cgroup,
+    }  # fmt: skip
+
+
+def test_the_machine_alone(tmp_path):
+    root = tree(tmp_path, proc("", "", machine(100, 4000)))
+    assert memory.read(root) == Memory(100 << 10, 4000 << 10, "/proc/meminfo")
+    assert memory.read(tree(tmp_path / "none", {})) is None
+
+
+def test_version_2_the_tightest_of_all_levels(tmp_path):
+    files = {
+        **proc(OTHER_V1 + V2.format(root="/"), "7:cpu:/x\n0::/pod/app\n"),
+        **v2("/pod/app", limit=100 * MIB, current=50 * MIB, inactive=10 * MIB, active=20 * MIB),
+        **v2("/pod", limit=90 * MIB, high=64 * MIB, current=60 * MIB, inactive=MIB),
+    }
+    root = tree(tmp_path, files)
+    assert [(m.available // MIB, m.where) for m in memory.bounds(root)] == [
+        (1024, "/proc/meminfo"),
+        (80, "/sys/fs/cgroup/pod/app/memory.max"),
+        (31, "/sys/fs/cgroup/pod/memory.max"),
+        (5, "/sys/fs/cgroup/pod/memory.high"),
+    ]
+    assert memory.read(root) == Memory(5 * MIB, 64 * MIB, "/sys/fs/cgroup/pod/memory.high")
+    tree(tmp_path, v2("/pod", limit=90 * MIB, current=91 * MIB))
+    assert memory.read(root).available == 0
+
+
+@pytest.mark.parametrize("path", ["/", "/../elsewhere"])
+def test_version_2_in_a_namespace(tmp_path, path):
+    """A container sees its own cgroup as the root, whatever it is called outside."""
+    files = {**proc(V2.format(root="/"), f"0::{path}\n"), **v2("", limit=40 * MIB, current=MIB)}
+    found = memory.read(tree(tmp_path, files))
+    assert found == Memory(39 * MIB, 40 * MIB, "/sys/fs/cgroup/memory.max")
+
+
+def test_version_1_in_a_container_and_without_a_limit(tmp_path):
+    mounts = OTHER_V1 + V1.format(root="/docker/1f") + V2.format(root="/").replace("group ", "g ")
+    no_limit = 9223372036854771712
+    files = {
+        **proc(mounts, "4:memory:/docker/1f/inner\n1:cpu:/docker/1f\n0::/\n"),
+        **v1("", 32 * MIB, 20 * MIB, active=4 * MIB), **v1("/inner", no_limit, 9 * MIB),
+    }  # fmt: skip
+    found = list(memory.bounds(tree(tmp_path, files)))
+    assert found[1:] == [Memory(16 * MIB, 32 * MIB, "/sys/fs/cgroup/memory/memory.limit_in_bytes")]
+
+
+def test_a_real_cgroup_and_the_one_around_it(python):
+    source = (
+        "from page_primer import memory\n"
+        "result = [list(m) for m in memory.bounds()], memory.read().where"
+    )
+    with Cgroup(96 * MIB) as around, Cgroup(128 * MIB, inside=around) as cgroup:
+        wrapper = cgroup.wrapper
+        with Process(python, wrapper=wrapper) as process:
+            bounds, tightest = process.run(source)
+            assert tightest == f"{around.path}/{around.limit_file}"
+            found = {where: (available, limit) for available, limit, where in bounds}
+            for one in (around, cgroup):
+                available, limit = found[f"{one.path}/{one.limit_file}"]
+                assert limit == one.limit
+                assert limit - one.usage <= available < limit
+            # Of what is anonymous nothing can be reclaimed; of a file that was read all.
+            process.run("block = bytearray(b'x') * (20 << 20)")
+            bounds, _ = process.run(source)
+            more = next(m[0] for m in bounds if m[2] == tightest)
+            before = found[tightest][0]
+            assert before - 24 * MIB < more < before - 16 * MIB
+
+
+SERVING = """
+import json, mmap, os, sys
+LIBRARIES = sys.argv[2:]
+for path in LIBRARIES:
+    __import__(path)
+import page_primer
+report = page_primer.prime(image_dir=sys.argv[1])
+print(json.dumps({"report": report.as_dict(), "said": str(report)}))
+import json.tool, decimal, http.client  # it lives on
+"""
+
+
+@pytest.mark.parametrize("backing", ["auto", "memfd", "anonymous"])
+@pytest.mark.parametrize("limit", [14, 18, 24, 32, 48, 96])
+def test_a_small_cgroup_is_never_killed_by_priming(python, images, limit, backing):
+    """The interpreter and OpenSSL, 5 MiB each, and a limit that the rest of the process fits."""
+    with Cgroup(limit * MIB) as cgroup:
+        done = subprocess.run(
+            [*cgroup.wrapper, python, "-c", SERVING, str(images), "ssl", "sqlite3"],
+            capture_output=True, text=True, check=False,
+            env={"PAGE_PRIMER_BACKING": backing},
+        )  # fmt: skip
+        assert (done.returncode, cgroup.oom_kills) == (0, 0), done.stderr
+        answer = json.loads(done.stdout)
+        report, said = answer["report"], answer["said"]
+        if report["reason"]:
+            assert f"too little memory, {report['reason'].partition(', ')[2]}" in said
+            assert limit < 24
+            return
+        bound = report["memory"]
+        assert bound["limit"] == limit * MIB
+        assert bound["where"].startswith(cgroup.path)
+        copied = sum(obj["copied_bytes"] for obj in report["objects"])
+        locked = report["locked_bytes"]
+        assert max(copied, locked) <= bound["available"] // 4
+        if limit <= 32:
+            assert report["lock_withheld_bytes"] > 0
+            assert "to leave memory to others" in said
+            assert f"of {limit}.0 MiB ({bound['where']})" in said
+        if limit == 96:
+            assert interpreter(report)["code_huge_bytes"] > 0
+            assert report["lock_withheld_bytes"] == 0
+
+
+@pytest.mark.parametrize("limit", [56, 80, 160])
+def test_gunicorn_serves_in_a_small_cgroup(python, images, tmp_path, limit):
+    env = {"PAGE_PRIMER_IMAGE_DIR": str(images)}
+    with Cgroup(limit * MIB) as cgroup:
+        wrapper = cgroup.wrapper
+        with Gunicorn(python, tmp_path, "--workers", "2", env=env, wrapper=wrapper) as server:
+            server.wait_for_workers(2)
+            workers = server.workers
+            for _ in range(20):
+                assert int(server.get()) in workers
+            assert server.get("/late")
+            assert server.workers == workers
+            assert cgroup.oom_kills == 0
+            require_no_failure(server)
+            lines = [message for _, message in server.lines("INFO")]
+            withheld = [line for line in lines if line.startswith("to leave memory to others")]
+            assert bool(withheld) == (limit < 80), lines
+            for line in withheld:
+                assert f"of {limit}.0 MiB ({cgroup.path}" in line
+
+
+def test_a_child_locks_what_its_parent_locked_although_nothing_is_left(python, images):
+    """It is in memory already: to lock it once more takes nothing."""
+    with Cgroup(96 * MIB) as cgroup:
+        wrapper = cgroup.wrapper
+        with Process(python, wrapper=wrapper) as process:
+            report = process.prime(image_dir=str(images))
+            assert report["lock_withheld_bytes"] == 0
+            process.run("block = bytearray(b'x') * (40 << 20)")
+            locked = process.run(
+                "import os\nreading, told = os.pipe()\n"
+                "child = os.fork()\n"
+                "if child == 0:\n"
+                "    import sqlite3\n"  # something new, so that all is gone through again
+                "    report = page_primer.prime(image_dir=%r)\n"
+                "    os.write(told, str(report.locked_bytes).encode()); os._exit(0)\n"
+                "os.waitpid(child, 0); result = int(os.read(reading, 100))" % str(images)
+            )
+            assert locked >= report["locked_bytes"]
+            assert outside.text_of(process.pid).locked
+            assert cgroup.oom_kills == 0
+
+
+def test_the_share_is_an_option(python, images):
+    with Cgroup(48 * MIB) as cgroup:
+        for share in (0.05, 0.9):
+            with Process(python, wrapper=cgroup.wrapper) as process:
+                report = process.prime(image_dir=str(images), memory_share=share)
+                assert (report["lock_withheld_bytes"] > 0) == (share < 0.5)
+                room = share * report["memory"]["available"]
+                assert report["locked_bytes"] <= room
+
+
+def test_doctor_tells_what_memory_allows():
+    source = (
+        "import json; from page_primer import doctor; from page_primer.options import Options\n"
+        "checks = doctor.examine(Options())\n"
+        "print(json.dumps([[c.status, c.found, c.fix] for c in checks if 'available' in c.name]))"
+    )
+    for limit, status in ((40, "warning"), (1024, "ok")):
+        with Cgroup(limit * MIB) as cgroup:
+            done = subprocess.run(
+                [*cgroup.wrapper, sys.executable, "-c", source], capture_output=True, text=True
+            )
+            assert done.returncode == 0, done.stderr
+            ((found, text, fix),) = json.loads(done.stdout)
+            assert found == status
+            assert f"{limit}.0 MiB ({cgroup.path}" in text
+            assert (fix is not None) == (status == "warning")
+        if fix:
+            # The line is right: with that limit it is well.
+            with Cgroup(int(fix.partition("--memory=")[2].partition("m")[0]) * MIB) as cgroup:
+                done = subprocess.run(
+                    [*cgroup.wrapper, sys.executable, "-c", source], capture_output=True, text=True
+                )
+                assert json.loads(done.stdout)[0][0] == "ok", done.stdout
