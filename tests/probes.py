@@ -162,7 +162,7 @@ class Target:
             self.server.__exit__()
         finally:
             shutil.rmtree(self.directory)
-            for pid in processes:
+            for pid in {*processes, self.pid}:  # a worker may have been killed, and another started
                 Path(f"/tmp/perf-{pid}.map").unlink(missing_ok=True)
 
     def get(self, path: str) -> str:
@@ -851,7 +851,8 @@ print(len(re.sub(r"\\d+", "", text)), bool(report.moved))
 def _(target: Target) -> dict[str, int]:
     """A program that primes itself under memcheck. What is told of uninitialised values is
     CPython's own, and prime() runs more of it; accesses to wrong addresses are not."""
-    env = {**target.way.env, "PYTHONMALLOC": "malloc", "PAGE_PRIMER_MLOCK": "0"}
+    env = {**target.way.env, "PYTHONMALLOC": "malloc", "PAGE_PRIMER_MLOCK": "0",
+           "PAGE_PRIMER_PERF_MAP": "0"}  # fmt: skip
     command = [*target.way.wrapper, tool("valgrind"), target.shape.python, "-c", VALGRINDED]
     said = run(*command, env=env)
     result = re.search(r"^(\d+) (True|False)$", said, re.MULTILINE)
