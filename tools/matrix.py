@@ -203,7 +203,7 @@ def versions() -> str:
             said = probes.run(probes.tool(name), "--version")
         except probes.NotHere:
             continue
-        number = re.search(r"\d+\.\d+[\d.]*", said.rpartition(") ")[2] or said)
+        number = re.search(r"\d+\.\d+[\d.]*", said)
         found.append(f"{name} {number[0] if number else '?'}")
     return ", ".join(found)
 
