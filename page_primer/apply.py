@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import resource
@@ -19,6 +18,7 @@ from page_primer.plan import Left, Lock, Move, Range, Region
 from page_primer.record import replace
 from page_primer.report import ObjectReport, Report
 from page_primer.smaps import Mapping, overlapping
+from page_primer.suppress import suppress
 from page_primer.survey import Object, Survey
 
 TYPE_CHECKING = False
@@ -120,7 +120,7 @@ class Process:
         """Put everything back; see page_primer.restore()."""
         began = time.perf_counter()
         for start, end in self.locked:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 _core.unlock(start, end - start)
         self.locked.clear()
         self.refused.clear()
@@ -135,7 +135,7 @@ class Process:
             else:
                 self._forget(key)
         for start, end in self.hosts_locks:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 _core.lock(start, end - start)
         self.hosts_locks.clear()
         self.left.clear()
@@ -210,7 +210,7 @@ class Process:
         ]
         places = backing.directories(options) if small else []
         for key in small:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 self._put_back(key)
                 if not self._move(moved[key], options, places, verified=True):
                     del moved[key]
@@ -221,7 +221,7 @@ class Process:
         not what was asked for. Returns whether there was any."""
         small = [key for key in moved if not self._huge_of(key, mappings)]
         for key in small:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 primed = self.primed[key]
                 self._put_back(key)
                 reason = f"no huge pages after the swap ({primed.prepared.where})"
@@ -239,13 +239,13 @@ class Process:
             del self.locked[low, high]
         for low, high in self.hosts_locks:
             if low < end and start < high:
-                with contextlib.suppress(OSError):
+                with suppress(OSError):
                     _core.lock(low, high - low)
 
     def _undo(self, key: Key) -> None:
         """After an unforeseen failure: what was moved is put back, if it was."""
         if key in self.primed:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 self._put_back(key)
 
     def _regions(self) -> Iterator[Sequence[Region]]:
@@ -339,7 +339,7 @@ class Process:
         split the mapping, and the huge page at its border."""
         for region in [region for key in moved for region in self.primed[key].regions]:
             if any(low < region.end and region.start < high for low, high in self.hosts_locks):
-                with contextlib.suppress(OSError):
+                with suppress(OSError):
                     _core.lock(region.start, region.end - region.start)
 
     def _held(self) -> list[Range]:

@@ -7,7 +7,6 @@ believed only when smaps shows the pages huge.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import os
@@ -19,6 +18,7 @@ from page_primer.elf import PF_X
 from page_primer.options import Options
 from page_primer.plan import Move, Region
 from page_primer.record import Record, replace
+from page_primer.suppress import suppress
 from page_primer.survey import Object
 
 _READ_EXEC = _core.PROT_READ | _core.PROT_EXEC
@@ -95,10 +95,10 @@ class Prepared(Record):
         no longer there, and its place may be somebody else's by now."""
         for piece in self.pieces:
             gone = piece.size if piece.fd < 0 and piece.region.start < moved_below else 0
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 _core.unmap(piece.source + gone, piece.size + _GUARD - gone)
         for fd in self.keep:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 os.close(fd)
 
 
@@ -178,7 +178,7 @@ def _fault_in(piece: Piece, pmd: int) -> None:
     first touch (ext4, xfs), collapse after it (tmpfs; on 6.1 it fails on untouched pages)."""
     low, high = piece.region.huge(pmd)
     # A process, kernel or sandbox without THP says EINVAL to advice; smaps will tell.
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         _core.advise(piece.source, piece.size, _core.MADV_HUGEPAGE)
     _core.populate(piece.source, piece.size)
     if low < high:
@@ -362,9 +362,9 @@ def _fill_shared(fd: int, offset: int, region: Region, obj: Object, pmd: int) ->
     size = region.end - region.start
     address = map_new(size, pmd, 0, _READ_WRITE, _core.MAP_SHARED, fd, offset)
     try:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             _core.advise(address, size, _core.MADV_HUGEPAGE)
-        with contextlib.suppress(OSError):  # Linux before 5.14; a refusal shows below
+        with suppress(OSError):  # Linux before 5.14; a refusal shows below
             _core.advise(address, size, _core.MADV_POPULATE_WRITE)
         _fill(address, region, obj)
     finally:
@@ -398,7 +398,7 @@ def _anonymous(move: Move, pmd: int) -> Iterator[Attempt]:
         kind = _core.MAP_PRIVATE | _core.MAP_ANONYMOUS
         piece = _place(region, move.object, pmd, -1, 0, kind)
         try:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 _core.advise(piece.source, piece.size, _core.MADV_HUGEPAGE)
             _fill(piece.source, region, move.object)
             collapse(piece.source, piece.size)  # up to 6.17 only while it is writable

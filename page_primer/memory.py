@@ -6,12 +6,12 @@ kernel kills a process of the cgroup, or stalls it (memory.high), so the plan ha
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections.abc import Iterator
 
 from page_primer import mounts
 from page_primer.record import Record
+from page_primer.suppress import suppress
 
 # What priming takes beside copies and locks, bytes: our own modules in a process that is not primed
 # yet, a block of one huge page, the survey. Generous: measured were 7 MiB, when more was imported.
@@ -93,7 +93,7 @@ def _inside(path: str, root: str) -> bool:
 def _limits(root: str, directory: str, kind: str, total: int) -> Iterator[Memory]:
     limits, usage, reclaimable = _FILES[kind]
     for name in limits:
-        with contextlib.suppress(ValueError):  # "max", or a file that is not there
+        with suppress(ValueError):  # "max", or a file that is not there
             limit = int(_text(f"{root}{directory}/{name}"))
             if limit >= total:  # version 1 says so where there is no limit
                 continue
@@ -111,6 +111,6 @@ def _numbers(path: str) -> dict[str, int]:
 
 def _text(path: str) -> str:
     """A file's content; empty where there is none to be had."""
-    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
+    with suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
         return file.read()
     return ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 from collections.abc import Iterable, Sequence
@@ -13,6 +12,7 @@ from page_primer.elf import PF_X
 from page_primer.options import Options
 from page_primer.plan import Move, Region
 from page_primer.record import Record
+from page_primer.suppress import suppress
 from page_primer.survey import Object
 
 MODIFIED = "modified in memory"
@@ -143,7 +143,7 @@ def _swap_in(obj: Object, prepared: Prepared) -> None:
         ]
         # Read what is to be compared before the loader's lock is taken: it may come from disk.
         for region in regions:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 size = region.end - region.start
                 _core.advise(region.start, size, _core.MADV_POPULATE_READ)
         _core.swap(obj.base, obj.headers, [piece.swap for piece in prepared.pieces], undo)
@@ -199,7 +199,7 @@ def put_back(primed: Primed) -> None:
         if between is not None:
             between.unmap()
         for source, length in areas:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 _core.unmap(source, length)
         os.close(fd)
 
@@ -211,7 +211,7 @@ def _is_wrong(prepared: Prepared, obj: Object, error: OSError) -> bool:
         return False
     address = error.start
     piece = next(p for p in prepared.pieces if p.region.start <= address < p.region.end)
-    with contextlib.suppress(OSError), open(obj.path, "rb") as original:
+    with suppress(OSError), open(obj.path, "rb") as original:
         for _, _, offset in backing.originals(Region(address, address + 1, 0), obj):
             original.seek(offset)
             there = piece.offset + address - piece.region.start
@@ -222,9 +222,9 @@ def _is_wrong(prepared: Prepared, obj: Object, error: OSError) -> bool:
 def fault_in(regions: Sequence[Region]) -> None:
     """Have the regions mapped, by huge entries where possible; smaps will tell."""
     for region in regions:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             _core.advise(region.start, region.end - region.start, _core.MADV_HUGEPAGE)
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             # Never by reading: the object may have been unloaded.
             size = region.end - region.start
             _core.advise(region.start, size, _core.MADV_POPULATE_READ)

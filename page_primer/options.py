@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 from collections.abc import Iterable, Mapping
 
 from page_primer.record import Record
+from page_primer.suppress import suppress
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def _bytes(name: str, value: Any) -> int:
 def _share(name: str, value: Any) -> float:
     number = math.nan
     if isinstance(value, str | int | float) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError, OverflowError):
+        with suppress(ValueError, OverflowError):
             number = float(value)
     if not 0 < number <= 1:
         raise ValueError(f"{name} must be a number above 0 and up to 1, not {value!r}")

@@ -7,12 +7,12 @@ it is primed like any other, and its children lock for themselves.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 
 from page_primer import on_process, prime
 from page_primer.options import Options, flag
+from page_primer.suppress import suppress
 
 STARTED = "PAGE_PRIMER_STARTED"  # "PID name": this process was started from an image, by us
 NATIVE, LATE, VERBOSE = "PAGE_PRIMER_NATIVE", "PAGE_PRIMER_LATE", "PAGE_PRIMER_VERBOSE"
@@ -76,7 +76,7 @@ def _started() -> bool:
 
 
 def _write_name(name: str) -> None:
-    with contextlib.suppress(OSError), open("/proc/self/comm", "wb", buffering=0) as file:
+    with suppress(OSError), open("/proc/self/comm", "wb", buffering=0) as file:
         file.write(os.fsencode(name))
 
 

@@ -21,7 +21,6 @@ they tell its last use. launcher.c reads the same.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import shutil
@@ -34,6 +33,7 @@ from page_primer import _core, backing, elf, image, native, smaps, store
 from page_primer.backing import Refused
 from page_primer.options import Options
 from page_primer.record import Record
+from page_primer.suppress import suppress
 from page_primer.survey import pmd_size
 
 _FORMAT = "page-primer 1"
@@ -153,7 +153,7 @@ def plan(program: str, options: Options) -> Start:
     name = _identity(status)
     places = backing.directories(options)
     for path, _ in places:
-        with contextlib.suppress(OSError, ValueError):
+        with suppress(OSError, ValueError):
             found = _read(f"{path}/{_FOLDER}/{name}")
             if isinstance(found, Refusal):
                 raise found
@@ -255,7 +255,7 @@ def _require_plain(path: str, status: os.stat_result) -> None:
     """What the kernel gives to a program for its file's sake it would not give to the image."""
     if status.st_mode & (stat.S_ISUID | stat.S_ISGID):
         raise Refusal("setuid or setgid program")
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         if os.getxattr(path, "security.capability"):
             raise Refusal("program with file capabilities")
     if os.geteuid() != os.getuid() or os.getegid() != os.getgid():
@@ -371,7 +371,7 @@ def _keep(directories: Sequence[str], name: str, text: str) -> None:
         draft = f"{folder}/{name}.{os.getpid()}"
         try:
             with store.Store(directory):  # ours alone, or not to be written to
-                with contextlib.suppress(FileExistsError):
+                with suppress(FileExistsError):
                     os.mkdir(folder, 0o755)
                 fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
                 with open(fd, "w", encoding="utf-8", errors="surrogateescape") as file:
@@ -380,13 +380,13 @@ def _keep(directories: Sequence[str], name: str, text: str) -> None:
                 _prune(folder)
             return
         except (store.Unusable, OSError):
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 os.unlink(draft)
 
 
 def introduce(launcher: str, site: str, options: Options) -> None:
     """Tell launcher.c, which is at a path, where the directory with our sitecustomize is."""
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         name = f"launcher-{_identity(os.stat(launcher))}"
         places = [path for path, _ in backing.directories(options)]
         if not any(os.path.exists(f"{path}/{_FOLDER}/{name}") for path in places):
@@ -396,13 +396,13 @@ def introduce(launcher: str, site: str, options: Options) -> None:
 def _prune(folder: str) -> None:
     by_age = sorted(_aged(folder), reverse=True)
     for _, path in by_age[_RECORDS:]:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             os.unlink(path)
 
 
 def _aged(folder: str) -> Iterator[tuple[float, str]]:
     for entry in os.scandir(folder):
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             yield entry.stat(follow_symlinks=False).st_mtime, entry.path
 
 
@@ -419,7 +419,7 @@ def _is_huge(start: Start) -> bool:
             start.length, pmd, 0, protection, _core.MAP_PRIVATE, fd, start.offset, guard=page
         )
         try:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 _core.advise(address, start.length, _core.MADV_HUGEPAGE)
             _core.populate(address, start.length)
             backing.collapse(address, start.length)

@@ -16,18 +16,17 @@ is mapped over code.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import os
 import stat
 import time
-from collections.abc import Iterator
 from itertools import count
 
 from page_primer import image
 from page_primer.image import Layout
 from page_primer.record import Record
+from page_primer.suppress import suppress
 
 # Unused images of one file that stay: an address space laid out at random asks for another load
 # phase each time.
@@ -67,7 +66,7 @@ class Image(Record):
 
 
 def _close(fd: int, identities: tuple[tuple[int, int], ...]) -> None:
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         if fd >= 0 and _identity(os.fstat(fd)) in identities:
             os.close(fd)
 
@@ -124,9 +123,9 @@ class Store:
         """Remove images that nobody uses: of files that changed, and all but a few of each file.
         Nothing is touched that is not an image of ours by its name."""
         spare: dict[str, list[tuple[float, str]]] = {}
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             for name in filter(image.is_name, os.listdir(self._fd)):
-                with contextlib.suppress(OSError):
+                with suppress(OSError):
                     origin = os.readlink(f"{name}/{_ORIGIN}", dir_fd=self._fd)
                     current = image.belongs_to(name, origin)
                     used = self._last_use(name, os.path.basename(origin))
@@ -140,14 +139,14 @@ class Store:
     def _last_use(self, folder: str, name: str) -> float:
         times = []
         for entry in (name, "."):
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 path = f"{folder}/{entry}"
                 times.append(os.stat(path, dir_fd=self._fd, follow_symlinks=False).st_mtime)
         return max(times, default=0.0)
 
     def _get(self, layout: Layout, fresh: bool) -> Image:
         made = False
-        with contextlib.suppress(FileExistsError, PermissionError):
+        with suppress(FileExistsError, PermissionError):
             os.mkdir(layout.name, 0o755, dir_fd=self._fd)
             made = True
         folder = os.open(layout.name, _DIRECTORY, dir_fd=self._fd)
@@ -160,9 +159,13 @@ class Store:
             if found is None:
                 # One process writes; the others wait for it and use what it wrote. If it takes too
                 # long they write one each: only memory is lost by that.
-                with _locked(folder):
+                writer = _lock_for_writing(folder)
+                try:
                     found = None if fresh else self._open(folder, layout, lock)
                     found = found or self._write(folder, layout, lock)
+                finally:
+                    if writer >= 0:
+                        os.close(writer)
             lock = -1
             return found
         finally:
@@ -182,7 +185,7 @@ class Store:
         if not ours or not whole:
             os.close(fd)
             return None
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             os.utime(fd)  # the time of last use, for pruning
         identities = tuple(_identity(os.fstat(one)) for one in (fd, lock) if one >= 0)
         return Image(f"{self.path}/{layout.name}/{name}", fd, lock, written, identities)
@@ -197,7 +200,7 @@ class Store:
         target = -1
         try:
             # First of all: what a killed writer leaves behind is found by it.
-            with contextlib.suppress(FileExistsError):
+            with suppress(FileExistsError):
                 os.symlink(source.path, _ORIGIN, dir_fd=folder)
             target = os.open(draft, os.O_RDWR | os.O_EXCL | _NEW, 0o600, dir_fd=folder)
             written = image.write(layout, original, target)
@@ -209,7 +212,7 @@ class Store:
             os.replace(draft, name, src_dir_fd=folder, dst_dir_fd=folder)
         except BaseException:
             if target >= 0:
-                with contextlib.suppress(OSError):
+                with suppress(OSError):
                     os.unlink(draft, dir_fd=folder)
             raise
         finally:
@@ -224,7 +227,7 @@ class Store:
     def _remove(self, name: str) -> None:
         """Remove an image's folder, unless somebody uses or is writing the image."""
         locks = []
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             folder = os.open(name, _DIRECTORY, dir_fd=self._fd)
             locks.append(folder)
             for entry in (_WRITER, _USERS):
@@ -244,7 +247,7 @@ class Store:
 def hold(path: str) -> int:
     """Keep an image from being pruned as long as the descriptor that is returned is open; negative
     where locks are not to be had."""
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         folder = os.open(os.path.dirname(path), _DIRECTORY)
         try:
             return _lock_shared(folder)
@@ -298,27 +301,23 @@ def _lock_shared(folder: int) -> int:
     return fd
 
 
-@contextlib.contextmanager
-def _locked(folder: int) -> Iterator[None]:
-    """Hold the writer's lock, or go on without it after a while."""
+def _lock_for_writing(folder: int) -> int:
+    """Take the writer's lock, which is held while the descriptor is open, or go on without it after
+    a while; negative where locks are not to be had."""
     end = time.monotonic() + _WAIT_FOR_WRITER
     try:
         fd = os.open(_WRITER, os.O_RDWR | _NEW, 0o600, dir_fd=folder)
     except OSError:
-        yield
-        return
-    try:
-        while time.monotonic() < end:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(0.002)
-            except OSError:
-                break
-        yield
-    finally:
-        os.close(fd)
+        return -1
+    while time.monotonic() < end:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            time.sleep(0.002)
+        except OSError:
+            break
+    return fd
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:
