@@ -10,7 +10,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml setup.py page_primer/_core.c
+SOURCES := pyproject.toml setup.py page_primer/_core.c page_primer/launcher.c
 
 .PHONY: demo demo-celery test lint bench kernels clean
 

@@ -10,6 +10,7 @@
 #include <fcntl.h>
 #include <libgen.h>
 #include <limits.h>
+#include <signal.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -46,12 +47,22 @@ struct record {
     unsigned long offset, length;
 };
 
+static bool is_ignored(int number)
+{
+    struct sigaction action;
+    return !sigaction(number, NULL, &action) && action.sa_handler == SIG_IGN;
+}
+
 /* Hand over to the Python command. */
 static void leave_to_python(char **argv)
 {
-    char path[PATH_MAX + 8];
+    char path[PATH_MAX + 8], ignored[32];
     snprintf(path, sizeof path, "%s-cli", own);
     setenv("PAGE_PRIMER_LAUNCHER", own, 1);
+    /* An interpreter ignores these, and what it executes would inherit it. */
+    snprintf(ignored, sizeof ignored, "%s %s", is_ignored(SIGPIPE) ? "SIGPIPE" : "",
+             is_ignored(SIGXFSZ) ? "SIGXFSZ" : "");
+    setenv("PAGE_PRIMER_IGNORED", ignored, 1);
     execv(path, argv);
     fprintf(stderr, "page-primer: %s: %s\n", path, strerror(errno));
     exit(126);

@@ -112,7 +112,8 @@ def text_of(pid: int, path: str | None = None) -> Text:
     """Measure the .text of an object, by default of the interpreter."""
     path = path or interpreter_file(pid)
     vmas = smaps(pid)
-    section, loads, fixed = elf_file(path, os.stat(path).st_mtime_ns)
+    there = f"/proc/{pid}/root{path}"  # a process may see other files than we
+    section, loads, fixed = elf_file(there, os.stat(there).st_mtime_ns)
     # Writable data stays on the object's own file, so it tells where the object is.
     base = 0
     if not fixed:
