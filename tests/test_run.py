@@ -283,7 +283,7 @@ print(json.dumps([
     [str(signal.getsignal(n)) for n in (signal.SIGPIPE, signal.SIGHUP, signal.SIGINT)],
     sorted(map(int, signal.pthread_sigmask(signal.SIG_BLOCK, ()))),
     [n for n in os.environ if n in ("PAGE_PRIMER_STARTED", "PAGE_PRIMER_LAUNCHER")],
-    os.getcwd(), os.getsid(0) == os.getpid(),
+    os.getcwd(),
 ]))
 sys.exit(7)
 """
@@ -307,9 +307,8 @@ def test_arguments_stdin_and_exit_status(kind, images, tmp_path):
         ["env", "-u", "LANG", "LC_ALL=C"],
         ["env", "-u", "LANG", "-u", "LC_ALL", "LC_CTYPE=C"],
         ["sh", "-c", "trap '' PIPE HUP INT; exec \"$@\"", "sh"],
-        ["setsid", "--wait"],
     ],
-    ids=["no environment", "C", "LC_CTYPE", "ignored signals", "session"],
+    ids=["no environment", "C", "LC_CTYPE", "ignored signals"],
 )
 def test_what_a_process_inherits(kind, images, tmp_path, before):
     script = tmp_path / "script.py"
@@ -368,7 +367,7 @@ def test_signals(kind, images, number):
 
 def test_off_switch(kind, images, tmp_path):
     """A plain exec: the same environment, the same file, nothing written."""
-    command = [kind, "-c", "import os; print(dict(os.environ)); print(open('/proc/self/maps').read"
+    command = [kind, "-c", "import os; print(sorted(os.environ.items()), open('/proc/self/maps').read"
                "().count('page-primer'), os.readlink('/proc/self/exe'))"]  # fmt: skip
     env = {"PAGE_PRIMER": "0", "PAGE_PRIMER_IMAGE_DIR": str(images), "PYTHONPATH": str(tmp_path)}
     plain = run(command, env=env)
@@ -387,7 +386,7 @@ def test_the_users_own_sitecustomize(kind, images, tmp_path, own):
         "own = sys.modules.get('sitecustomize'); print(own and own.__file__); "
         "print('page_primer' in ' '.join(sys.path))\n"
         "try:\n    import sitecustomize; print(sitecustomize.__file__)\n"
-        "except ImportError as e: print(e)"
+        "except Exception as e: print(e)"
     )
     env = {"PYTHONPATH": f"{tmp_path}:/nonexistent"}
     plain, others = both([kind, "-c", code], images, env=env)
@@ -448,7 +447,7 @@ def tell(number=0):
     return [
         number, sys.executable, sys._base_executable, sys.prefix, sys.base_prefix, sys.exec_prefix,
         sys.base_exec_prefix, sys.path[1:], site.getsitepackages(), site.ENABLE_USER_SITE,
-        sysconfig.get_paths(), sys.flags, os.environ.get("LD_PRELOAD"),
+        sysconfig.get_paths(), list(sys.flags), os.environ.get("LD_PRELOAD"),
         open("/proc/self/comm").read(), is_native() if number else None,
     ]
 
@@ -472,13 +471,13 @@ if __name__ == "__main__":
                if os.path.islink("new/bin/" + n)),
     ]
     if sys.argv[1:] == ["pip"]:
-        done = subprocess.run(
+        subprocess.run(
             [sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "--quiet",
              "--disable-pip-version-check", "--root-user-action", "ignore", "--no-build-isolation",
-             "--target", "target", "./extension"], capture_output=True, text=True)
+             "--target", "target", "./extension"], check=True)
         sys.path.insert(0, "target")
         import extension
-        found["pip"] = [done.returncode, os.path.basename(extension.__file__), extension.answer()]
+        found["pip"] = [os.path.basename(extension.__file__), extension.answer()]
     print(json.dumps(found))
 """
 EXTENSION = """
@@ -500,7 +499,7 @@ def random_addresses(base, tmp_path):
         n = number + 1 if number else ""
         options = f"lowerdir={lower},upperdir=up{n},workdir=scratch{n}"
         mount += f" && mount -t overlay overlay -o {options} {target}"
-    wrapper = ["unshare", "--mount", "sh", "-c", f'{mount} && exec "$@"', "sh"]
+    wrapper = ["unshare", "--mount", "sh", "-c", f'{mount} && cd "$OLDPWD" && exec "$@"', "sh"]
     trial = subprocess.run([*wrapper, "true"], capture_output=True, text=True)
     if trial.returncode:
         pytest.skip(f"mounting an overlay is not allowed here: {trial.stderr.strip()}")
@@ -555,7 +554,7 @@ def test_random_load_addresses(base, random_addresses, tmp_path, where):
         shutil.rmtree(work)
     assert found[1] == found[0]
     if "pip" in found[0]:
-        assert found[0].pop("pip")[2] == 42
+        assert found[0].pop("pip")[1] == 42
     assert found[2] == found[0]
 
 
