@@ -7,11 +7,12 @@ place. launcher.c does the same where it has nothing to find out, in a milliseco
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 
 from page_primer.options import Options, flag
-from page_primer.started import LATE, NATIVE, STARTED, VERBOSE
+from page_primer.started import LATE, NATIVE, STARTED, VERBOSE, undo_coercion
 
 SITE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "site")
 
@@ -37,6 +38,8 @@ def run(command: Sequence[str], settings: Mapping[str, str], *, explicit: bool =
     native = flag(NATIVE, environment.get(NATIVE) or True)
     environment.pop(STARTED, None)
     launcher = environment.pop("PAGE_PRIMER_LAUNCHER", None)
+    _restore_signals(environment.pop("PAGE_PRIMER_IGNORED", ""))
+    undo_coercion(environment)
     try:
         if options.enabled:
             _add_site(environment)
@@ -48,6 +51,13 @@ def run(command: Sequence[str], settings: Mapping[str, str], *, explicit: bool =
     except OSError as error:
         print(f"page-primer: {command[0]}: {error.strerror}", file=sys.stderr)
         return 127 if isinstance(error, FileNotFoundError) else 126
+
+
+def _restore_signals(ignored: str) -> None:
+    """This interpreter ignores signals that it may have found otherwise."""
+    for name in ("SIGPIPE", "SIGXFSZ"):
+        if name not in ignored.split():
+            signal.signal(getattr(signal, name), signal.SIG_DFL)
 
 
 def _add_site(environment: dict[str, str]) -> None:

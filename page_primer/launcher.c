@@ -10,6 +10,7 @@
 #include <fcntl.h>
 #include <libgen.h>
 #include <limits.h>
+#include <signal.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -46,23 +47,66 @@ struct record {
     unsigned long offset, length;
 };
 
-/* Hand over to the Python command. */
-static void leave_to_python(char **argv)
-{
-    char path[PATH_MAX + 8];
-    snprintf(path, sizeof path, "%s-cli", own);
-    setenv("PAGE_PRIMER_LAUNCHER", own, 1);
-    execv(path, argv);
-    fprintf(stderr, "page-primer: %s: %s\n", path, strerror(errno));
-    exit(126);
-}
-
 static void *allocate(size_t size)
 {
     void *memory = malloc(size);
     if (!memory)
         _exit(126);
     return memory;
+}
+
+static char **prepend(char **arguments, char *one, char *two, char *three)
+{
+    size_t count = 0, at = 0;
+    while (arguments[count])
+        count++;
+    char **all = allocate((count + 4) * sizeof *all);
+    for (char **word = (char *[]){one, two, three, NULL}; *word; word++)
+        all[at++] = *word;
+    memcpy(all + at, arguments, (count + 1) * sizeof *all);
+    return all;
+}
+
+/* The interpreter that an installation's script names; NULL where that is not to be seen, or where
+ * PYTHONPATH may be what leads it to our package (`pip install --target`). */
+static char *interpreter_of(const char *script)
+{
+    static char line[PATH_MAX];
+    char package[PATH_MAX + 32];
+    snprintf(package, sizeof package, "%s/../page_primer", dirname(strdupa(own)));
+    FILE *file = fopen(script, "re");
+    bool plain = file && fgets(line, sizeof line, file) && !strncmp(line, "#!/", 3) &&
+                 strchr(line, '\n') && !strpbrk(line, " \t") && access(package, F_OK);
+    if (file)
+        fclose(file);
+    line[strcspn(line, "\r\n")] = 0;
+    return plain && !strncmp(basename(strdupa(line)), "python", 6) ? line + 2 : NULL;
+}
+
+static bool is_ignored(int number)
+{
+    struct sigaction action;
+    return !sigaction(number, NULL, &action) && action.sa_handler == SIG_IGN;
+}
+
+/* Hand over to the Python command, whose interpreter has no part in what PYTHONPATH, PYTHONHOME and
+ * the like say: they are set for the program that is to be run, which may be of another version. */
+static void leave_to_python(char **argv)
+{
+    char path[PATH_MAX + 8], ignored[32];
+    snprintf(path, sizeof path, "%s-cli", own);
+    setenv("PAGE_PRIMER_LAUNCHER", own, 1);
+    /* An interpreter ignores these, and what it executes would inherit it. */
+    snprintf(ignored, sizeof ignored, "%s %s", is_ignored(SIGPIPE) ? "SIGPIPE" : "",
+             is_ignored(SIGXFSZ) ? "SIGXFSZ" : "");
+    setenv("PAGE_PRIMER_IGNORED", ignored, 1);
+    char *interpreter = interpreter_of(path);
+    char *option = getenv("PYTHONDONTWRITEBYTECODE") ? "-EB" : "-E";
+    if (interpreter)
+        execv(interpreter, prepend(argv + 1, interpreter, option, path));
+    execv(path, argv);
+    fprintf(stderr, "page-primer: %s: %s\n", path, strerror(errno));
+    exit(126);
 }
 
 static bool find(const char *name, char *path)
@@ -93,18 +137,6 @@ static bool read_file(const char *path, char *text, size_t size, struct stat *st
         return false;
     text[got] = 0;
     return true;
-}
-
-static char **prepend(char **arguments, char *one, char *two, char *three)
-{
-    size_t count = 0, at = 0;
-    while (arguments[count])
-        count++;
-    char **all = allocate((count + 4) * sizeof *all);
-    for (char **word = (char *[]){one, two, three, NULL}; *word; word++)
-        all[at++] = *word;
-    memcpy(all + at, arguments, (count + 1) * sizeof *all);
-    return all;
 }
 
 /* Follow a command to the program that runs it. */

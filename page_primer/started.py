@@ -111,10 +111,24 @@ def _start_again(options: Options) -> str | None:
         except starts.Refusal as why:
             return str(why)
         environment = {**os.environ, STARTED: f"{os.getpid()} {name}"}
+        undo_coercion(environment)
         found.run(own, arguments, environment)
     except OSError as error:
         return error.strerror or str(error)
     return None
+
+
+def undo_coercion(environment: dict[str, str]) -> None:
+    """An interpreter that finds the C locale sets LC_CTYPE (PEP 538), and the next one, which finds
+    that, would do without UTF-8 mode (PEP 540): give it what this one was given."""
+    if "UTF" not in environment.get("LC_CTYPE", "").upper():
+        return
+    with contextlib.suppress(OSError), open("/proc/self/environ", "rb") as file:
+        given = dict(entry.partition(b"=")[::2] for entry in file.read().split(b"\0"))
+        if b"LC_CTYPE" not in given:
+            del environment["LC_CTYPE"]
+        else:
+            environment["LC_CTYPE"] = os.fsdecode(given[b"LC_CTYPE"])
 
 
 def _lock_in_child() -> None:

@@ -94,3 +94,25 @@ def images(tmp_path: Path) -> Iterator[Path]:
     """A directory for images, on the temporary directory's file system."""
     yield tmp_path / "images"
     shutil.rmtree(tmp_path / "images", ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A Redis server of our own; its URL."""
+    from servers import free_port, wait_for
+
+    if shutil.which("redis-server") is None:
+        pytest.skip("no redis-server (Debian's package of that name)")
+    port = free_port()
+    directory = tmp_path_factory.mktemp("redis")
+    server = subprocess.Popen(
+        ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "",
+         "--dir", str(directory)], stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    ping = ["redis-cli", "-p", str(port), "ping"]
+    wait_for(
+        lambda: subprocess.run(ping, capture_output=True, text=True).stdout == "PONG\n", "Redis"
+    )
+    yield f"redis://127.0.0.1:{port}"
+    server.terminate()
+    server.wait(20)

@@ -125,8 +125,9 @@ def text_of(pid: int, path: str | None = None) -> Text:
     """Measure the .text of an object, by default of the interpreter."""
     path = path or interpreter_file(pid)
     vmas = smaps(pid)
-    section, loads, fixed = elf_file(path, os.stat(path).st_mtime_ns)
-    base = load_bias(path, vmas)
+    there = f"/proc/{pid}/root{path}"  # a process may see other files than we
+    section, loads, fixed = elf_file(there, os.stat(there).st_mtime_ns)
+    base = load_bias(path, vmas, there)
     low, high = base + section["sh_addr"], base + section["sh_addr"] + section["sh_size"]
 
     # The run of read-only segments that are contiguous in memory and hold the section.

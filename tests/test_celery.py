@@ -45,26 +45,6 @@ def nap(seconds):
 BY_IMPORT = "app.conf.imports = ['page_primer.integrations.celery']\n"
 
 
-@pytest.fixture(scope="module")
-def broker(tmp_path_factory):
-    """A Redis server of our own; its URL."""
-    if shutil.which("redis-server") is None:
-        pytest.skip("no redis-server (Debian's package of that name)")
-    port = free_port()
-    directory = tmp_path_factory.mktemp("redis")
-    server = subprocess.Popen(
-        ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "",
-         "--dir", str(directory)], stdout=subprocess.DEVNULL,
-    )  # fmt: skip
-    ping = ["redis-cli", "-p", str(port), "ping"]
-    wait_for(
-        lambda: subprocess.run(ping, capture_output=True, text=True).stdout == "PONG\n", "Redis"
-    )
-    yield f"redis://127.0.0.1:{port}"
-    server.terminate()
-    server.wait(20)
-
-
 class Worker:
     """A Celery worker, and a client that sends it tasks."""
 

@@ -24,23 +24,14 @@ def _start(directory):
     started.start()
 
 
-def _users_own(directory):
-    # The user's sitecustomize, or the distribution's, if there is one.
-    ours = sys.modules.pop("sitecustomize", None)
-    sys.path[:] = [path for path in sys.path if path != directory]
-    try:
-        import sitecustomize  # noqa: F401
-    except ImportError as error:
-        if error.name != "sitecustomize":
-            raise
-    finally:
-        if ours is not None:
-            sys.modules.setdefault("sitecustomize", ours)
-
-
 try:
     _start(__file__.rpartition("/")[0])
 except Exception as error:
     if "PAGE_PRIMER_VERBOSE" in __import__("os").environ:
         sys.stderr.write("page-primer: " + type(error).__name__ + ": " + str(error) + "\n")
-_users_own(__file__.rpartition("/")[0])
+
+# The user's sitecustomize, or the distribution's, takes this one's place. The ImportError where
+# there is none is what the importer of this file would have got.
+_ours = sys.modules.pop("sitecustomize", None)  # Python 2 clears what nobody refers to
+sys.path[:] = [path for path in sys.path if path != __file__.rpartition("/")[0]]
+import sitecustomize  # noqa: E402, F401

@@ -1,0 +1,564 @@
+"""`page-primer run`: real servers and programs, started natively, looked at from outside."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import outside
+import pytest
+from conftest import INTERPRETERS, python_of
+from elftools.elf.elffile import ELFFile
+from servers import NO_CONTROL_SOCKET, Server, children, free_port, wait_for
+from test_prime import IS_ROOT, require_huge_files
+
+LAUNCHER = str(Path(sys.executable).with_name("page-primer"))
+RUN = [LAUNCHER, "run", "--"]
+
+APP = """
+import os
+async def app(scope, receive, send):
+    if scope["type"] == "lifespan":
+        while True:
+            message = await receive()
+            await send({"type": message["type"] + ".complete"})
+            if message["type"] == "lifespan.shutdown":
+                return
+    await receive()
+    headers = [(b"content-type", b"text/plain")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": str(os.getpid()).encode()})
+def wsgi(environ, start_response):
+    start_response("200 OK", [("Content-Type", "text/plain")])
+    return [str(os.getpid()).encode()]
+"""
+
+
+@pytest.fixture(autouse=True)
+def _files_can_be_huge(tmp_path):
+    require_huge_files(tmp_path)
+
+
+def is_shared(python):
+    """Whether an interpreter's code is in a libpython."""
+    with open(os.path.realpath(python), "rb") as file:
+        dynamic = ELFFile(file).get_section_by_name(".dynamic")
+        needed = [tag.needed for tag in dynamic.iter_tags("DT_NEEDED")] if dynamic else []
+    return any(name.startswith("libpython") for name in needed)
+
+
+# One interpreter of each kind; of the version that the tests' packages are installed for, if there
+# is one.
+KINDS = {
+    "shared" if is_shared(path) else "static": path
+    for path in sorted(
+        INTERPRETERS.values(),
+        key=lambda path: f"python{sys.version_info[0]}.{sys.version_info[1]}" in path,
+    )
+}
+
+
+@pytest.fixture(params=["static", "shared"])
+def base(request):
+    """An interpreter of each kind, outside a virtual environment."""
+    if request.param not in KINDS:
+        pytest.skip(f"no {request.param} interpreter here")
+    return KINDS[request.param]
+
+
+@pytest.fixture
+def kind(base, tmp_path):
+    """Its virtual environment."""
+    return python_of(tmp_path, base)
+
+
+def environment(images, **more):
+    return {**os.environ, "PAGE_PRIMER_IMAGE_DIR": str(images), **more}
+
+
+def run(command, images=None, *, before=(), env=None, **options):
+    """Run a command to its end; natively where there is a directory for images."""
+    env = {**(environment(images) if images else os.environ), **(env or {})}
+    command = [*before, *(RUN if images else ()), *command]
+    return subprocess.run(command, env=env, capture_output=True, text=True, **options)
+
+
+def both(command, images, **options):
+    """What a command says without the launcher, and with it: without an image there, with it, and
+    with the processes that it spawns alone started from images."""
+    plain = run(command, **options)
+    first, again = (run(command, images, **options) for _ in range(2))
+    inner = run(["sh", "-c", '"$@"', "sh", *command], images, **options)
+    return plain, [first, again, inner]
+
+
+def check_native(pids):
+    """All attainable .text is on huge pages and locked in each process, which was started from an
+    image; returns the measurements."""
+    texts = [outside.text_of(pid) for pid in pids]
+    for text in texts:
+        assert "-native-" in text.path, text
+        assert text.huge == text.attainable > 0, text
+        assert text.locked and text.executable, text
+    return texts
+
+
+def is_native(pid):
+    text = outside.text_of(pid)
+    return "-native-" in text.path and text.locked
+
+
+# ------------------------------------------------------------------------------------ servers ---
+
+
+def http(module, *options):
+    return lambda python, port, _: [python, "-m", module, *(o.format(port) for o in options)]
+
+
+SERVERS = {  # command, and processes at least
+    "gunicorn": (
+        http("gunicorn", "-w", "2", "--bind", "127.0.0.1:{}", *NO_CONTROL_SOCKET, "served:wsgi"),
+        3,
+    ),
+    # The parent, multiprocessing's resource tracker, and the workers.
+    "uvicorn": (http("uvicorn", "--workers", "4", "--port", "{}", "served:app"), 6),
+    "hypercorn": (http("hypercorn", "-w", "2", "--bind", "127.0.0.1:{}", "served:app"), 3),
+    "granian": (
+        http("granian", "--interface", "asgi", "--workers", "2", "--port", "{}", "served:app"),
+        3,
+    ),
+}
+
+
+def require_module(python, name):
+    done = subprocess.run([python, "-c", f"import {name}"], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"{name} is not to be had under {python}: {done.stderr.splitlines()[-1]}")
+
+
+@pytest.mark.parametrize("name", SERVERS)
+def test_servers(kind, images, tmp_path, name):
+    require_module(kind, name)
+    (tmp_path / "served.py").write_text(APP)
+    port = free_port()
+    make, count = SERVERS[name]
+    command = [*RUN, *make(kind, port, tmp_path)]
+    with Server(tmp_path, port, *command, env=environment(images, PYTHONPATH=".")) as server:
+        wait_for(
+            lambda: len(server.family()) >= count and all(map(is_native, server.family())),
+            "all processes",
+        )
+        texts = check_native(server.family())
+        assert int(server.get()) in server.family()
+        # One copy of the read-only span for all of them.
+        assert len({text.path for text in texts}) == 1
+        assert sum(text.pss for text in texts) == pytest.approx(texts[0].span, rel=0.05)
+    assert server.process.returncode in (0, -signal.SIGTERM), server.log()
+
+
+class Worker(Server):
+    """A worker that serves a queue; it is there when it says so."""
+
+    ready = ""
+
+    def get(self, path="/"):
+        return self.ready in self.log()
+
+
+def test_celery(kind, images, tmp_path, broker):
+    require_module(kind, "celery, redis")
+    (tmp_path / "work.py").write_text(
+        "from celery import Celery\nimport os\n"
+        "app = Celery('work', broker=os.environ['BROKER'], backend=os.environ['BROKER'])\n"
+        "@app.task\ndef pid(): return os.getpid()\n"
+    )
+    env = environment(images, BROKER=f"{broker}/13", C_FORCE_ROOT="1")
+    command = [*RUN, kind, "-m", "celery", "-A", "work", "worker", "-c", "2", "-l", "INFO"]
+    Worker.ready = " ready."
+    with Worker(tmp_path, 0, *command, env=env) as worker:
+        wait_for(lambda: len(worker.family()) == 3, "the pool")
+        check_native(worker.family())
+        code = "import work; print(work.pid.delay().get(timeout=20))"
+        answer = run([kind, "-c", code], env=env, cwd=tmp_path)
+        assert int(answer.stdout) in children(worker.pid), answer.stderr
+    assert worker.process.returncode == 0, worker.log()
+
+
+def test_rq(kind, images, tmp_path, broker):
+    """A horse is forked for each job."""
+    require_module(kind, "rq")
+    (tmp_path / "work.py").write_text(
+        "import os, pathlib, time\n"
+        "def job():\n"
+        "    pathlib.Path('horse').write_text(str(os.getpid()))\n"
+        "    while not pathlib.Path('go').exists(): time.sleep(0.05)\n"
+    )
+    env = environment(images, PYTHONPATH=".")
+    url = f"{broker}/14"
+    command = [*RUN, kind, "-m", "rq.cli", "worker", "--burst", "--url", url]
+    queue = (
+        "import redis, rq, work\n"
+        f"rq.Queue(connection=redis.Redis.from_url({url!r})).enqueue(work.job)\n"
+    )
+    assert run([kind, "-c", queue], env=env, cwd=tmp_path).returncode == 0
+    Worker.ready = "work.job"
+    with Worker(tmp_path, 0, *command, env=env) as worker:
+        horse = tmp_path / "horse"
+        wait_for(lambda: horse.exists() and horse.read_text(), "the job")
+        pids = worker.family()
+        assert int(horse.read_text()) in pids[1:]
+        check_native(pids)
+        (tmp_path / "go").touch()
+        worker.process.wait(30)
+    assert worker.process.returncode == 0, worker.log()
+
+
+def test_every_interpreter(every_python, images):
+    """A plain script, by itself and below a shell."""
+    code = "import sys; print(sys.prefix, flush=True); sys.stdin.read()"
+    expected = run([every_python, "-c", code], stdin=subprocess.DEVNULL).stdout
+    for before in ([], [], ["sh", "-c", '"$@"; :', "sh"]):
+        with subprocess.Popen(
+            [*RUN, *before, every_python, "-c", code], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, env=environment(images), text=True,
+        ) as process:  # fmt: skip
+            assert process.stdout.readline() == expected
+            pids = children(process.pid) if before else [process.pid]
+            (text,) = check_native(pids)
+            if text.attainable == text.size:
+                assert text.huge == text.size
+            process.stdin.close()
+        assert process.returncode == 0
+
+
+def test_in_process(kind, images):
+    """Where an interpreter is not to be started from its image it is primed after its start."""
+    env = environment(images, PAGE_PRIMER_NATIVE="0")
+    with subprocess.Popen(
+        [*RUN, kind, "-c", "print(flush=True); input()"], stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, env=env,
+    ) as process:  # fmt: skip
+        process.stdout.readline()
+        text = outside.text_of(process.pid)
+        assert "-native-" not in text.path
+        assert text.huge == text.attainable > 0 and text.locked
+        process.communicate(b"\n")
+
+
+def test_a_library_that_comes_late(python, images):
+    """--late: an extension module brings libcrypto, which has room for a huge page."""
+    command = [LAUNCHER, "run", "--late", "--", python, "-c", "import ssl; print(); input()"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment(images)
+    ) as process:
+        wait_for(lambda: any("libcrypto" in v.path for v in outside.smaps(process.pid)), "ssl")
+        wait_for(lambda: is_native(process.pid), "priming")
+        found = next(
+            v.path for v in outside.smaps(process.pid) if "libcrypto" in v.path and "w" in v.perms
+        )
+
+        def primed():
+            text = outside.text_of(process.pid, found)
+            return text.huge == text.attainable and text.locked
+
+        wait_for(primed, "the library to be primed")
+        process.communicate(b"\n")
+
+
+# ------------------------------------------------------------------------------- pass-through ---
+
+TELL = """
+import json, os, signal, sys
+print(json.dumps([
+    sys.argv, sys.orig_argv, sys.stdin.read(), sys.executable, sys.prefix, sys.base_prefix,
+    sys.path, sorted(n for n in sys.modules if "sitecustomize" in n), sys.flags.utf8_mode,
+    open("/proc/self/comm").read(), os.environ.get("LD_PRELOAD"), os.environ.get("LC_CTYPE"),
+    [str(signal.getsignal(n)) for n in (signal.SIGPIPE, signal.SIGHUP, signal.SIGINT)],
+    sorted(map(int, signal.pthread_sigmask(signal.SIG_BLOCK, ()))),
+    [n for n in os.environ if n in ("PAGE_PRIMER_STARTED", "PAGE_PRIMER_LAUNCHER")],
+    os.getcwd(),
+]))
+sys.exit(7)
+"""
+ODD = ["a b", "it's", '"q"', "", "*", "$HOME", "--", "-c", "\\", "é", "new\nline", "--help", "-v"]
+
+
+def test_arguments_stdin_and_exit_status(kind, images, tmp_path):
+    script = tmp_path / "a script.py"
+    script.write_text(TELL)
+    plain, others = both([kind, str(script), *ODD], images, input="some\ninput", cwd=tmp_path)
+    assert plain.returncode == 7, plain.stderr
+    assert json.loads(plain.stdout)[0][1:] == ODD
+    for other in others:
+        assert (other.returncode, other.stdout, other.stderr) == (7, plain.stdout, "")
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        ["env", "-i", f"HOME={os.environ.get('HOME', '/')}"],
+        ["env", "-u", "LANG", "LC_ALL=C"],
+        ["env", "-u", "LANG", "-u", "LC_ALL", "LC_CTYPE=C"],
+        ["sh", "-c", "trap '' PIPE HUP INT; exec \"$@\"", "sh"],
+    ],
+    ids=["no environment", "C", "LC_CTYPE", "ignored signals"],
+)
+def test_what_a_process_inherits(kind, images, tmp_path, before):
+    script = tmp_path / "script.py"
+    script.write_text(TELL)
+    command = [kind, str(script)]
+    plain = run([*before, *command], stdin=subprocess.DEVNULL)
+    assert plain.returncode == 7, plain.stderr
+    # `env -i` takes the directory as well: give it where the launcher starts.
+    place = ["env", f"PAGE_PRIMER_IMAGE_DIR={images}"]
+    for inner in ([], [], ["sh", "-c", '"$@"', "sh"]):
+        launched = [*before, *place, *RUN, *inner, *command]
+        other = run(launched, stdin=subprocess.DEVNULL)
+        assert (other.returncode, other.stdout) == (7, plain.stdout), other.stderr
+
+
+def test_other_programs_are_left_alone(images):
+    """Environment and signals are the same, but for the variables that tell of us."""
+    command = ["sh", "-c", "grep Sig /proc/$$/status; env -u PYTHONPATH -u _; ulimit -a"]
+    plain, others = both(command, images)
+    for other in others[:2]:
+        ours = [line for line in other.stdout.splitlines() if "PAGE_PRIMER" not in line]
+        assert ours == plain.stdout.splitlines()
+        assert other.stderr == ""
+    for name, status in (("/nonexistent", 127), ("no-such-command", 127), ("/etc/passwd", 126)):
+        done = run([name], images)
+        assert done.returncode == status
+        assert len(done.stderr.splitlines()) == 1 and name in done.stderr
+
+
+def test_the_program_from_stdin(kind, images):
+    plain, others = both([kind, "-", "x"], images, input="import sys\nprint(sys.argv)\nexit(3)\n")
+    assert plain.stdout == "['-', 'x']\n"
+    for other in others:
+        assert (other.returncode, other.stdout, other.stderr) == (3, plain.stdout, "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_signals(kind, images, number):
+    """The launcher's process is the program's: what is sent to it arrives."""
+    run([kind, "-c", ""], images)
+    handler = (
+        "import signal, sys\n"
+        "signal.signal(signal.SIGUSR1, lambda *_: sys.exit(9))\n"
+        "print(flush=True); signal.pause()"
+    )
+    codes = []
+    for command in ([kind, "-c", handler], [*RUN, kind, "-c", handler]):
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment(images)
+        ) as process:
+            process.stdout.readline()
+            process.send_signal(number)
+        codes.append(process.returncode)
+    assert codes[0] == codes[1] != 0
+
+
+def test_off_switch(kind, images, tmp_path):
+    """A plain exec: the same environment, the same file, nothing written."""
+    command = [kind, "-c", "import os; print(sorted(os.environ.items()), open('/proc/self/maps').read"
+               "().count('page-primer'), os.readlink('/proc/self/exe'))"]  # fmt: skip
+    env = {"PAGE_PRIMER": "0", "PAGE_PRIMER_IMAGE_DIR": str(images), "PYTHONPATH": str(tmp_path)}
+    plain = run(command, env=env)
+    other = run(command, images, env=env)
+    assert (other.returncode, other.stdout, other.stderr) == (0, plain.stdout, "")
+    assert not images.exists()
+
+
+@pytest.mark.parametrize("own", [None, "print('mine')", "raise RuntimeError('mine')", "import no"])
+def test_the_users_own_sitecustomize(kind, images, tmp_path, own):
+    (tmp_path / "module.py").write_text("")
+    if own is not None:
+        (tmp_path / "sitecustomize.py").write_text(own + "\n")
+    code = (
+        "import os, sys, module; print(module.__file__, sys.path); "
+        "own = sys.modules.get('sitecustomize'); print(own and own.__file__); "
+        "print('page_primer' in ' '.join(sys.path))\n"
+        "try:\n    import sitecustomize; print(sitecustomize.__file__)\n"
+        "except Exception as e: print(e)"
+    )
+    env = {"PYTHONPATH": f"{tmp_path}:/nonexistent"}
+    plain, others = both([kind, "-c", code], images, env=env)
+    assert plain.stdout.startswith("mine" if own and "print" in own else str(tmp_path))
+    for other in others:
+        assert (other.returncode, other.stdout) == (0, plain.stdout)
+        assert other.stderr == plain.stderr
+        assert (other.stderr == "") == (own is None or "print" in own)
+
+
+def test_the_environment_of_children(kind, images, tmp_path):
+    """PYTHONPATH is kept, and LD_PRELOAD is nobody else's."""
+    code = (
+        "import os, subprocess; print(os.environ.get('LD_PRELOAD'));"
+        "print(subprocess.run(['sh', '-c', 'echo $LD_PRELOAD; echo $PYTHONPATH; cat /proc/$$/maps'],"
+        "capture_output=True, text=True).stdout)"
+    )
+    for own in (None, "/nonexistent/own.so"):
+        env = {"PYTHONPATH": "/one:/two", **({"LD_PRELOAD": own} if own else {})}
+        for _ in range(2):
+            lines = run([kind, "-c", code], images, env=env).stdout.splitlines()
+            assert lines[0] == str(own)
+            assert lines[1] == (own or "")
+            assert re.fullmatch(r".*/page_primer/site:/one:/two", lines[2])
+            assert not any("-native-" in line for line in lines)
+
+
+@pytest.mark.parametrize("form", ["env", "direct", "option"])
+def test_scripts(kind, images, tmp_path, form):
+    """The name of the process and what sys says are as without the launcher."""
+    line = {"env": "/usr/bin/env python3", "direct": kind, "option": f"{kind} -B"}[form]
+    script = tmp_path / "served"
+    script.write_text(f"#!{line}\n{TELL}")
+    script.chmod(0o755)
+    env = {"PATH": f"{Path(kind).parent}:{os.environ['PATH']}"}
+    for command in ([str(script), "a b"], ["./served"]):
+        plain, others = both(command, images, env=env, cwd=tmp_path, input="")
+        assert plain.returncode == 7, plain.stderr
+        for other in others:
+            assert (other.returncode, other.stdout, other.stderr) == (7, plain.stdout, "")
+
+
+def test_a_script_of_a_virtual_environment(images):
+    """As pip writes it."""
+    script = Path(sys.executable).with_name("gunicorn")
+    plain, others = both([str(script), "--version"], images)
+    assert plain.stdout.startswith("gunicorn")
+    for other in others:
+        assert other.stdout == plain.stdout
+
+
+# --------------------------------------------------------------- where addresses are random ---
+
+BEHAVIOUR = """
+import json, multiprocessing, os, shutil, site, subprocess, sys, sysconfig
+
+def tell(number=0):
+    return [
+        number, sys.executable, sys._base_executable, sys.prefix, sys.base_prefix, sys.exec_prefix,
+        sys.base_exec_prefix, sys.path[1:], site.getsitepackages(), site.ENABLE_USER_SITE,
+        sysconfig.get_paths(), list(sys.flags), os.environ.get("LD_PRELOAD"),
+        open("/proc/self/comm").read(), is_native() if number else None,
+    ]
+
+def is_native():
+    text = open("/proc/self/maps").read()
+    return ("-native-" in text) == bool(os.environ.get("PAGE_PRIMER_IMAGE_DIR"))
+
+if __name__ == "__main__":
+    found = {"self": tell()}
+    for method in ("spawn", "forkserver"):
+        with multiprocessing.get_context(method).Pool(1) as pool:
+            found[method] = pool.map(tell, [1, 2])
+    code = "import sys; print(sys.executable, sys.prefix, sys.base_prefix)"
+    again = lambda python: subprocess.run(
+        [python, "-c", code], capture_output=True, text=True, check=True).stdout
+    found["subprocess"] = again(sys.executable)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", "new"], check=True)
+    found["venv"] = [
+        again("new/bin/python"), open("new/pyvenv.cfg").read(),
+        sorted((n, os.readlink("new/bin/" + n)) for n in os.listdir("new/bin")
+               if os.path.islink("new/bin/" + n)),
+    ]
+    if sys.argv[1:] == ["pip"]:
+        subprocess.run(
+            [sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "--quiet",
+             "--disable-pip-version-check", "--root-user-action", "ignore", "--no-build-isolation",
+             "--target", "target", "./extension"], check=True)
+        sys.path.insert(0, "target")
+        import extension
+        found["pip"] = [os.path.basename(extension.__file__), extension.answer()]
+    print(json.dumps(found))
+"""
+EXTENSION = """
+#include <Python.h>
+static PyObject *answer(PyObject *self, PyObject *none) { return PyLong_FromLong(42); }
+static PyMethodDef methods[] = {{"answer", answer, METH_NOARGS, ""}, {0}};
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "extension", "", 0, methods};
+PyMODINIT_FUNC PyInit_extension(void) { return PyModule_Create(&module); }
+"""
+
+
+@pytest.fixture
+def random_addresses(base, tmp_path):
+    """A prefix that runs a command where the interpreter is on an overlay, as in a container; so is
+    the directory for images."""
+    prefix = str(Path(os.path.realpath(base)).parents[1])
+    mount = f"cd {tmp_path} && mkdir -p up scratch up2 scratch2 lower images"
+    for number, (lower, target) in enumerate([(prefix, prefix), ("lower", "images")]):
+        n = number + 1 if number else ""
+        options = f"lowerdir={lower},upperdir=up{n},workdir=scratch{n}"
+        mount += f" && mount -t overlay overlay -o {options} {target}"
+    wrapper = ["unshare", "--mount", "sh", "-c", f'{mount} && cd "$OLDPWD" && exec "$@"', "sh"]
+    trial = subprocess.run([*wrapper, "true"], capture_output=True, text=True)
+    if trial.returncode:
+        pytest.skip(f"mounting an overlay is not allowed here: {trial.stderr.strip()}")
+    return wrapper
+
+
+def spinning(command, **options):
+    """A process that waits for the end of its input, once it runs."""
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **options
+    )
+    return process
+
+
+@pytest.mark.parametrize("where", ["inside", "outside"])
+def test_random_load_addresses(base, random_addresses, tmp_path, where):
+    """All of .text is on huge pages, where an interpreter primed after its start has less; and the
+    interpreter behaves as without."""
+    images = tmp_path / "images"
+    python = python_of(tmp_path, base) if where == "inside" else base
+    code = "print(flush=True); input()"
+    for before in ([], [], ["sh", "-c", '"$@"; :', "sh"]):
+        with subprocess.Popen(
+            [*random_addresses, *RUN, *before, python, "-c", code], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, text=True, env=environment(images),
+        ) as process:  # fmt: skip
+            process.stdout.readline()
+            (text,) = check_native(children(process.pid) if before else [process.pid])
+            assert text.huge == text.size == text.attainable
+            process.communicate("\n")
+
+    script = tmp_path / "behaviour.py"
+    script.write_text(BEHAVIOUR)
+    found = []
+    for index, before in enumerate(([], RUN, RUN)):
+        work = tmp_path / "work"
+        work.mkdir()
+        (work / "extension").mkdir()
+        (work / "extension" / "extension.c").write_text(EXTENSION)
+        (work / "extension" / "setup.py").write_text(
+            "from setuptools import *\n"
+            "setup(name='extension', ext_modules=[Extension('extension', ['extension.c'])])\n"
+        )
+        pip = ["pip"] if where == "inside" and has_headers(python) and index < 2 else []
+        done = subprocess.run(
+            [*random_addresses, *before, python, str(script), *pip], cwd=work, text=True,
+            capture_output=True, env=environment(images) if before else None,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+        found.append(json.loads(done.stdout))
+        shutil.rmtree(work)
+    assert found[1] == found[0]
+    if "pip" in found[0]:
+        assert found[0].pop("pip")[1] == 42
+    assert found[2] == found[0]
+
+
+def has_headers(python):
+    code = "import sysconfig; print(sysconfig.get_path('include'))"
+    include = subprocess.run([python, "-c", code], capture_output=True, text=True).stdout.strip()
+    return Path(include, "Python.h").exists()
