@@ -123,7 +123,7 @@ def undo_coercion(environment: dict[str, str]) -> None:
     that, would do without UTF-8 mode (PEP 540): give it what this one was given."""
     if "UTF" not in environment.get("LC_CTYPE", "").upper():
         return
-    with contextlib.suppress(OSError), open("/proc/self/environ", "rb") as file:
+    with suppress(OSError), open("/proc/self/environ", "rb") as file:
         given = dict(entry.partition(b"=")[::2] for entry in file.read().split(b"\0"))
         if b"LC_CTYPE" not in given:
             del environment["LC_CTYPE"]

@@ -1,6 +1,5 @@
 """`page-primer run`: real servers and programs, started natively, looked at from outside."""
 
-import contextlib
 import json
 import os
 import re
@@ -8,8 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import textwrap
-import time
 from pathlib import Path
 
 import outside
@@ -17,7 +14,7 @@ import pytest
 from conftest import INTERPRETERS, python_of
 from elftools.elf.elffile import ELFFile
 from servers import NO_CONTROL_SOCKET, Server, children, free_port, wait_for
-from test_prime import IS_ROOT, require_huge_files
+from test_prime import require_huge_files
 
 LAUNCHER = str(Path(sys.executable).with_name("page-primer"))
 RUN = [LAUNCHER, "run", "--"]
