@@ -165,8 +165,8 @@ def _fork() -> float:
 
 
 def _in_child(image_dir: str) -> Result:
-    """Milliseconds of prime() in a forked child, which has to lock for itself, and of the lock calls
-    in another."""
+    """Milliseconds of prime() in a forked child, which has to lock for itself, and of the lock
+    calls in another."""
     import page_primer
 
     result = {}
