@@ -250,6 +250,10 @@ def _library(path: str, file: elf.File) -> str | None:
     wanted = next((name for name in needed if _LIBRARY.match(os.path.basename(name))), None)
     if wanted is None and not _PYTHON.fullmatch(os.path.basename(path)):
         raise Refusal(f"{path} is not a Python interpreter")
+    try:
+        native.require_own_kind(file)
+    except image.CannotLayOut as error:
+        raise Refusal(f"{os.path.basename(path)}: {error}") from None
     if b"musl" in loader:
         raise Refusal("musl's loader does not align segments")
     if wanted is None:
