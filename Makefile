@@ -2,7 +2,7 @@
 # make demo-celery    a real Celery worker, likewise
 # make test    the whole test suite
 # make lint    formatting, lint rules, types
-# make bench   what priming costs
+# make bench   what priming costs, and a start under page-primer run
 # make kernels Debian's Python under other kernels, in qemu
 #
 # Each does all the set-up it needs, in .venv and (as root on Debian) with apt-get.
@@ -33,6 +33,7 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/prime_cost.py
+	$(BIN)/python benchmarks/start_cost.py
 
 # Of Debian's own Python, whatever $(PYTHON) is; the runner is named by KERNEL_BOOT.
 kernels:

@@ -10,7 +10,8 @@ from pathlib import Path
 import outside
 import pytest
 from elftools.elf.elffile import ELFFile
-from test_run import LAUNCHER, base, check_native, environment  # noqa: F401
+from launched import LAUNCHER, check_native, environment
+from test_prime import require_huge_files
 
 import page_primer
 
@@ -80,16 +81,17 @@ def machine(root, python):
     for name in ("proc", "sys", "dev", "tmp"):
         (root / name).mkdir(exist_ok=True)
     mounts = (
-        f"cd {root} && mount -t proc proc proc && mount --bind /sys sys && mount --bind /dev dev && "
-        "mount --bind images images && mount -o remount,bind,ro images"
+        f"cd {root} && mount -t proc proc proc && mount --bind /sys sys && "
+        "mount --bind /dev dev && mount --bind images images && mount -o remount,bind,ro images"
     )
     return ["unshare", "--mount", "sh", "-c", f'{mounts} && exec "$@"', "sh"]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can change its root directory")
 @pytest.mark.parametrize("user", ["root", "another"])
-def test_in_a_fresh_chroot(base, tmp_path, user):  # noqa: F811
+def test_in_a_fresh_chroot(base, tmp_path, user):
     """As a container's image is: written by root, mounted read-only, used by anybody."""
+    require_huge_files(tmp_path)
     base = os.path.realpath(base)
     if base.startswith("/root/") and user != "root":
         pytest.skip("this interpreter's own path is root's alone")
@@ -127,8 +129,9 @@ def test_in_a_fresh_chroot(base, tmp_path, user):  # noqa: F811
     assert tree(root) == before
 
 
-def test_the_image_is_used(base, tmp_path):  # noqa: F811
+def test_the_image_is_used(base, tmp_path):
     """And nothing is written to it but the start's record."""
+    require_huge_files(tmp_path)
     images = tmp_path / "images"
     done = build(base, images)
     assert (done.returncode, done.stderr) == (0, "")
@@ -214,7 +217,7 @@ def test_mistakes(python, directory, said):
     assert line.startswith("page-primer: ") and said in line, line
 
 
-def test_the_header_is_loadable(base, tmp_path):  # noqa: F811
+def test_the_header_is_loadable(base, tmp_path):
     """One r-x PT_LOAD over the read-only span, on a huge page's boundary; the program headers lie
     in it; readers of ELF files have no complaint."""
     done = build(base, tmp_path / "images")

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import outside
 import pytest
-from servers import check, children, free_port, wait_for
+from servers import check, children, wait_for
 
 pytest.importorskip("celery", reason="Celery is not installed")
 
