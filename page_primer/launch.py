@@ -76,6 +76,8 @@ def _native(
     if launcher is not None:
         starts.introduce(launcher, SITE, options)
     found = starts.resolve(command)
+    if _is_isolated(found.arguments):
+        return "an interpreter with -E, -I or -S is not primed"
     try:
         start = starts.plan(found.program, options)
         environment = {**environment, STARTED: f"{os.getpid()} {found.name}"}
@@ -85,3 +87,22 @@ def _native(
     except OSError as error:
         return error.strerror or str(error)
     return ""
+
+
+def _is_isolated(arguments: Sequence[str]) -> bool:
+    """Whether an interpreter's options keep it from importing our sitecustomize, which is to put
+    its name and environment right; as launcher.c has it."""
+    words = iter(arguments[1:])
+    for word in words:
+        if word[:1] != "-" or word[1:2] in ("", "-"):
+            break
+        for at, letter in enumerate(word[1:], 2):
+            if letter in "EIS":
+                return True
+            if letter in "cm":
+                return False
+            if letter in "WX":
+                if at == len(word):
+                    next(words, None)
+                break
+    return False

@@ -17,10 +17,11 @@ def environment(images, **more):
     return {**os.environ, "PAGE_PRIMER_IMAGE_DIR": str(images), **more}
 
 
-def run(command, images=None, *, before=(), env=None, **options):
-    """Run a command to its end; natively where there is a directory for images."""
+def run(command, images=None, *, env=None, launcher=(), **options):
+    """Run a command to its end; under the launcher where there is a directory for images."""
     env = {**(environment(images) if images else os.environ), **(env or {})}
-    command = [*before, *(RUN if images else ()), *command]
+    if images:
+        command = [LAUNCHER, "run", *launcher, "--", *command]
     return subprocess.run(command, env=env, capture_output=True, text=True, **options)
 
 

@@ -567,6 +567,35 @@ def test_switched_off(kind, images):
     fallen_back(kind, images, "PAGE_PRIMER_NATIVE=0", options=["-v", "--no-native"])
 
 
+@pytest.mark.parametrize("options", [["-I"], ["-W", "ignore", "-BE"], ["-X", "dev", "-S"]])
+def test_an_interpreter_that_does_not_import_ours(base, images, options):
+    """It could not put its environment right: it is started as it is."""
+    code = (
+        "import os; print(open('/proc/self/comm').read(), os.environ.get('LD_PRELOAD'),"
+        "os.environ.get('PAGE_PRIMER_STARTED'), os.readlink('/proc/self/exe'))"
+    )
+    run([base, "-c", ""], images)
+    plain, others = both([base, *options, "-c", code], images)
+    assert {other.stdout for other in others} == {plain.stdout}
+    # The program's own options are not the interpreter's.
+    (again, *_) = both([base, "-c", code, *options], images)[1]
+    assert ("-native-" in again.stdout) == (base == KINDS.get("static"))
+    said = run([base, *options, "-c", ""], images, launcher=("--native",)).stderr
+    assert "an interpreter with -E, -I or -S is not primed" in said
+
+
+def test_an_old_interpreter(images):
+    old = sorted(Path.home().glob(".pyenv/versions/3.[6-9].*/bin/python3"))
+    if not old:
+        pytest.skip("no CPython before 3.10 here")
+    code = "import os, sys; print(sys.path, sorted(sys.modules), os.environ.get('LD_PRELOAD'))"
+    plain, others = both([str(old[-1]), "-c", code], images)
+    for other in others:
+        assert (other.stdout, other.stderr) == (plain.stdout, "")
+    said = run([str(old[-1]), "-c", ""], images, launcher=("--native",)).stderr
+    assert re.fullmatch(r"page-primer: not started natively: .* is older than CPython 3.10\n", said)
+
+
 def test_options_that_are_against_it(kind, images):
     options = ["--native", "-v", "--backing", "memfd"]
     fallen_back(kind, images, "backing is memfd", options=options)
