@@ -493,6 +493,70 @@ def has_headers(python):
     return Path(include, "Python.h").exists()
 
 
+# ------------------------------------------------------------------------------- the images ---
+
+WAIT = "import sys; print(sys.copyright.split()[-5], flush=True); sys.stdin.read()"
+
+
+def waiting(command, images):
+    return subprocess.Popen(
+        [*RUN, *command, "-c", WAIT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env=environment(images),
+    )  # fmt: skip
+
+
+def test_first_starts_at_the_same_time(kind, images):
+    """All are started natively, and share what the fastest wrote."""
+    processes = [waiting([kind], images) for _ in range(6)]
+    try:
+        for process in processes:
+            assert process.stdout.readline()
+        texts = check_native([process.pid for process in processes])
+        assert len({text.path for text in texts}) == 1
+        # None but the native image is written: nobody had to be primed in another way.
+        assert len(list(images.glob("*/*python*"))) == 1
+    finally:
+        for process in processes:
+            process.communicate()
+
+
+@pytest.mark.parametrize("read", [False, True], ids=["dropped", "read as small pages"])
+def test_pages_that_are_no_longer_in_memory(kind, images, read):
+    """As after a restart of the machine, or when somebody copied the store."""
+    run([kind, "-c", ""], images)
+    (image,) = images.glob("*/*python*")
+    with open(image, "rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if read:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+            for offset in range(0, image.stat().st_size, outside.PAGE):
+                os.pread(file.fileno(), 1, offset)
+    for _ in range(2):
+        with waiting([kind], images) as process:
+            process.stdout.readline()
+            check_native([process.pid])
+            process.communicate()
+
+
+def test_an_interpreter_that_was_replaced(images, tmp_path):
+    """By one of the same size and build-id: the image is of what is there now."""
+    if "static" not in KINDS:
+        pytest.skip("no static interpreter here")
+    original = Path(os.path.realpath(KINDS["static"]))
+    program = tmp_path / original.name
+    for word in (b"Centrum,", b"CENTRUM,", b"centrum,"):
+        content = original.read_bytes().replace(b"Centrum,", word)
+        assert word in content
+        (tmp_path / "new").write_bytes(content)
+        (tmp_path / "new").chmod(0o755)
+        (tmp_path / "new").rename(program)
+        for _ in range(2):
+            with waiting([str(program)], images) as process:
+                assert process.stdout.readline().encode() == word + b"\n"
+                check_native([process.pid])
+                process.communicate()
+
+
 # ------------------------------------------------------------------------- with integrations ---
 
 
