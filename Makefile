@@ -2,7 +2,7 @@
 # make demo-celery    a real Celery worker, likewise
 # make test    the whole test suite
 # make lint    formatting, lint rules, types
-# make bench   what priming costs
+# make bench   what priming costs, and a start under page-primer run
 # make bench-pressure    what locking buys when memory is short (root)
 # make tools-matrix   every tool on every interpreter and backing; writes docs/tools.md
 # make kernels Debian's Python under other kernels, in qemu
@@ -36,6 +36,7 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/prime_cost.py
+	$(BIN)/python benchmarks/start_cost.py
 
 bench-pressure: $(VENV)/.dev
 	tools/system-packages vmtouch:vmtouch perf:linux-perf redis-server:redis-server

@@ -241,8 +241,8 @@ def from_store(
     directory: store.Store, layout: image.Layout, fresh: bool = False
 ) -> Iterator[Attempt]:
     """Attempts with an image in one directory: the one that is there (unless a fresh one is asked
-    for), then a new one, since the pages of a file that somebody else read first are in memory as
-    small ones."""
+    for), the same read again, since the pages of a file that somebody else read or copied first are
+    in memory as small ones, and where that is no help, since somebody maps them, a new one."""
     found = directory.get(layout, fresh=fresh)
     try:
         yield _map_image(found, layout)
@@ -251,13 +251,22 @@ def from_store(
             raise
         yield Refused(found.path, reason_of(error))
     if not found.written:
+        yield _map_again(directory, layout)
         found = directory.get(layout, fresh=True)
         yield _map_image(found, layout)
     # Not huge as written: on some kernels (xfs before 6.12) only what is read back can be.
+    yield _map_again(directory, layout, found.written)
+
+
+def _map_again(directory: store.Store, layout: image.Layout, written: int = 0) -> Attempt:
     again = directory.get(layout)
-    os.fsync(again.fd)
-    os.posix_fadvise(again.fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    yield _map_image(replace(again, written=found.written), layout)
+    with suppress(OSError):
+        os.fsync(again.fd)
+        os.posix_fadvise(again.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    try:
+        return _map_image(replace(again, written=written), layout)
+    except OSError as error:
+        return Refused(again.path, reason_of(error))
 
 
 def _map_image(found: store.Image, layout: image.Layout) -> Prepared:

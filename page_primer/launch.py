@@ -77,7 +77,7 @@ def _native(
         starts.introduce(launcher, SITE, options)
     found = starts.resolve(command)
     if not starts.looks_at_site(found.arguments):
-        return "an interpreter with -I, -E or -S looks at no PYTHONPATH"
+        return "an interpreter with -E, -I or -S is not primed"
     try:
         start = starts.plan(found.program, options)
         environment = {**environment, STARTED: f"{os.getpid()} {found.name}"}

@@ -335,13 +335,25 @@ static bool add_site(const char *site)
     return !setenv("PYTHONPATH", paths, 1);
 }
 
-/* Whether an interpreter may have options that keep it from importing our sitecustomize: -I, -E, -S.
- * Those of a script are taken for its own, to be looked at in Python. */
-static bool may_ignore_site(char **arguments)
+/* Whether an interpreter's options keep it from importing our sitecustomize, which is to put its name
+ * and environment right. */
+static bool is_isolated(char **arguments)
 {
-    for (char **word = arguments + 1; *word && strcmp(*word, "-c") && strcmp(*word, "-m"); word++)
-        if (**word == '-' && word[0][1] != '-' && strpbrk(*word, "IES"))
-            return true;
+    for (char **word = arguments + 1; *word && **word == '-' && word[0][1]; word++) {
+        if (word[0][1] == '-')
+            return true; /* for Python to look at */
+        for (char *letter = *word + 1; *letter; letter++) {
+            if (strchr("EIS", *letter))
+                return true;
+            if (strchr("cm", *letter))
+                return false;
+            if (strchr("WX", *letter)) {
+                if (!letter[1] && !*++word)
+                    return false;
+                break;
+            }
+        }
+    }
     return false;
 }
 
@@ -371,14 +383,13 @@ static void run(char **argv)
         }
     }
     site[strcspn(site, "\n")] = 0;
-    if (!known || !*site || stat(site, &status) || (!no && !is_huge(&record)) || !add_site(site))
+    if (!known || !*site || stat(site, &status) || (!no && is_isolated(command.arguments)) ||
+        (!no && !is_huge(&record)) || !add_site(site))
         return;
     if (no) {
         execvp(argv[0], argv);
         return;
     }
-    if (may_ignore_site(command.arguments))
-        return;
     snprintf(started, sizeof started, "%d %s", getpid(), command.name);
     setenv("PAGE_PRIMER_STARTED", started, 1);
     if (!strcmp(record.how, "exec")) {

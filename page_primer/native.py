@@ -63,7 +63,7 @@ def lay_out(path: str, fd: int, pmd: int) -> NativeLayout:
 
 def _lay_out(path: str, fd: int, pmd: int) -> NativeLayout:
     file = elf.File(fd)
-    _require_own_kind(file)
+    require_own_kind(file)
     table = file.program_headers()
     headers = list(PROGRAM_HEADER.iter_unpack(table))
     segments = segments_of(table, 0, page_size())
@@ -104,7 +104,8 @@ def _lay_out(path: str, fd: int, pmd: int) -> NativeLayout:
     return NativeLayout(obj, (region,), pmd, name, file.header[5], build_ids)
 
 
-def _require_own_kind(file: elf.File) -> None:
+def require_own_kind(file: elf.File) -> None:
+    """Raise CannotLayOut for a file that this machine's loader does not load."""
     with open("/proc/self/exe", "rb") as own:
         mine = elf.File(own.fileno())
     if file.header[2] != mine.header[2]:

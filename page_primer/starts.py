@@ -42,6 +42,7 @@ _RECORDS = 64  # that stay in a store
 _NO_HOLDS = 600  # seconds: what cannot be done now may be possible later
 _PYTHON = re.compile(r"python(\d(\.\d+)?[a-z]*)?")
 _LIBRARY = re.compile(r"libpython\d\.\d+\w*\.so")
+_VERSION = re.compile(r"(?:lib)?python(\d+)\.(\d+)([a-z]*)")
 _LISTED = re.compile(r"^\s*(\S+) => (/.+) \(0x[0-9a-f]+\)$", re.MULTILINE)
 
 
@@ -272,6 +273,11 @@ def _library(path: str, file: elf.File) -> str | None:
     wanted = next((name for name in needed if _LIBRARY.match(os.path.basename(name))), None)
     if wanted is None and not _PYTHON.fullmatch(os.path.basename(path)):
         raise Refusal(f"{path} is not a Python interpreter")
+    _require_supported(wanted or os.path.basename(path))
+    try:
+        native.require_own_kind(file)
+    except image.CannotLayOut as error:
+        raise Refusal(f"{os.path.basename(path)}: {error}") from None
     if b"musl" in loader:
         raise Refusal("musl's loader does not align segments")
     if wanted is None:
@@ -291,6 +297,15 @@ def _library(path: str, file: elf.File) -> str | None:
         if elf.File(opened.fileno()).dynamic_strings().get(elf.DT_SONAME) != [wanted]:
             raise Refusal(f"{wanted} has another SONAME")
     return os.path.realpath(str(found))
+
+
+def _require_supported(name: str) -> None:
+    """One that will not import started.py would keep LD_PRELOAD, and pass it on."""
+    version = _VERSION.match(name)
+    if version and (int(version[1]), int(version[2])) < (3, 10):
+        raise Refusal(f"{name} is older than CPython 3.10")
+    if version and version[3].startswith("t"):
+        raise Refusal(f"{name} is free-threaded")
 
 
 def _glibc() -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from elftools.elf.elffile import ELFFile
 
 import page_primer
 
@@ -61,6 +62,25 @@ def _interpreters() -> dict[str, str]:
 INTERPRETERS = _interpreters()
 
 
+def is_shared(python: str) -> bool:
+    """Whether an interpreter's code is in a libpython."""
+    with open(os.path.realpath(python), "rb") as file:
+        dynamic = ELFFile(file).get_section_by_name(".dynamic")
+        needed = [tag.needed for tag in dynamic.iter_tags("DT_NEEDED")] if dynamic else []
+    return any(name.startswith("libpython") for name in needed)
+
+
+# One interpreter of each kind; of the version that the tests' packages are installed for, if there
+# is one.
+KINDS = {
+    "shared" if is_shared(path) else "static": path
+    for path in sorted(
+        INTERPRETERS.values(),
+        key=lambda path: f"python{sys.version_info[0]}.{sys.version_info[1]}" in path,
+    )
+}
+
+
 def python_of(tmp: Path, base: str) -> str:
     """A virtual environment of an interpreter that sees what this test run has installed: all of it
     is pure Python, or built for the stable ABI."""
@@ -87,6 +107,20 @@ def every_python(request: pytest.FixtureRequest) -> Iterator[str]:
 def python() -> str:
     """The interpreter that runs the tests."""
     return sys.executable
+
+
+@pytest.fixture(params=["static", "shared"])
+def base(request: pytest.FixtureRequest) -> str:
+    """An interpreter of each kind, outside a virtual environment."""
+    if request.param not in KINDS:
+        pytest.skip(f"no {request.param} interpreter here")
+    return KINDS[request.param]
+
+
+@pytest.fixture
+def kind(base: str, tmp_path: Path) -> str:
+    """Its virtual environment."""
+    return python_of(tmp_path, base)
 
 
 @pytest.fixture

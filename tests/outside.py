@@ -125,7 +125,8 @@ def text_of(pid: int, path: str | None = None) -> Text:
     """Measure the .text of an object, by default of the interpreter."""
     path = path or interpreter_file(pid)
     vmas = smaps(pid)
-    there = f"/proc/{pid}/root{path}"  # a process may see other files than we
+    # A process may see other files than we; one in another root is shown with a path of ours.
+    there = next(p for p in (f"/proc/{pid}/root{path}", path) if os.path.exists(p))
     section, loads, fixed = elf_file(there, os.stat(there).st_mtime_ns)
     base = load_bias(path, vmas, there)
     low, high = base + section["sh_addr"], base + section["sh_addr"] + section["sh_size"]

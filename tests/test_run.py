@@ -7,17 +7,17 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import outside
 import pytest
-from conftest import INTERPRETERS, python_of
+from conftest import KINDS, python_of
 from elftools.elf.elffile import ELFFile
+from launched import LAUNCHER, RUN, check_native, environment, is_native, run
 from servers import NO_CONTROL_SOCKET, Server, children, free_port, wait_for
-from test_prime import require_huge_files
-
-LAUNCHER = str(Path(sys.executable).with_name("page-primer"))
-RUN = [LAUNCHER, "run", "--"]
+from test_gunicorn import Gunicorn, can_ptrace
+from test_prime import IS_ROOT, require_huge_files
 
 APP = """
 import os
@@ -43,50 +43,6 @@ def _files_can_be_huge(tmp_path):
     require_huge_files(tmp_path)
 
 
-def is_shared(python):
-    """Whether an interpreter's code is in a libpython."""
-    with open(os.path.realpath(python), "rb") as file:
-        dynamic = ELFFile(file).get_section_by_name(".dynamic")
-        needed = [tag.needed for tag in dynamic.iter_tags("DT_NEEDED")] if dynamic else []
-    return any(name.startswith("libpython") for name in needed)
-
-
-# One interpreter of each kind; of the version that the tests' packages are installed for, if there
-# is one.
-KINDS = {
-    "shared" if is_shared(path) else "static": path
-    for path in sorted(
-        INTERPRETERS.values(),
-        key=lambda path: f"python{sys.version_info[0]}.{sys.version_info[1]}" in path,
-    )
-}
-
-
-@pytest.fixture(params=["static", "shared"])
-def base(request):
-    """An interpreter of each kind, outside a virtual environment."""
-    if request.param not in KINDS:
-        pytest.skip(f"no {request.param} interpreter here")
-    return KINDS[request.param]
-
-
-@pytest.fixture
-def kind(base, tmp_path):
-    """Its virtual environment."""
-    return python_of(tmp_path, base)
-
-
-def environment(images, **more):
-    return {**os.environ, "PAGE_PRIMER_IMAGE_DIR": str(images), **more}
-
-
-def run(command, images=None, *, before=(), env=None, **options):
-    """Run a command to its end; natively where there is a directory for images."""
-    env = {**(environment(images) if images else os.environ), **(env or {})}
-    command = [*before, *(RUN if images else ()), *command]
-    return subprocess.run(command, env=env, capture_output=True, text=True, **options)
-
-
 def both(command, images, **options):
     """What a command says without the launcher, and with it: without an image there, with it, and
     with the processes that it spawns alone started from images."""
@@ -94,22 +50,6 @@ def both(command, images, **options):
     first, again = (run(command, images, **options) for _ in range(2))
     inner = run(["sh", "-c", '"$@"', "sh", *command], images, **options)
     return plain, [first, again, inner]
-
-
-def check_native(pids):
-    """All attainable .text is on huge pages and locked in each process, which was started from an
-    image; returns the measurements."""
-    texts = [outside.text_of(pid) for pid in pids]
-    for text in texts:
-        assert "-native-" in text.path, text
-        assert text.huge == text.attainable > 0, text
-        assert text.locked and text.executable, text
-    return texts
-
-
-def is_native(pid):
-    text = outside.text_of(pid)
-    return "-native-" in text.path and text.locked
 
 
 # ------------------------------------------------------------------------------------ servers ---
@@ -163,10 +103,9 @@ def test_servers(kind, images, tmp_path, name):
 class Worker(Server):
     """A worker that serves a queue; it is there when it says so."""
 
-    ready = ""
-
-    def get(self, path="/"):
-        return self.ready in self.log()
+    def __init__(self, ready, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.get = lambda: ready in self.log()
 
 
 def test_celery(kind, images, tmp_path, broker):
@@ -178,8 +117,7 @@ def test_celery(kind, images, tmp_path, broker):
     )
     env = environment(images, BROKER=f"{broker}/13", C_FORCE_ROOT="1")
     command = [*RUN, kind, "-m", "celery", "-A", "work", "worker", "-c", "2", "-l", "INFO"]
-    Worker.ready = " ready."
-    with Worker(tmp_path, 0, *command, env=env) as worker:
+    with Worker(" ready.", tmp_path, 0, *command, env=env) as worker:
         wait_for(lambda: len(worker.family()) == 3, "the pool")
         check_native(worker.family())
         code = "import work; print(work.pid.delay().get(timeout=20))"
@@ -205,8 +143,7 @@ def test_rq(kind, images, tmp_path, broker):
         f"rq.Queue(connection=redis.Redis.from_url({url!r})).enqueue(work.job)\n"
     )
     assert run([kind, "-c", queue], env=env, cwd=tmp_path).returncode == 0
-    Worker.ready = "work.job"
-    with Worker(tmp_path, 0, *command, env=env) as worker:
+    with Worker("work.job", tmp_path, 0, *command, env=env) as worker:
         horse = tmp_path / "horse"
         wait_for(lambda: horse.exists() and horse.read_text(), "the job")
         pids = worker.family()
@@ -364,8 +301,11 @@ def test_signals(kind, images, number):
 
 def test_off_switch(kind, images, tmp_path):
     """A plain exec: the same environment, the same file, nothing written."""
-    command = [kind, "-c", "import os; print(sorted(os.environ.items()), open('/proc/self/maps').read"
-               "().count('page-primer'), os.readlink('/proc/self/exe'))"]  # fmt: skip
+    code = (
+        "import os; print(sorted(os.environ.items()), os.readlink('/proc/self/exe'));"
+        "print(open('/proc/self/maps').read().count('page-primer'))"
+    )
+    command = [kind, "-c", code]
     env = {"PAGE_PRIMER": "0", "PAGE_PRIMER_IMAGE_DIR": str(images), "PYTHONPATH": str(tmp_path)}
     plain = run(command, env=env)
     other = run(command, images, env=env)
@@ -398,8 +338,8 @@ def test_the_environment_of_children(kind, images, tmp_path):
     """PYTHONPATH is kept, and LD_PRELOAD is nobody else's."""
     code = (
         "import os, subprocess; print(os.environ.get('LD_PRELOAD'));"
-        "print(subprocess.run(['sh', '-c', 'echo $LD_PRELOAD; echo $PYTHONPATH; cat /proc/$$/maps'],"
-        "capture_output=True, text=True).stdout)"
+        "script = 'echo $LD_PRELOAD; echo $PYTHONPATH; cat /proc/$$/maps';"
+        "print(subprocess.run(['sh', '-c', script], capture_output=True, text=True).stdout)"
     )
     for own in (None, "/nonexistent/own.so"):
         env = {"PYTHONPATH": "/one:/two", **({"LD_PRELOAD": own} if own else {})}
@@ -503,14 +443,6 @@ def random_addresses(base, tmp_path):
     return wrapper
 
 
-def spinning(command, **options):
-    """A process that waits for the end of its input, once it runs."""
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **options
-    )
-    return process
-
-
 @pytest.mark.parametrize("where", ["inside", "outside"])
 def test_random_load_addresses(base, random_addresses, tmp_path, where):
     """All of .text is on huge pages, where an interpreter primed after its start has less; and the
@@ -559,3 +491,325 @@ def has_headers(python):
     code = "import sysconfig; print(sysconfig.get_path('include'))"
     include = subprocess.run([python, "-c", code], capture_output=True, text=True).stdout.strip()
     return Path(include, "Python.h").exists()
+
+
+# ------------------------------------------------------------------------------- the images ---
+
+WAIT = "import sys; print(sys.copyright.split()[-5], flush=True); sys.stdin.read()"
+
+
+def waiting(command, images):
+    return subprocess.Popen(
+        [*RUN, *command, "-c", WAIT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env=environment(images),
+    )  # fmt: skip
+
+
+def test_first_starts_at_the_same_time(kind, images):
+    """All are started natively, and share what the fastest wrote."""
+    processes = [waiting([kind], images) for _ in range(6)]
+    try:
+        for process in processes:
+            assert process.stdout.readline()
+        texts = check_native([process.pid for process in processes])
+        assert len({text.path for text in texts}) == 1
+        # None but the native image is written: nobody had to be primed in another way.
+        assert len(list(images.glob("*/*python*"))) == 1
+    finally:
+        for process in processes:
+            process.communicate()
+
+
+@pytest.mark.parametrize("read", [False, True], ids=["dropped", "read as small pages"])
+def test_pages_that_are_no_longer_in_memory(kind, images, read):
+    """As after a restart of the machine, or when somebody copied the store."""
+    run([kind, "-c", ""], images)
+    (image,) = images.glob("*/*python*")
+    with open(image, "rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if read:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+            for offset in range(0, image.stat().st_size, outside.PAGE):
+                os.pread(file.fileno(), 1, offset)
+    for _ in range(2):
+        with waiting([kind], images) as process:
+            process.stdout.readline()
+            check_native([process.pid])
+            process.communicate()
+
+
+def test_an_interpreter_that_was_replaced(images, tmp_path):
+    """By one of the same size and build-id: the image is of what is there now."""
+    if "static" not in KINDS:
+        pytest.skip("no static interpreter here")
+    original = Path(os.path.realpath(KINDS["static"]))
+    program = tmp_path / original.name
+    for word in (b"Centrum,", b"CENTRUM,", b"centrum,"):
+        content = original.read_bytes().replace(b"Centrum,", word)
+        assert word in content
+        (tmp_path / "new").write_bytes(content)
+        (tmp_path / "new").chmod(0o755)
+        (tmp_path / "new").rename(program)
+        for _ in range(2):
+            with waiting([str(program)], images) as process:
+                assert process.stdout.readline().encode() == word + b"\n"
+                check_native([process.pid])
+                process.communicate()
+
+
+# ------------------------------------------------------------------------- with integrations ---
+
+
+def test_gunicorns_integration_says_it(kind, images, tmp_path):
+    require_module(kind, "gunicorn")
+    env = {"PAGE_PRIMER_IMAGE_DIR": str(images)}
+    with Gunicorn(kind, tmp_path, "-w", "2", env=env, wrapper=RUN) as server:
+        server.wait_for_workers(2)
+        (text, *_) = check_native([server.master, *server.workers])
+        ((pid, line),) = server.lines("INFO")
+        assert pid == server.master
+        share = "100 %" if text.attainable == text.size else r"\d+\.\d %"
+        assert re.match(rf"{share} of .* of code on huge pages \(started from its ", line)
+        assert f"(started from its image in {images})" in line
+        assert not server.lines("WARNING")
+
+
+# ---------------------------------------------------------------------------------- fallbacks ---
+
+# So that memory without a name takes all of the code.
+ALL = {"PAGE_PRIMER_KEEP_PROFILERS": "0"}
+
+
+def fallen_back(python, images, reason, *, before=(), options=("--native", "-v"), env=ALL):
+    """A program of which the launcher says, in one line, why it was not started natively; primed
+    nevertheless. Returns what is measured."""
+    command = [*before, LAUNCHER, "run", *options, "--", python, "-c", "print(flush=True); input()"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**environment(images), **env},
+    ) as process:  # fmt: skip
+        process.stdout.readline()
+        text = outside.text_of(process.pid)
+        _, said = process.communicate("\n")
+    lines = said.splitlines()
+    if "--native" in options:
+        assert re.fullmatch(f"page-primer: not started natively: {reason}", lines.pop(0)), said
+    assert re.search("of code on huge pages", lines[0]), said
+    assert re.fullmatch(rf"page-primer\[\d+\]: native load: {reason}", lines[1]), said
+    assert len(lines) == 2 and process.returncode == 0
+    assert "-native-" not in text.path
+    assert text.huge == text.attainable > 0
+    assert text.locked
+    return text
+
+
+def test_no_directory_for_images(kind):
+    fallen_back(kind, "/etc/passwd/images", ".*/etc/passwd/images: its parent is not a directory")
+
+
+@pytest.mark.skipif(not IS_ROOT, reason="only root can give a directory away")
+def test_a_directory_of_somebody_else(kind, images):
+    images.mkdir()
+    os.chown(images, 65534, 65534)
+    fallen_back(kind, images, f"{images}: not ours alone: .*")
+
+
+@pytest.mark.parametrize("options", ["noexec", "ro"])
+def test_a_directory_that_is_mounted_otherwise(kind, images, options):
+    images.mkdir()
+    mount = f'mount -t tmpfs -o mode=755,{options} none {images} && exec "$@"'
+    before = ["unshare", "--mount", "sh", "-c", mount, "sh"]
+    if subprocess.run([*before, "true"], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    reason = {"noexec": "mounted noexec", "ro": "Read-only file system"}[options]
+    fallen_back(kind, images, f"{images}: {reason}", before=before)
+
+
+def test_switched_off(kind, images):
+    env = {**ALL, "PAGE_PRIMER_NATIVE": "0"}
+    fallen_back(kind, images, "PAGE_PRIMER_NATIVE=0", options=["-v"], env=env)
+    fallen_back(kind, images, "PAGE_PRIMER_NATIVE=0", options=["-v", "--no-native"])
+
+
+@pytest.mark.parametrize("options", [["-I"], ["-W", "ignore", "-BE"], ["-X", "dev", "-S"]])
+def test_an_interpreter_that_does_not_import_ours(base, images, options):
+    """It could not put its environment right: it is started as it is."""
+    code = (
+        "import os; print(open('/proc/self/comm').read(), os.environ.get('LD_PRELOAD'),"
+        "os.environ.get('PAGE_PRIMER_STARTED'), os.readlink('/proc/self/exe'))"
+    )
+    run([base, "-c", ""], images)
+    plain, others = both([base, *options, "-c", code], images)
+    assert {other.stdout for other in others} == {plain.stdout}
+    # The program's own options are not the interpreter's.
+    (again, *_) = both([base, "-c", code, *options], images)[1]
+    assert ("-native-" in again.stdout) == (base == KINDS.get("static"))
+    said = run([base, *options, "-c", ""], images, launcher=("--native",)).stderr
+    assert "an interpreter with -E, -I or -S is not primed" in said
+
+
+def test_an_old_interpreter(images):
+    old = sorted(Path.home().glob(".pyenv/versions/3.[6-9].*/bin/python3"))
+    if not old:
+        pytest.skip("no CPython before 3.10 here")
+    code = "import os, sys; print(sys.path, sorted(sys.modules), os.environ.get('LD_PRELOAD'))"
+    plain, others = both([str(old[-1]), "-c", code], images)
+    for other in others:
+        assert (other.stdout, other.stderr) == (plain.stdout, "")
+    said = run([str(old[-1]), "-c", ""], images, launcher=("--native",)).stderr
+    assert re.fullmatch(r"page-primer: not started natively: .* is older than CPython 3.10\n", said)
+
+
+def test_options_that_are_against_it(kind, images):
+    options = ["--native", "-v", "--backing", "memfd"]
+    fallen_back(kind, images, "backing is memfd", options=options)
+
+
+@pytest.mark.parametrize("bit", [0o4755, 0o2755], ids=["setuid", "setgid"])
+def test_setuid_program(base, images, tmp_path, bit):
+    """A copy: what the kernel gives to that file it would not give to its image."""
+    program = tmp_path / os.path.basename(os.path.realpath(base))
+    shutil.copy(base, program)
+    program.chmod(bit)
+    fallen_back(str(program), images, "setuid or setgid program")
+
+
+def test_musl(base, images, tmp_path):
+    """An interpreter that names musl's loader, which is in truth glibc's under that name."""
+    content = Path(os.path.realpath(base)).read_bytes()
+    with open(os.path.realpath(base), "rb") as file:
+        header = next(ELFFile(file).iter_segments("PT_INTERP"))
+        old, at = header.get_interp_name(), header["p_offset"]
+    place = tempfile.mkdtemp(prefix="", dir="/tmp")
+    try:
+        new = f"{place}/ld-musl".encode()
+        assert len(new) <= len(old)
+        os.symlink(old, new)
+        program = tmp_path / os.path.basename(os.path.realpath(base))
+        changed = content[:at] + new.ljust(len(old), b"\0") + content[at + len(old) :]
+        program.write_bytes(changed)
+        program.chmod(0o755)
+        fallen_back(str(program), images, "musl's loader does not align segments")
+    finally:
+        shutil.rmtree(place)
+
+
+def test_old_glibc(images, tmp_path):
+    """The one thing made up: the version that this glibc says it has."""
+    if "shared" not in KINDS:
+        pytest.skip("no interpreter with a shared libpython here")
+    python = python_of(tmp_path, KINDS["shared"])
+    code = (
+        "from page_primer import started, starts\n"
+        "starts._glibc = lambda: (2, 34)\n"
+        "started.start()\n"
+        "print(flush=True); input()\n"
+    )
+    env = environment(images, PAGE_PRIMER_VERBOSE="1")
+    with subprocess.Popen(
+        [python, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        stderr=subprocess.PIPE, env=env,
+    ) as process:  # fmt: skip
+        process.stdout.readline()
+        text = outside.text_of(process.pid)
+        assert "-native-" not in text.path
+        assert text.huge == text.attainable > 0 and text.locked
+        _, said = process.communicate("\n")
+    assert said.endswith("native load: glibc 2.34 does not align segments; 2.35 does\n")
+
+
+def test_bad_settings(python):
+    for options, name in (
+        (["--limit", "much"], "limit"),
+        (["--image-dir", "relative"], "image_dir"),
+        (["--backing", "paper"], "backing"),
+    ):
+        done = subprocess.run(
+            [LAUNCHER, "run", *options, "--", python, "-c", ""], capture_output=True, text=True
+        )
+        assert done.returncode == 2
+        (line,) = done.stderr.splitlines()
+        assert line.startswith("page-primer: ") and name in line.lower(), line
+    for name in ("NATIVE", "LATE", "VERBOSE"):
+        done = run([*RUN, python, "-c", ""], env={f"PAGE_PRIMER_{name}": "perhaps"})
+        assert done.returncode == 2
+        (line,) = done.stderr.splitlines()
+        assert f"PAGE_PRIMER_{name}" in line, line
+    done = subprocess.run([LAUNCHER, "run"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "page-primer: run: no command\n")
+
+
+# -------------------------------------------------------------------------------------- tools ---
+
+SPIN = """
+import json
+def spin_in_json():
+    print(flush=True)
+    while True:
+        json.loads('[1, 2.5, {"a": [null, true]}]')
+spin_in_json()
+"""
+
+
+@pytest.fixture
+def profiled(kind, images, tmp_path):
+    """A process that was started from an image, and runs spin_in_json() in spin.py."""
+    (tmp_path / "spin.py").write_text(SPIN)
+    with subprocess.Popen(
+        [*RUN, kind, str(tmp_path / "spin.py")], stdout=subprocess.PIPE, env=environment(images)
+    ) as process:
+        process.stdout.readline()
+        check_native([process.pid])
+        yield process
+        assert process.poll() is None
+        process.kill()
+
+
+def tool(name):
+    path = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
+    if path is None:
+        pytest.skip(f"no {name} here")
+    return path
+
+
+def output_of(*command, **options):
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, **options
+    )
+    return done.stdout + done.stderr
+
+
+needs_ptrace = pytest.mark.skipif(not can_ptrace(), reason="ptrace of others is not allowed here")
+
+
+@needs_ptrace
+@pytest.mark.parametrize("options", [[], ["--native"]], ids=["", "native"])
+def test_py_spy(profiled, options):
+    dump = output_of(tool("py-spy"), "dump", "--pid", str(profiled.pid), *options)
+    assert "spin_in_json (" in dump and "spin.py" in dump, dump
+
+
+@needs_ptrace
+def test_gdb(profiled):
+    said = output_of(tool("gdb"), "-p", str(profiled.pid), "-batch", "-ex", "bt")
+    assert re.search(r"_PyEval_EvalFrameDefault|_PyEval_Vector", said), said
+    assert "Py_RunMain" in said, said
+
+
+@needs_ptrace
+@pytest.mark.parametrize("options", [[], ["--native"]], ids=["", "native"])
+def test_pystack(profiled, options):
+    said = output_of(tool("pystack"), "remote", str(profiled.pid), *options)
+    assert "spin_in_json" in said, said
+
+
+def test_perf(profiled, tmp_path):
+    """Symbols by the image's own build-id, in a cache of its own."""
+    perf = tool("perf")
+    env = {**os.environ, "HOME": str(tmp_path)}
+    record = [perf, "record", "-e", "cpu-clock", "-F", "499", "-o", "data"]
+    if subprocess.run([*record, "true"], cwd=tmp_path, env=env, capture_output=True).returncode:
+        pytest.skip("perf may not record here")
+    output_of(*record, "-p", str(profiled.pid), "sleep", "1", cwd=tmp_path, env=env)
+    report = output_of(perf, "report", "--stdio", "-i", "data", cwd=tmp_path, env=env)
+    assert "_PyEval_EvalFrameDefault" in report, report

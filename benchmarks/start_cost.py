@@ -1,0 +1,145 @@
+"""What `page-primer run` costs a start, beside the start itself.
+
+    python benchmarks/start_cost.py [PYTHON ...] [--rounds N] [--directory DIR] [--json]
+
+Whole-process times, from fork to exit, of `PYTHON -c pass` and of the same under `page-primer run`,
+the image being there: started natively, and primed after its start. Every round runs all of them in
+turns, so that what slows the machine for a while slows all sides. Printed are medians over the
+rounds; differences and ratios are taken within each round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+GOAL = 15  # ms that a start may cost more
+LAUNCHER = str(Path(sys.executable).with_name("page-primer"))
+RUN = [LAUNCHER, "run", "--"]
+
+
+def environment(work: str, **more: str) -> dict[str, str]:
+    """As an installation is run: bytecode is there after the first round, which is not counted."""
+    plain = {k: v for k, v in os.environ.items() if not k.startswith("PAGE_PRIMER")}
+    plain.pop("PYTHONDONTWRITEBYTECODE", None)
+    prefix = f"{work}/bytecode"
+    return {
+        **plain,
+        "PYTHONPYCACHEPREFIX": prefix,
+        "PAGE_PRIMER_IMAGE_DIR": f"{work}/store",
+        **more,
+    }
+
+
+def timed(command: list[str], env: dict[str, str]) -> float:
+    """Milliseconds from fork to exit."""
+    began = time.perf_counter()
+    subprocess.run(command, env=env, check=True)
+    return (time.perf_counter() - began) * 1000
+
+
+def measure(python: str, rounds: int, work: str) -> dict[str, list[float]]:
+    """The times of each way to start an interpreter, one a round."""
+    env, after = environment(work), environment(work, PAGE_PRIMER_NATIVE="0")
+    program = [python, "-c", "pass"]
+    ways = {
+        "plain": (program, env),
+        "native": ([*RUN, *program], env),
+        "after": ([*RUN, *program], after),
+        "true": (["/bin/true"], env),
+    }
+    shown = subprocess.run(
+        [*RUN, python, "-c", "print(open('/proc/self/maps').read())"],
+        env=env, check=True, stdout=subprocess.PIPE, text=True,
+    ).stdout  # fmt: skip
+    if f"{work}/store/" not in shown:
+        sys.exit(f"start_cost: {python} is not started natively here: see `page-primer doctor`")
+    for command, its_own in ways.values():
+        timed(command, its_own)
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, (command, its_own) in ways.items():
+            found[name].append(timed(command, its_own))
+    return found
+
+
+def summarize(found: dict[str, list[float]]) -> dict[str, Any]:
+    """Medians, and what each way costs above the plain start within the rounds."""
+    summary: dict[str, Any] = {"rounds": len(found["plain"])}
+    for name, times in found.items():
+        summary[f"{name}_ms"] = median(times)
+    for name in ("native", "after"):
+        pairs = list(zip(found[name], found["plain"], strict=True))
+        for what, values in (
+            ("more_ms", [a - b for a, b in pairs]),
+            ("ratio", [a / b for a, b in pairs]),
+        ):
+            summary[f"{name}_{what}"] = {
+                "median": median(values), "min": min(values), "max": max(values)
+            }  # fmt: skip
+    return summary
+
+
+def table(python: str, s: dict[str, Any]) -> str:
+    """The summary as text, the goal beside what it is about."""
+
+    def span(values: dict[str, float], form: str) -> str:
+        return "{} ({} to {})".format(*(format(values[k], form) for k in ("median", "min", "max")))
+
+    lines = [
+        f"{python}; medians of {s['rounds']} rounds",
+        f"{'python -c pass':42}{s['plain_ms']:9.2f} ms",
+    ]
+    for name, title in (
+        ("native", "page-primer run -- python -c pass"),
+        ("after", "  --no-native"),
+    ):
+        lines.append(f"{title:42}{s[f'{name}_ms']:9.2f} ms")
+        held = "met" if s[f"{name}_more_ms"]["median"] <= GOAL else "MISSED"
+        goal = f"[goal: {GOAL}: {held}]" if name == "native" else ""
+        lines.append(f"  {'difference, ms':38}{span(s[f'{name}_more_ms'], '.1f'):>26}  {goal}")
+        lines.append(f"  {'ratio':38}{span(s[f'{name}_ratio'], '.2f'):>26}")
+    lines.append(f"{'/bin/true, for comparison':42}{s['true_ms']:9.2f} ms")
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("python", nargs="*", default=[sys.executable], metavar="PYTHON",
+                        help="the interpreters to measure (default: this one)")  # fmt: skip
+    parser.add_argument("--rounds", default=40, type=int, help="default: %(default)s")
+    parser.add_argument("--directory", default="/var/tmp", metavar="DIR",
+                        help="where images go, in a temporary directory of its own: choose a "
+                        "file system that has huge pages (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print the summaries as JSON")
+    options = parser.parse_args()
+    if options.rounds < 1:
+        parser.error("--rounds must be at least 1")
+    summaries = {}
+    work = tempfile.mkdtemp(prefix="start-cost-", dir=options.directory)
+    try:
+        for python in options.python:
+            summaries[python] = summarize(measure(python, options.rounds, work))
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"start_cost: {error}", file=sys.stderr)
+        return 2
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    if options.json:
+        print(json.dumps(summaries, indent=1))
+    else:
+        print("\n\n".join(table(python, s) for python, s in summaries.items()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
