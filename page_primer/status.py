@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from page_primer import elf
-from page_primer.elf import PROGRAM_HEADER, PT_LOAD
+from page_primer.elf import PROGRAM_HEADER, PT_LOAD, is_native
 from page_primer.measure import measure
 from page_primer.smaps import Mapping, overlapping, read_smaps, total
-from page_primer.survey import Segment, is_native, page_size, pmd_size, segments_of
+from page_primer.survey import Segment, page_size, pmd_size, segments_of
 
 
 @dataclass(frozen=True)

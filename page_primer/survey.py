@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 
 from page_primer import _core, elf
-from page_primer.elf import PF_R, PF_W, PF_X, PROGRAM_HEADER, PT_LOAD
+from page_primer.elf import PF_R, PF_W, PF_X, PROGRAM_HEADER, PT_LOAD, is_native
 from page_primer.record import Record, replace
 from page_primer.smaps import Mapping, overlapping, read_maps, read_smaps
 
@@ -124,11 +124,6 @@ class Survey(Record, aside=("mappings",)):
     threads: int
     loads: tuple[int, int]  # the loader's counters
     mappings: Sequence[Mapping] = ()
-
-
-def is_native(path: str) -> bool:
-    """Whether a path is that of an image for native load: its folder's name says so."""
-    return path.rpartition("/")[0].rpartition("/")[2].partition("-")[2].startswith("native-")
 
 
 def page_size() -> int:
