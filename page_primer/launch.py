@@ -6,12 +6,16 @@ place. launcher.c does the same where it has nothing to find out, in a milliseco
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import shutil
+import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from page_primer.options import Options, flag
-from page_primer.started import LATE, NATIVE, STARTED, VERBOSE
+from page_primer.started import LATE, NATIVE, STARTED, VERBOSE, given_environment
 
 SITE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "site")
 
@@ -30,24 +34,50 @@ def run(command: Sequence[str], settings: Mapping[str, str], *, explicit: bool =
     Raises:
         ValueError: a setting that does not make sense; the message names it.
     """
-    environment = {**os.environ, **settings}
+    environment = {**given_environment(), **settings}
     options = Options.load(environ=environment)
     flag(LATE, environment.get(LATE) or False)
     flag(VERBOSE, environment.get(VERBOSE) or False)
     native = flag(NATIVE, environment.get(NATIVE) or True)
     environment.pop(STARTED, None)
     launcher = environment.pop("PAGE_PRIMER_LAUNCHER", None)
+    ignored = environment.pop("PAGE_PRIMER_IGNORED", "").split()
     try:
         if options.enabled:
             _add_site(environment)
         if options.enabled and native and sys.platform == "linux":
             reason = _native(command, options, environment, launcher)
             if explicit:
-                print(f"page-primer: not started natively: {reason}", file=sys.stderr)
+                _say(f"not started natively: {reason}")
+        _execute(command, environment, ignored)
+    except OSError as error:
+        _say(f"{command[0]}: {error.strerror}")
+        return 127 if isinstance(error, FileNotFoundError | NotADirectoryError) else 126
+    return 126
+
+
+def _say(what: str) -> None:
+    with contextlib.suppress(OSError):
+        if sys.stderr is not None:
+            print(f"page-primer: {what}", file=sys.stderr, flush=True)
+
+
+def _execute(command: Sequence[str], environment: dict[str, str], ignored: Collection[str]) -> None:
+    """As execvp(3) would have it of this process before it became Python, which ignores these
+    signals; and a script without `#!` is the shell's. Raises OSError."""
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):
+        if str(int(number)) not in ignored:
+            signal.signal(number, signal.SIG_DFL)
+    if not command[0]:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+    try:
         os.execvpe(command[0], list(command), environment)
     except OSError as error:
-        print(f"page-primer: {command[0]}: {error.strerror}", file=sys.stderr)
-        return 127 if isinstance(error, FileNotFoundError) else 126
+        if error.errno != errno.ENOEXEC:
+            raise
+        path = command[0] if "/" in command[0] else shutil.which(command[0])
+        shell = ["/bin/sh", path or command[0], *command[1:]]
+        os.execve(shell[0], shell, environment)
 
 
 def _add_site(environment: dict[str, str]) -> None:
@@ -59,19 +89,24 @@ def _add_site(environment: dict[str, str]) -> None:
 def _native(
     command: Sequence[str], options: Options, environment: dict[str, str], launcher: str | None
 ) -> str:
-    """Execute the command natively. Returns only if that cannot be: the reason. Raises OSError when
-    there is no such command."""
-    from page_primer import starts
-
+    """Execute the command natively. Returns only if that cannot be: the reason."""
+    try:
+        from page_primer import starts
+    except ImportError as error:  # built without its C core
+        return f"not available here: {error}"
     if launcher is not None:
         starts.introduce(launcher, SITE, options)
-    found = starts.resolve(command)
     try:
+        found = starts.resolve(command)
         start = starts.plan(found.program, options)
+        if starts.is_isolated(found.arguments):
+            return "its options keep out sitecustomize"
         environment = {**environment, STARTED: f"{os.getpid()} {found.name}"}
         start.run(found.program, found.arguments, environment)
     except starts.Refusal as why:
         return str(why)
     except OSError as error:
         return error.strerror or str(error)
+    except Exception as error:  # whatever it is, the command is executed
+        return f"{type(error).__name__}: {error}"
     return ""

@@ -10,12 +10,14 @@
 #include <fcntl.h>
 #include <libgen.h>
 #include <limits.h>
+#include <signal.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
@@ -46,10 +48,18 @@ struct record {
     unsigned long offset, length;
 };
 
-/* Hand over to the Python command. */
+/* Hand over to the Python command, with what it cannot find out: Python ignores these signals. */
 static void leave_to_python(char **argv)
 {
-    char path[PATH_MAX + 8];
+    char path[PATH_MAX + 8], ignored[16] = "";
+    static const int changed[] = {SIGPIPE, SIGXFSZ};
+    for (size_t i = 0; i < sizeof changed / sizeof *changed; i++) {
+        struct sigaction action;
+        size_t used = strlen(ignored);
+        if (!sigaction(changed[i], NULL, &action) && action.sa_handler == SIG_IGN)
+            snprintf(ignored + used, sizeof ignored - used, "%d ", changed[i]);
+    }
+    setenv("PAGE_PRIMER_IGNORED", ignored, 1);
     snprintf(path, sizeof path, "%s-cli", own);
     setenv("PAGE_PRIMER_LAUNCHER", own, 1);
     execv(path, argv);
@@ -73,8 +83,9 @@ static bool find(const char *name, char *path)
                !stat(path, &status) && S_ISREG(status.st_mode);
     const char *at = getenv("PATH");
     while (at) {
-        const char *end = strchrnul(at, ':');
-        if (end > at && snprintf(path, PATH_MAX, "%.*s/%s", (int)(end - at), at, name) < PATH_MAX &&
+        const char *end = strchrnul(at, ':'); /* an empty entry is the current directory */
+        const char *slash = end > at ? "/" : "";
+        if (snprintf(path, PATH_MAX, "%.*s%s%s", (int)(end - at), at, slash, name) < PATH_MAX &&
             !access(path, X_OK) && !stat(path, &status) && S_ISREG(status.st_mode))
             return true;
         at = *end ? end + 1 : NULL;
@@ -123,9 +134,8 @@ static bool resolve(char **argv, struct command *command)
         close(fd);
         if (got < 2 || line[0] != '#' || line[1] != '!')
             return true;
-        line[got] = 0;
-        char *end = strchr(line, '\n');
-        if (!end)
+        char *end = memchr(line, '\n', got);
+        if (!end || memchr(line, 0, end - line))
             return false;
         *end = 0;
         char *interpreter = strtok(line + 2, " \t"), *option = strtok(NULL, "");
@@ -133,7 +143,7 @@ static bool resolve(char **argv, struct command *command)
             return false;
         if (option) {
             option += strspn(option, " \t");
-            for (char *last = option + strlen(option); last > option && strchr(" \t\r", last[-1]);)
+            for (char *last = option + strlen(option); last > option && strchr(" \t", last[-1]);)
                 *--last = 0;
             if (!*option)
                 option = NULL;
@@ -155,6 +165,33 @@ static bool resolve(char **argv, struct command *command)
         strcpy(command->program, interpreter);
         command->arguments = option ? prepend(rest, interpreter, option, script)
                                     : prepend(rest, interpreter, script, NULL);
+    }
+    return false;
+}
+
+/* Whether options keep an interpreter from importing sitecustomize: starts.is_isolated(). */
+static bool is_isolated(char **arguments)
+{
+    for (char **word = arguments + 1; *word; word++) {
+        const char *at = *word;
+        if (at[0] != '-' || !at[1] || !strcmp(at, "--"))
+            return false;
+        if (at[1] == '-') {
+            if (!strcmp(at, "--check-hash-based-pycs") && !*++word)
+                return false;
+            continue;
+        }
+        while (*++at) {
+            if (strchr("EIS", *at))
+                return true;
+            if (strchr("cm", *at))
+                return false;
+            if (strchr("WX", *at)) { /* the rest is its argument, or the next word */
+                if (!at[1] && !*++word)
+                    return false;
+                break;
+            }
+        }
     }
     return false;
 }
@@ -314,7 +351,10 @@ static void run(char **argv)
     if (stat(own, &status))
         return;
     identity_of(&status, self, sizeof self);
-    if (!resolve(argv, &command) || stat(command.program, &status))
+    if (geteuid() != getuid() || getegid() != getgid() || prctl(PR_GET_THP_DISABLE, 0, 0, 0, 0))
+        return;
+    if (!resolve(argv, &command) || is_isolated(command.arguments) ||
+        stat(command.program, &status))
         return;
     identity_of(&status, program, sizeof program);
     for (char **directory = directories(); *directory && !(known && *site); directory++) {
@@ -341,8 +381,9 @@ static void run(char **argv)
         execv(record.what, command.arguments);
     } else {
         const char *others = getenv("LD_PRELOAD");
+        const char *first = others && *others ? others : "";
         char *preload;
-        if (asprintf(&preload, others && *others ? "%s:%s" : "%s", record.what, others) > 0 &&
+        if (asprintf(&preload, "%s%s%s", first, *first ? ":" : "", record.what) > 0 &&
             !setenv("LD_PRELOAD", preload, 1))
             execv(command.program, command.arguments);
         if (others)
@@ -358,7 +399,7 @@ static bool plainly_set(void)
 {
     for (char **variable = environ; *variable; variable++)
         if (!strncmp(*variable, "PAGE_PRIMER", 11) &&
-            strncmp(*variable, "PAGE_PRIMER_IMAGE_DIR=", 22) != 0)
+            strncmp(*variable, "PAGE_PRIMER_IMAGE_DIR=/", 23) != 0)
             return false;
     return true;
 }
@@ -366,12 +407,13 @@ static bool plainly_set(void)
 int main(int argc, char **argv)
 {
     ssize_t length = readlink("/proc/self/exe", own, sizeof own - 1);
-    if (length <= 0) {
-        fputs("page-primer: /proc is not mounted\n", stderr);
+    if (length > 0)
+        own[length] = 0;
+    else if (!argc || !find(argv[0], own)) { /* no /proc */
+        fprintf(stderr, "page-primer: /proc/self/exe: %s\n", strerror(errno));
         return 126;
     }
-    own[length] = 0;
-    if (argc > 2 && !strcmp(argv[1], "run")) {
+    if (length > 0 && argc > 2 && !strcmp(argv[1], "run")) {
         char **command = argv + 2 + !strcmp(argv[2], "--");
         if (*command && **command && (command > argv + 2 || **command != '-') && plainly_set())
             run(command);

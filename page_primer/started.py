@@ -12,17 +12,25 @@ import os
 import sys
 
 from page_primer import on_process, prime
+from page_primer.elf import is_native
 from page_primer.options import Options, flag
 
 STARTED = "PAGE_PRIMER_STARTED"  # "PID name": this process was started from an image, by us
 NATIVE, LATE, VERBOSE = "PAGE_PRIMER_NATIVE", "PAGE_PRIMER_LATE", "PAGE_PRIMER_VERBOSE"
 
 
+_started_here = False
+
+
 def start() -> None:
     """Bring this process to the primed state. What goes wrong is said with PAGE_PRIMER_VERBOSE."""
-    options = Options.load()
+    global _started_here
+    if _started_here:  # another installation's launcher is on PYTHONPATH too
+        return
+    _started_here = True
     preloaded = _forget_preload()
     tried = _started()
+    options = Options.load()
     if not options.enabled:
         return
     reason = None
@@ -38,7 +46,7 @@ def start() -> None:
         from page_primer import late
 
         late.watch(options)
-    if _wants(VERBOSE, False):
+    if _wants(VERBOSE, False) and sys.stderr is not None:
         print(f"page-primer[{os.getpid()}]: {report.summary()}", file=sys.stderr)
         if note:
             print(f"page-primer[{os.getpid()}]: {note}", file=sys.stderr)
@@ -51,8 +59,6 @@ def _wants(name: str, default: bool) -> bool:
 def _forget_preload() -> bool:
     """Take the image out of LD_PRELOAD, which is for this process alone: in another program, or
     another Python, it would be in the way. Returns whether it was there."""
-    from page_primer.survey import is_native
-
     entries = os.environ.get("LD_PRELOAD", "").split(":")
     others = [entry for entry in entries if not is_native(entry)]
     if len(others) == len(entries):
@@ -75,14 +81,24 @@ def _started() -> bool:
     return True
 
 
+def given_environment() -> dict[str, str]:
+    """The environment without what the interpreter itself has set, which is LC_CTYPE in the C
+    locale (PEP 538): one that starts with that would not know that it is in the C locale."""
+    environment = dict(os.environ)
+    with contextlib.suppress(OSError), open("/proc/self/environ", "rb", buffering=0) as file:
+        given = [v for v in file.readall().split(b"\0") if v.startswith(b"LC_CTYPE=")]
+        if environment.get("LC_CTYPE") in ("C.UTF-8", "C.utf8", "UTF-8"):  # PEP 538's
+            del environment["LC_CTYPE"]
+            environment.update(("LC_CTYPE", os.fsdecode(v[9:])) for v in given)
+    return environment
+
+
 def _write_name(name: str) -> None:
     with contextlib.suppress(OSError), open("/proc/self/comm", "wb", buffering=0) as file:
         file.write(os.fsencode(name))
 
 
 def _runs_image() -> bool:
-    from page_primer.survey import is_native
-
     return is_native(os.readlink("/proc/self/exe"))
 
 
@@ -98,22 +114,26 @@ def _start_again(options: Options) -> str | None:
         with open("/proc/self/comm", "rb", buffering=0) as file:
             name = os.fsdecode(file.readall()[:-1])
         # An interpreter inside another program is started as that program.
-        if os.path.realpath(sys.executable) != own or arguments != list(
+        if os.path.realpath(sys.executable or "") != own or arguments != list(
             map(os.fsencode, sys.orig_argv)
         ):
             return "not an interpreter's own process"
         from page_primer import _core, starts
 
+        if any(is_native(os.fsdecode(name)) for name, _, _ in _core.objects()[2]):
+            return None  # it is: never start again what was started
         if _core.threads() > 1:
             return "threads were started before"
         try:
             found = starts.plan(own, options)
         except starts.Refusal as why:
             return str(why)
-        environment = {**os.environ, STARTED: f"{os.getpid()} {name}"}
+        environment = {**given_environment(), STARTED: f"{os.getpid()} {name}"}
         found.run(own, arguments, environment)
     except OSError as error:
         return error.strerror or str(error)
+    except Exception as error:  # whatever it is, the process runs on and is primed
+        return f"{type(error).__name__}: {error}"
     return None
 
 

@@ -22,9 +22,9 @@ they tell its last use. launcher.c reads the same.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
-import shutil
 import stat
 import subprocess
 import time
@@ -42,6 +42,9 @@ _RECORDS = 64  # that stay in a store
 _NO_HOLDS = 600  # seconds: what cannot be done now may be possible later
 _PYTHON = re.compile(r"python(\d(\.\d+)?[a-z]*)?")
 _LIBRARY = re.compile(r"libpython\d\.\d+\w*\.so")
+_VERSION = re.compile(r"python(\d)\.(\d+)")
+# As the kernel reads it: up to the end of the file or of the line, without spaces and tabs around.
+_INTERPRETER_LINE = re.compile(rb"#![ \t]*([^ \t\n\0]+)(?:[ \t]+([^\n\0]*?))?[ \t]*\n?")
 _LISTED = re.compile(r"^\s*(\S+) => (/.+) \(0x[0-9a-f]+\)$", re.MULTILINE)
 
 
@@ -72,8 +75,9 @@ class Start(Record):
         process alone."""
         path = self.image
         if self.library is not None:
+            # Last, so that others still come before the library, as without us.
             others = environment.get("LD_PRELOAD")
-            environment["LD_PRELOAD"] = f"{self.image}:{others}" if others else self.image
+            environment["LD_PRELOAD"] = f"{others}:{self.image}" if others else self.image
             path = program
         os.execve(path, list(map(os.fsencode, arguments)), environment)
 
@@ -90,11 +94,10 @@ def resolve(arguments: Sequence[str]) -> Command:
     for _ in range(4):  # as deep as the kernel goes
         with open(program, "rb") as file:
             line = file.readline(256)
-        if not line.startswith(b"#!"):
+        found = _INTERPRETER_LINE.fullmatch(line)
+        if found is None or len(line) == 256 > line.find(b"\n") + 1:  # cut off
             break
-        words = os.fsdecode(line[2:]).strip().split(None, 1)
-        if not words:
-            break
+        words = [os.fsdecode(word) for word in found.groups() if word]
         rest = (*words, program, *rest[1:])
         program = words[0]
         if len(words) == 2 and os.path.basename(program) == "env":
@@ -106,15 +109,35 @@ def resolve(arguments: Sequence[str]) -> Command:
 
 
 def _find(name: str) -> str:
-    if "/" in name:
-        os.stat(name)
-        if not os.access(name, os.X_OK) or os.path.isdir(name):
-            raise PermissionError(13, os.strerror(13), name)
-        return name
-    found = shutil.which(name)
-    if found is None:
-        raise FileNotFoundError(2, os.strerror(2), name)
-    return found
+    """The file that execvp(3) would execute: an empty entry of PATH is the current directory."""
+    path = os.environ.get("PATH", os.defpath)
+    places = [""] if "/" in name else path.split(":")
+    for found in [os.path.join(place, name) for place in places if name]:
+        with contextlib.suppress(OSError):
+            if os.access(found, os.X_OK) and stat.S_ISREG(os.stat(found).st_mode):
+                return found
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+
+
+def is_isolated(arguments: Sequence[str]) -> bool:
+    """Whether an interpreter's options (-E, -I, -S) keep it from importing our sitecustomize, which
+    puts right what starting it natively leaves behind: LD_PRELOAD, and the process's name."""
+    words = iter(arguments[1:])
+    for word in words:
+        if not word.startswith("-") or word in ("-", "--"):
+            return False
+        if word == "--check-hash-based-pycs":
+            next(words, None)
+        for at, letter in enumerate("" if word.startswith("--") else word[1:], 2):
+            if letter in "EIS":
+                return True
+            if letter in "cm":
+                return False
+            if letter in "WX":  # the rest is its argument, or the next word
+                if at == len(word):
+                    next(words, None)
+                break
+    return False
 
 
 def plan(program: str, options: Options) -> Start:
@@ -142,7 +165,8 @@ def plan(program: str, options: Options) -> Start:
     except Refusal as why:
         _keep([path for path, _ in places], name, _record_of(why))
         raise
-    _keep([os.path.dirname(os.path.dirname(start.image))], name, _record_of(start))
+    if start.library is None or "LD_LIBRARY_PATH" not in os.environ:  # else not others' library
+        _keep([os.path.dirname(os.path.dirname(start.image))], name, _record_of(start))
     return start
 
 
@@ -154,6 +178,11 @@ def _unwanted(options: Options) -> str | None:
         return "merge is off"
     if options.backing not in ("auto", "image"):
         return f"backing is {options.backing}"
+    # As this process is, not the interpreter: nothing for a record.
+    if os.geteuid() != os.getuid() or os.getegid() != os.getgid():
+        return "setuid process"
+    if _core.thp_disabled():
+        return "huge pages are disabled for this process (PR_SET_THP_DISABLE)"
     return None
 
 
@@ -161,8 +190,8 @@ def _prepare(program: str, status: os.stat_result, places: Sequence[backing.Plac
     pmd = pmd_size()
     if not pmd:
         raise Refusal("no huge pages on this kernel")
+    _require_plain(program, status)
     path, library = interpreter(program)
-    _require_plain(path, status)
     if backing.kernel() < (5, 10):
         raise Refusal("Linux before 5.10 does not align programs")
     with open(library or path, "rb") as file:
@@ -174,6 +203,9 @@ def _prepare(program: str, status: os.stat_result, places: Sequence[backing.Plac
         for directory, reason in places:
             if reason:
                 notes.append(f"{directory}: {reason}")
+                continue
+            if library and re.search(r"[\s:$]", directory):
+                notes.append(f"{directory}: not a name for LD_PRELOAD")
                 continue
             try:
                 with store.Store(directory) as opened:
@@ -236,8 +268,6 @@ def _require_plain(path: str, status: os.stat_result) -> None:
     with contextlib.suppress(OSError):
         if os.getxattr(path, "security.capability"):
             raise Refusal("program with file capabilities")
-    if os.geteuid() != os.getuid() or os.getegid() != os.getgid():
-        raise Refusal("setuid process")
 
 
 def _library(path: str, file: elf.File) -> str | None:
@@ -248,8 +278,12 @@ def _library(path: str, file: elf.File) -> str | None:
     )
     needed = file.dynamic_strings().get(elf.DT_NEEDED, [])
     wanted = next((name for name in needed if _LIBRARY.match(os.path.basename(name))), None)
-    if wanted is None and not _PYTHON.fullmatch(os.path.basename(path)):
+    # A program that embeds Python may keep LD_PRELOAD for those that it starts.
+    if not _PYTHON.fullmatch(os.path.basename(path)):
         raise Refusal(f"{path} is not a Python interpreter")
+    version = _VERSION.search(os.path.basename(wanted or path))
+    if version and tuple(map(int, version.groups())) < (3, 10):
+        raise Refusal(f"Python {version[1]}.{version[2]} is not supported; 3.10 is")
     if b"musl" in loader:
         raise Refusal("musl's loader does not align segments")
     if wanted is None:

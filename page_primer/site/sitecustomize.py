@@ -31,7 +31,7 @@ def _users_own(directory):
     try:
         import sitecustomize  # noqa: F401
     except ImportError as error:
-        if error.name != "sitecustomize":
+        if getattr(error, "name", "sitecustomize") != "sitecustomize":  # Python 2 has no name
             raise
     finally:
         if ours is not None:
@@ -41,6 +41,9 @@ def _users_own(directory):
 try:
     _start(__file__.rpartition("/")[0])
 except Exception as error:
-    if "PAGE_PRIMER_VERBOSE" in __import__("os").environ:
-        sys.stderr.write("page-primer: " + type(error).__name__ + ": " + str(error) + "\n")
+    try:
+        if "PAGE_PRIMER_VERBOSE" in __import__("os").environ:
+            sys.stderr.write("page-primer: " + type(error).__name__ + ": " + str(error) + "\n")
+    except Exception:  # a closed stderr
+        pass
 _users_own(__file__.rpartition("/")[0])
