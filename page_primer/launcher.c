@@ -299,21 +299,19 @@ static bool is_huge(const struct record *record)
     return huge_at(there) == record->length;
 }
 
-/* Where images may be, as page_primer/store.py has it; the last is NULL. */
+/* Where records may be, as page_primer/store.py has it; the last is NULL. */
 static char **directories(void)
 {
-    static char *found[6];
+    static char *found[7];
     const char *wanted = getenv("PAGE_PRIMER_IMAGE_DIR"), *cache = getenv("XDG_CACHE_HOME"),
                *home = getenv("HOME"), *runtime = getenv("XDG_RUNTIME_DIR");
     int count = 0;
     unsigned user = geteuid();
-    if (wanted && *wanted) {
+    if (wanted && *wanted)
         found[count++] = (char *)wanted;
-        return found;
-    }
     if (!user)
         found[count++] = "/var/cache/page-primer";
-    if (cache && *cache ? asprintf(&found[count], "%s/page-primer", cache) > 0
+    if (cache && *cache ? *cache == '/' && asprintf(&found[count], "%s/page-primer", cache) > 0
                         : home && asprintf(&found[count], "%s/.cache/page-primer", home) > 0)
         count++;
     if (asprintf(&found[count], "/var/tmp/page-primer-%u", user) > 0)
@@ -323,6 +321,29 @@ static char **directories(void)
     if (runtime && *runtime && asprintf(&found[count], "%s/page-primer", runtime) > 0)
         count++;
     return found;
+}
+
+/* Whether a directory of records is no one else's to write to. */
+static bool is_ours(const char *directory)
+{
+    char folder[PATH_MAX + 16];
+    struct stat status;
+    snprintf(folder, sizeof folder, "%s/.starts", directory);
+    return !stat(directory, &status) && trusted(&status) && !lstat(folder, &status) &&
+           S_ISDIR(status.st_mode) && trusted(&status);
+}
+
+/* Where a store was named, images are to be in that one, and reasons are of that one. */
+static bool is_wanted(const struct record *record, bool no, const char *directory)
+{
+    const char *wanted = getenv("PAGE_PRIMER_IMAGE_DIR");
+    size_t length = wanted ? strlen(wanted) : 0;
+    if (!length)
+        return true;
+    while (length > 1 && wanted[length - 1] == '/')
+        length--;
+    return no ? directory == wanted
+              : !strncmp(record->what, wanted, length) && record->what[length] == '/';
 }
 
 /* Put our sitecustomize first on PYTHONPATH; false where it is there already, but not first. */
@@ -358,9 +379,11 @@ static void run(char **argv)
         return;
     identity_of(&status, program, sizeof program);
     for (char **directory = directories(); *directory && !(known && *site); directory++) {
+        if (!is_ours(*directory))
+            continue;
         if (!known) {
             snprintf(path, sizeof path, "%s/.starts/%s", *directory, program);
-            known = read_record(path, &record, &no);
+            known = read_record(path, &record, &no) && is_wanted(&record, no, *directory);
         }
         if (!*site) {
             snprintf(path, sizeof path, "%s/.starts/launcher-%s", *directory, self);

@@ -38,6 +38,7 @@ from page_primer.survey import pmd_size
 
 _FORMAT = "page-primer 1"
 _FOLDER = ".starts"
+_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _RECORDS = 64  # that stay in a store
 _NO_HOLDS = 600  # seconds: what cannot be done now may be possible later
 _PYTHON = re.compile(r"python(\d(\.\d+)?[a-z]*)?")
@@ -153,21 +154,32 @@ def plan(program: str, options: Options) -> Start:
     status = os.stat(program)
     name = _identity(status)
     places = backing.directories(options)
-    for path, _ in places:
+    stores = [path for path, _ in places]
+    for path in _record_places(options):
         with contextlib.suppress(OSError, ValueError):
-            found = _read(f"{path}/{_FOLDER}/{name}")
-            if isinstance(found, Refusal):
+            found = _read(path, name)
+            if isinstance(found, Refusal) and path in stores:
                 raise found
-            if found is not None and _is_huge(found):
+            if isinstance(found, Start) and _store_of(found) in stores and _is_huge(found):
                 return found
     try:
         start = _prepare(program, status, places)
     except Refusal as why:
-        _keep([path for path, _ in places], name, _record_of(why))
+        _keep(stores, name, _record_of(why))
         raise
     if start.library is None or "LD_LIBRARY_PATH" not in os.environ:  # else not others' library
-        _keep([os.path.dirname(os.path.dirname(start.image))], name, _record_of(start))
+        _keep([_store_of(start), *_record_places(options)], name, _record_of(start))
     return start
+
+
+def _record_places(options: Options) -> list[str]:
+    """Where records may be: a directory that was named may be one of root's, with images only."""
+    named = [path for path, _ in backing.directories(options)]
+    return named + store.candidates() if options.image_dir is not None else named
+
+
+def _store_of(start: Start) -> str:
+    return os.path.dirname(os.path.dirname(start.image))
 
 
 def _unwanted(options: Options) -> str | None:
@@ -210,7 +222,12 @@ def _prepare(program: str, status: os.stat_result, places: Sequence[backing.Plac
             try:
                 with store.Store(directory) as opened:
                     return _write(opened, layout, file.fileno(), library)
-            except (store.Unusable, Refusal) as error:
+            except store.Unusable as error:
+                built = _built(directory, layout, file.fileno(), library)
+                if built is not None:
+                    return built
+                notes.append(f"{directory}: {error}")
+            except Refusal as error:
                 notes.append(f"{directory}: {error}")
             except OSError as error:
                 notes.append(f"{directory}: {backing.reason_of(error)}")
@@ -238,8 +255,6 @@ def _write(
     """Have the image in a store, with the right content, on huge pages."""
     if os.statvfs(opened.path).f_flag & os.ST_NOEXEC:
         raise Refusal("mounted noexec")
-    (region,) = layout.regions
-    low, high = region.huge(layout.pmd)
     why = "no huge pages"
     for fresh in (False, True):
         for attempt in backing.from_store(opened, layout, fresh):
@@ -255,10 +270,40 @@ def _write(
                     break
                 if attempt.written:
                     os.fsync(attempt.image.fd)  # it will be believed without being compared
-                return Start(attempt.image.path, library, layout.offset(low), high - low)
+                return _start(attempt.image.path, layout, library)
             finally:
                 attempt.discard()
     raise Refusal(why)
+
+
+def _built(
+    directory: str, layout: native.NativeLayout, original: int, library: str | None
+) -> Start | None:
+    """What root has built (`page-primer build`) in a directory that this user cannot write to;
+    None if there is no such image, or if it is not as it should be."""
+    folder = f"{directory}/{layout.name}"
+    start = _start(f"{folder}/{os.path.basename(layout.object.path)}", layout, library)
+    with contextlib.suppress(OSError):
+        fd = os.open(start.image, _FILE)
+        try:
+            status = os.fstat(fd)
+            if (
+                all(map(_trusted, (os.stat(directory), os.lstat(folder), status)))
+                and stat.S_ISREG(status.st_mode)
+                and status.st_size >= layout.content_end
+                and image.holds(layout, original, fd)
+                and _is_huge(start)
+            ):
+                return start
+        finally:
+            os.close(fd)
+    return None
+
+
+def _start(path: str, layout: native.NativeLayout, library: str | None) -> Start:
+    (region,) = layout.regions
+    low, high = region.huge(layout.pmd)
+    return Start(path, library, layout.offset(low), high - low)
 
 
 def _require_plain(path: str, status: os.stat_result) -> None:
@@ -344,10 +389,14 @@ def _record_of(found: Start | Refusal) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _read(path: str) -> Start | Refusal | None:
+def _read(directory: str, name: str) -> Start | Refusal | None:
     """What a record says, if it is ours and still true. Raises OSError or ValueError where there
     is none to read."""
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    folder = f"{directory}/{_FOLDER}"
+    # Whoever can write there can put another's file, of another meaning, in a record's place.
+    if not _trusted(os.stat(directory)) or not _trusted(os.lstat(folder)):
+        return None
+    fd = os.open(f"{folder}/{name}", _FILE)
     with open(fd, encoding="utf-8", errors="surrogateescape") as file:
         status = os.fstat(fd)
         if not _trusted(status) or not stat.S_ISREG(status.st_mode):
@@ -400,7 +449,7 @@ def introduce(launcher: str, site: str, options: Options) -> None:
     """Tell launcher.c, which is at a path, where the directory with our sitecustomize is."""
     with contextlib.suppress(OSError):
         name = f"launcher-{_identity(os.stat(launcher))}"
-        places = [path for path, _ in backing.directories(options)]
+        places = _record_places(options)
         if not any(os.path.exists(f"{path}/{_FOLDER}/{name}") for path in places):
             _keep(places, name, site + "\n")
 

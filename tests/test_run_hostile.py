@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -214,3 +215,37 @@ def test_old_pythons_are_left_alone(run, version):
     for _ in range(2):
         done = run(str(found[0]), "-c", ask)
         assert (done.stdout, done.stderr) == ("None\n", ""), done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become another user")
+def test_what_root_built_is_used_by_others():
+    """A container is built as root and run as a user, who can write nothing there."""
+    python = next((p for p in INTERPRETERS.values() if p.startswith("/usr/bin/")), None)
+    if python is None:
+        pytest.skip("no interpreter here that another user may run")
+    with tempfile.TemporaryDirectory(prefix="page-primer-") as name:
+        home, store = Path(name), f"{name}/store"
+        home.chmod(0o755)
+        shutil.copytree(ROOT / "page_primer", home / "page_primer")
+        (home / "cache").mkdir()
+        os.chown(home / "cache", 65534, 65534)
+        built = execute(LAUNCHER, "build", "--python", python, store)
+        assert built.returncode == 0, built.stderr
+        ask = "import os; print(os.getuid(), os.readlink('/proc/self/exe'))"
+        for _ in range(2):
+            done = execute(
+                "setpriv", "--reuid=65534", "--regid=65534", "--clear-groups",
+                python, "-m", "page_primer", "run", "--native", "--", python, "-c", ask, cwd=home,
+                env={"PAGE_PRIMER_IMAGE_DIR": store, "XDG_CACHE_HOME": f"{home}/cache"},
+            )  # fmt: skip
+            assert done.stdout.split() == ["65534", built.stdout.split("\n")[0]], done.stderr
+            assert done.stderr == ""
+            assert list((home / "cache").glob("page-primer/.starts/*"))  # found out once
+        # Not what somebody else could have written.
+        os.chmod(store, 0o777)
+        done = execute(
+            "setpriv", "--reuid=65534", "--regid=65534", "--clear-groups",
+            python, "-m", "page_primer", "run", "--", python, "-c", ask, cwd=home,
+            env={"PAGE_PRIMER_IMAGE_DIR": store, "XDG_CACHE_HOME": f"{home}/cache2"},
+        )  # fmt: skip
+        assert done.stdout.split() == ["65534", os.path.realpath(python)], done.stderr
