@@ -150,6 +150,13 @@ def has_text_relocations(dynamic: Iterable[tuple[int, int]]) -> bool:
     )
 
 
+def is_native(path: str) -> bool:
+    """Whether a path is that of an image for native load: its folder's name says so."""
+    folder, _, name = path.removesuffix(" (deleted)").rpartition("/")
+    parts = folder.rpartition("/")[2].split("-", 5)
+    return len(parts) == 6 and parts[0].isdecimal() and parts[1] == "native" and parts[5] == name
+
+
 def _notes(data: bytes, alignment: int) -> Iterator[tuple[bytes, int, int, int]]:
     """Of each note its name, its type, and where its description lies: offset and size."""
     at = 0

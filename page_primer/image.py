@@ -30,7 +30,7 @@ from page_primer import elf
 from page_primer.elf import PF_R, PF_W, PF_X, PROGRAM_HEADER, PT_LOAD
 from page_primer.plan import Region
 from page_primer.record import Record
-from page_primer.survey import Object, Source, is_native, page_size
+from page_primer.survey import Object, Source, page_size
 
 # Part of an image's name in the store: raise it when what is written here changes.
 LAYOUT_VERSION = 2
@@ -355,7 +355,7 @@ def belongs_to(name: str, path: str) -> bool:
         source = Source.of(path, os.stat(path))
     except OSError:
         return False
-    if is_native(f"{name}/"):
+    if name.split("-")[1] == "native":
         return name.split("-")[3] == f"{source.size:x}"
     return name.split("-")[1:6] == _identity(source)
 

@@ -17,6 +17,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
@@ -117,8 +118,9 @@ static bool find(const char *name, char *path)
                !stat(path, &status) && S_ISREG(status.st_mode);
     const char *at = getenv("PATH");
     while (at) {
-        const char *end = strchrnul(at, ':');
-        if (end > at && snprintf(path, PATH_MAX, "%.*s/%s", (int)(end - at), at, name) < PATH_MAX &&
+        const char *end = strchrnul(at, ':'); /* an empty entry is the current directory */
+        const char *slash = end > at ? "/" : "";
+        if (snprintf(path, PATH_MAX, "%.*s%s%s", (int)(end - at), at, slash, name) < PATH_MAX &&
             !access(path, X_OK) && !stat(path, &status) && S_ISREG(status.st_mode))
             return true;
         at = *end ? end + 1 : NULL;
@@ -155,9 +157,8 @@ static bool resolve(char **argv, struct command *command)
         close(fd);
         if (got < 2 || line[0] != '#' || line[1] != '!')
             return true;
-        line[got] = 0;
-        char *end = strchr(line, '\n');
-        if (!end)
+        char *end = memchr(line, '\n', got);
+        if (!end || memchr(line, 0, end - line))
             return false;
         *end = 0;
         char *interpreter = strtok(line + 2, " \t"), *option = strtok(NULL, "");
@@ -165,7 +166,7 @@ static bool resolve(char **argv, struct command *command)
             return false;
         if (option) {
             option += strspn(option, " \t");
-            for (char *last = option + strlen(option); last > option && strchr(" \t\r", last[-1]);)
+            for (char *last = option + strlen(option); last > option && strchr(" \t", last[-1]);)
                 *--last = 0;
             if (!*option)
                 option = NULL;
@@ -187,6 +188,33 @@ static bool resolve(char **argv, struct command *command)
         strcpy(command->program, interpreter);
         command->arguments = option ? prepend(rest, interpreter, option, script)
                                     : prepend(rest, interpreter, script, NULL);
+    }
+    return false;
+}
+
+/* Whether options keep an interpreter from importing sitecustomize: starts.is_isolated(). */
+static bool is_isolated(char **arguments)
+{
+    for (char **word = arguments + 1; *word; word++) {
+        const char *at = *word;
+        if (at[0] != '-' || !at[1] || !strcmp(at, "--"))
+            return false;
+        if (at[1] == '-') {
+            if (!strcmp(at, "--check-hash-based-pycs") && !*++word)
+                return false;
+            continue;
+        }
+        while (*++at) {
+            if (strchr("EIS", *at))
+                return true;
+            if (strchr("cm", *at))
+                return false;
+            if (strchr("WX", *at)) { /* the rest is its argument, or the next word */
+                if (!at[1] && !*++word)
+                    return false;
+                break;
+            }
+        }
     }
     return false;
 }
@@ -294,21 +322,19 @@ static bool is_huge(const struct record *record)
     return huge_at(there) == record->length;
 }
 
-/* Where images may be, as page_primer/store.py has it; the last is NULL. */
+/* Where records may be, as page_primer/store.py has it; the last is NULL. */
 static char **directories(void)
 {
-    static char *found[6];
+    static char *found[7];
     const char *wanted = getenv("PAGE_PRIMER_IMAGE_DIR"), *cache = getenv("XDG_CACHE_HOME"),
                *home = getenv("HOME"), *runtime = getenv("XDG_RUNTIME_DIR");
     int count = 0;
     unsigned user = geteuid();
-    if (wanted && *wanted) {
+    if (wanted && *wanted)
         found[count++] = (char *)wanted;
-        return found;
-    }
     if (!user)
         found[count++] = "/var/cache/page-primer";
-    if (cache && *cache ? asprintf(&found[count], "%s/page-primer", cache) > 0
+    if (cache && *cache ? *cache == '/' && asprintf(&found[count], "%s/page-primer", cache) > 0
                         : home && asprintf(&found[count], "%s/.cache/page-primer", home) > 0)
         count++;
     if (asprintf(&found[count], "/var/tmp/page-primer-%u", user) > 0)
@@ -318,6 +344,29 @@ static char **directories(void)
     if (runtime && *runtime && asprintf(&found[count], "%s/page-primer", runtime) > 0)
         count++;
     return found;
+}
+
+/* Whether a directory of records is no one else's to write to. */
+static bool is_ours(const char *directory)
+{
+    char folder[PATH_MAX + 16];
+    struct stat status;
+    snprintf(folder, sizeof folder, "%s/.starts", directory);
+    return !stat(directory, &status) && trusted(&status) && !lstat(folder, &status) &&
+           S_ISDIR(status.st_mode) && trusted(&status);
+}
+
+/* Where a store was named, images are to be in that one, and reasons are of that one. */
+static bool is_wanted(const struct record *record, bool no, const char *directory)
+{
+    const char *wanted = getenv("PAGE_PRIMER_IMAGE_DIR");
+    size_t length = wanted ? strlen(wanted) : 0;
+    if (!length)
+        return true;
+    while (length > 1 && wanted[length - 1] == '/')
+        length--;
+    return no ? directory == wanted
+              : !strncmp(record->what, wanted, length) && record->what[length] == '/';
 }
 
 /* Put our sitecustomize first on PYTHONPATH; false where it is there already, but not first. */
@@ -368,13 +417,18 @@ static void run(char **argv)
     if (stat(own, &status))
         return;
     identity_of(&status, self, sizeof self);
-    if (!resolve(argv, &command) || stat(command.program, &status))
+    if (geteuid() != getuid() || getegid() != getgid() || prctl(PR_GET_THP_DISABLE, 0, 0, 0, 0))
+        return;
+    if (!resolve(argv, &command) || is_isolated(command.arguments) ||
+        stat(command.program, &status))
         return;
     identity_of(&status, program, sizeof program);
     for (char **directory = directories(); *directory && !(known && *site); directory++) {
+        if (!is_ours(*directory))
+            continue;
         if (!known) {
             snprintf(path, sizeof path, "%s/.starts/%s", *directory, program);
-            known = read_record(path, &record, &no);
+            known = read_record(path, &record, &no) && is_wanted(&record, no, *directory);
         }
         if (!*site) {
             snprintf(path, sizeof path, "%s/.starts/launcher-%s", *directory, self);
@@ -396,8 +450,9 @@ static void run(char **argv)
         execv(record.what, command.arguments);
     } else {
         const char *others = getenv("LD_PRELOAD");
+        const char *first = others && *others ? others : "";
         char *preload;
-        if (asprintf(&preload, others && *others ? "%s:%s" : "%s", record.what, others) > 0 &&
+        if (asprintf(&preload, "%s%s%s", first, *first ? ":" : "", record.what) > 0 &&
             !setenv("LD_PRELOAD", preload, 1))
             execv(command.program, command.arguments);
         if (others)
@@ -413,7 +468,7 @@ static bool plainly_set(void)
 {
     for (char **variable = environ; *variable; variable++)
         if (!strncmp(*variable, "PAGE_PRIMER", 11) &&
-            strncmp(*variable, "PAGE_PRIMER_IMAGE_DIR=", 22) != 0)
+            strncmp(*variable, "PAGE_PRIMER_IMAGE_DIR=/", 23) != 0)
             return false;
     return true;
 }
@@ -421,12 +476,13 @@ static bool plainly_set(void)
 int main(int argc, char **argv)
 {
     ssize_t length = readlink("/proc/self/exe", own, sizeof own - 1);
-    if (length <= 0) {
-        fputs("page-primer: /proc is not mounted\n", stderr);
+    if (length > 0)
+        own[length] = 0;
+    else if (!argc || !find(argv[0], own)) { /* no /proc */
+        fprintf(stderr, "page-primer: /proc/self/exe: %s\n", strerror(errno));
         return 126;
     }
-    own[length] = 0;
-    if (argc > 2 && !strcmp(argv[1], "run")) {
+    if (length > 0 && argc > 2 && !strcmp(argv[1], "run")) {
         char **command = argv + 2 + !strcmp(argv[2], "--");
         if (*command && **command && (command > argv + 2 || **command != '-') && plainly_set())
             run(command);

@@ -11,6 +11,7 @@ import os
 import sys
 
 from page_primer import on_process, prime
+from page_primer.elf import is_native
 from page_primer.options import Options, flag
 from page_primer.suppress import suppress
 
@@ -18,11 +19,18 @@ STARTED = "PAGE_PRIMER_STARTED"  # "PID name": this process was started from an 
 NATIVE, LATE, VERBOSE = "PAGE_PRIMER_NATIVE", "PAGE_PRIMER_LATE", "PAGE_PRIMER_VERBOSE"
 
 
+_started_here = False
+
+
 def start() -> None:
     """Bring this process to the primed state. What goes wrong is said with PAGE_PRIMER_VERBOSE."""
-    options = Options.load()
+    global _started_here
+    if _started_here:  # another installation's launcher is on PYTHONPATH too
+        return
+    _started_here = True
     preloaded = _forget_preload()
     tried = _started()
+    options = Options.load()
     if not options.enabled:
         return
     reason = None
@@ -38,7 +46,7 @@ def start() -> None:
         from page_primer import late
 
         late.watch(options)
-    if _wants(VERBOSE, False):
+    if _wants(VERBOSE, False) and sys.stderr is not None:
         print(f"page-primer[{os.getpid()}]: {report.summary()}", file=sys.stderr)
         if note:
             print(f"page-primer[{os.getpid()}]: {note}", file=sys.stderr)
@@ -51,8 +59,6 @@ def _wants(name: str, default: bool) -> bool:
 def _forget_preload() -> bool:
     """Take the image out of LD_PRELOAD, which is for this process alone: in another program, or
     another Python, it would be in the way. Returns whether it was there."""
-    from page_primer.survey import is_native
-
     entries = os.environ.get("LD_PRELOAD", "").split(":")
     others = [entry for entry in entries if not is_native(entry)]
     if len(others) == len(entries):
@@ -81,8 +87,6 @@ def _write_name(name: str) -> None:
 
 
 def _runs_image() -> bool:
-    from page_primer.survey import is_native
-
     return is_native(os.readlink("/proc/self/exe"))
 
 
@@ -98,12 +102,14 @@ def _start_again(options: Options) -> str | None:
         with open("/proc/self/comm", "rb", buffering=0) as file:
             name = os.fsdecode(file.readall()[:-1])
         # An interpreter inside another program is started as that program.
-        if os.path.realpath(sys.executable) != own or arguments != list(
+        if os.path.realpath(sys.executable or "") != own or arguments != list(
             map(os.fsencode, sys.orig_argv)
         ):
             return "not an interpreter's own process"
         from page_primer import _core, starts
 
+        if any(is_native(os.fsdecode(name)) for name, _, _ in _core.objects()[2]):
+            return None  # it is: never start again what was started
         if _core.threads() > 1:
             return "threads were started before"
         try:
@@ -115,6 +121,8 @@ def _start_again(options: Options) -> str | None:
         found.run(own, arguments, environment)
     except OSError as error:
         return error.strerror or str(error)
+    except Exception as error:  # whatever it is, the process runs on and is primed
+        return f"{type(error).__name__}: {error}"
     return None
 
 

@@ -21,9 +21,9 @@ they tell its last use. launcher.c reads the same.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
-import shutil
 import stat
 import subprocess
 import time
@@ -38,11 +38,14 @@ from page_primer.survey import pmd_size
 
 _FORMAT = "page-primer 1"
 _FOLDER = ".starts"
+_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _RECORDS = 64  # that stay in a store
 _NO_HOLDS = 600  # seconds: what cannot be done now may be possible later
 _PYTHON = re.compile(r"python(\d(\.\d+)?[a-z]*)?")
 _LIBRARY = re.compile(r"libpython\d\.\d+\w*\.so")
 _VERSION = re.compile(r"(?:lib)?python(\d+)\.(\d+)([a-z]*)")
+# As the kernel reads it: up to the end of the file or of the line, without spaces and tabs around.
+_INTERPRETER_LINE = re.compile(rb"#![ \t]*([^ \t\n\0]+)(?:[ \t]+([^\n\0]*?))?[ \t]*\n?")
 _LISTED = re.compile(r"^\s*(\S+) => (/.+) \(0x[0-9a-f]+\)$", re.MULTILINE)
 
 
@@ -73,8 +76,9 @@ class Start(Record):
         process alone."""
         path = self.image
         if self.library is not None:
+            # Last, so that others still come before the library, as without us.
             others = environment.get("LD_PRELOAD")
-            environment["LD_PRELOAD"] = f"{self.image}:{others}" if others else self.image
+            environment["LD_PRELOAD"] = f"{others}:{self.image}" if others else self.image
             path = program
         os.execve(path, list(map(os.fsencode, arguments)), environment)
 
@@ -91,11 +95,10 @@ def resolve(arguments: Sequence[str]) -> Command:
     for _ in range(4):  # as deep as the kernel goes
         with open(program, "rb") as file:
             line = file.readline(256)
-        if not line.startswith(b"#!"):
+        found = _INTERPRETER_LINE.fullmatch(line)
+        if found is None or len(line) == 256 > line.find(b"\n") + 1:  # cut off
             break
-        words = os.fsdecode(line[2:]).strip().split(None, 1)
-        if not words:
-            break
+        words = [os.fsdecode(word) for word in found.groups() if word]
         rest = (*words, program, *rest[1:])
         program = words[0]
         if len(words) == 2 and os.path.basename(program) == "env":
@@ -106,38 +109,36 @@ def resolve(arguments: Sequence[str]) -> Command:
     return Command(program, rest, name)
 
 
-def looks_at_site(arguments: Sequence[str]) -> bool:
-    """Whether an interpreter with this argv imports our sitecustomize, and not with -I, -E or -S:
-    who does not would leave LD_PRELOAD to its children."""
+def _find(name: str) -> str:
+    """The file that execvp(3) would execute: an empty entry of PATH is the current directory."""
+    path = os.environ.get("PATH", os.defpath)
+    places = [""] if "/" in name else path.split(":")
+    for found in [os.path.join(place, name) for place in places if name]:
+        with suppress(OSError):
+            if os.access(found, os.X_OK) and stat.S_ISREG(os.stat(found).st_mode):
+                return found
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+
+
+def is_isolated(arguments: Sequence[str]) -> bool:
+    """Whether an interpreter's options (-E, -I, -S) keep it from importing our sitecustomize, which
+    puts right what starting it natively leaves behind: LD_PRELOAD, and the process's name."""
     words = iter(arguments[1:])
     for word in words:
-        if len(word) < 2 or word[0] != "-" or word == "--":
-            break
-        if word.startswith("--"):
-            next(words, None) if word == "--check-hash-based-pycs" else None
-            continue
-        for index, letter in enumerate(word[1:], 2):
-            if letter in "IES":
-                return False
-            if letter in "cm":
+        if not word.startswith("-") or word in ("-", "--"):
+            return False
+        if word == "--check-hash-based-pycs":
+            next(words, None)
+        for at, letter in enumerate("" if word.startswith("--") else word[1:], 2):
+            if letter in "EIS":
                 return True
-            if letter in "WX":  # with an argument: the rest of the word, or the next one
-                if index == len(word):
+            if letter in "cm":
+                return False
+            if letter in "WX":  # the rest is its argument, or the next word
+                if at == len(word):
                     next(words, None)
                 break
-    return True
-
-
-def _find(name: str) -> str:
-    if "/" in name:
-        os.stat(name)
-        if not os.access(name, os.X_OK) or os.path.isdir(name):
-            raise PermissionError(13, os.strerror(13), name)
-        return name
-    found = shutil.which(name)
-    if found is None:
-        raise FileNotFoundError(2, os.strerror(2), name)
-    return found
+    return False
 
 
 def plan(program: str, options: Options) -> Start:
@@ -153,20 +154,32 @@ def plan(program: str, options: Options) -> Start:
     status = os.stat(program)
     name = _identity(status)
     places = backing.directories(options)
-    for path, _ in places:
+    stores = [path for path, _ in places]
+    for path in _record_places(options):
         with suppress(OSError, ValueError):
-            found = _read(f"{path}/{_FOLDER}/{name}")
-            if isinstance(found, Refusal):
+            found = _read(path, name)
+            if isinstance(found, Refusal) and path in stores:
                 raise found
-            if found is not None and _is_huge(found):
+            if isinstance(found, Start) and _store_of(found) in stores and _is_huge(found):
                 return found
     try:
         start = _prepare(program, status, places)
     except Refusal as why:
-        _keep([path for path, _ in places], name, _record_of(why))
+        _keep(stores, name, _record_of(why))
         raise
-    _keep([os.path.dirname(os.path.dirname(start.image))], name, _record_of(start))
+    if start.library is None or "LD_LIBRARY_PATH" not in os.environ:  # else not others' library
+        _keep([_store_of(start), *_record_places(options)], name, _record_of(start))
     return start
+
+
+def _record_places(options: Options) -> list[str]:
+    """Where records may be: a directory that was named may be one of root's, with images only."""
+    named = [path for path, _ in backing.directories(options)]
+    return named + store.candidates() if options.image_dir is not None else named
+
+
+def _store_of(start: Start) -> str:
+    return os.path.dirname(os.path.dirname(start.image))
 
 
 def _unwanted(options: Options) -> str | None:
@@ -177,6 +190,11 @@ def _unwanted(options: Options) -> str | None:
         return "merge is off"
     if options.backing not in ("auto", "image"):
         return f"backing is {options.backing}"
+    # As this process is, not the interpreter: nothing for a record.
+    if os.geteuid() != os.getuid() or os.getegid() != os.getgid():
+        return "setuid process"
+    if _core.thp_disabled():
+        return "huge pages are disabled for this process (PR_SET_THP_DISABLE)"
     return None
 
 
@@ -184,8 +202,8 @@ def _prepare(program: str, status: os.stat_result, places: Sequence[backing.Plac
     pmd = pmd_size()
     if not pmd:
         raise Refusal("no huge pages on this kernel")
+    _require_plain(program, status)
     path, library = interpreter(program)
-    _require_plain(path, status)
     if backing.kernel() < (5, 10):
         raise Refusal("Linux before 5.10 does not align programs")
     with open(library or path, "rb") as file:
@@ -198,10 +216,18 @@ def _prepare(program: str, status: os.stat_result, places: Sequence[backing.Plac
             if reason:
                 notes.append(f"{directory}: {reason}")
                 continue
+            if library and re.search(r"[\s:$]", directory):
+                notes.append(f"{directory}: not a name for LD_PRELOAD")
+                continue
             try:
                 with store.Store(directory) as opened:
                     return _write(opened, layout, file.fileno(), library)
-            except (store.Unusable, Refusal) as error:
+            except store.Unusable as error:
+                built = _built(directory, layout, file.fileno(), library)
+                if built is not None:
+                    return built
+                notes.append(f"{directory}: {error}")
+            except Refusal as error:
                 notes.append(f"{directory}: {error}")
             except OSError as error:
                 notes.append(f"{directory}: {backing.reason_of(error)}")
@@ -229,8 +255,6 @@ def _write(
     """Have the image in a store, with the right content, on huge pages."""
     if os.statvfs(opened.path).f_flag & os.ST_NOEXEC:
         raise Refusal("mounted noexec")
-    (region,) = layout.regions
-    low, high = region.huge(layout.pmd)
     why = "no huge pages"
     for fresh in (False, True):
         for attempt in backing.from_store(opened, layout, fresh):
@@ -246,10 +270,40 @@ def _write(
                     break
                 if attempt.written:
                     os.fsync(attempt.image.fd)  # it will be believed without being compared
-                return Start(attempt.image.path, library, layout.offset(low), high - low)
+                return _start(attempt.image.path, layout, library)
             finally:
                 attempt.discard()
     raise Refusal(why)
+
+
+def _built(
+    directory: str, layout: native.NativeLayout, original: int, library: str | None
+) -> Start | None:
+    """What root has built (`page-primer build`) in a directory that this user cannot write to;
+    None if there is no such image, or if it is not as it should be."""
+    folder = f"{directory}/{layout.name}"
+    start = _start(f"{folder}/{os.path.basename(layout.object.path)}", layout, library)
+    with suppress(OSError):
+        fd = os.open(start.image, _FILE)
+        try:
+            status = os.fstat(fd)
+            if (
+                all(map(_trusted, (os.stat(directory), os.lstat(folder), status)))
+                and stat.S_ISREG(status.st_mode)
+                and status.st_size >= layout.content_end
+                and image.holds(layout, original, fd)
+                and _is_huge(start)
+            ):
+                return start
+        finally:
+            os.close(fd)
+    return None
+
+
+def _start(path: str, layout: native.NativeLayout, library: str | None) -> Start:
+    (region,) = layout.regions
+    low, high = region.huge(layout.pmd)
+    return Start(path, library, layout.offset(low), high - low)
 
 
 def _require_plain(path: str, status: os.stat_result) -> None:
@@ -259,8 +313,6 @@ def _require_plain(path: str, status: os.stat_result) -> None:
     with suppress(OSError):
         if os.getxattr(path, "security.capability"):
             raise Refusal("program with file capabilities")
-    if os.geteuid() != os.getuid() or os.getegid() != os.getgid():
-        raise Refusal("setuid process")
 
 
 def _library(path: str, file: elf.File) -> str | None:
@@ -271,7 +323,8 @@ def _library(path: str, file: elf.File) -> str | None:
     )
     needed = file.dynamic_strings().get(elf.DT_NEEDED, [])
     wanted = next((name for name in needed if _LIBRARY.match(os.path.basename(name))), None)
-    if wanted is None and not _PYTHON.fullmatch(os.path.basename(path)):
+    # A program that embeds Python may keep LD_PRELOAD for those that it starts.
+    if not _PYTHON.fullmatch(os.path.basename(path)):
         raise Refusal(f"{path} is not a Python interpreter")
     _require_supported(wanted or os.path.basename(path))
     try:
@@ -347,10 +400,14 @@ def _record_of(found: Start | Refusal) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _read(path: str) -> Start | Refusal | None:
+def _read(directory: str, name: str) -> Start | Refusal | None:
     """What a record says, if it is ours and still true. Raises OSError or ValueError where there
     is none to read."""
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    folder = f"{directory}/{_FOLDER}"
+    # Whoever can write there can put another's file, of another meaning, in a record's place.
+    if not _trusted(os.stat(directory)) or not _trusted(os.lstat(folder)):
+        return None
+    fd = os.open(f"{folder}/{name}", _FILE)
     with open(fd, encoding="utf-8", errors="surrogateescape") as file:
         status = os.fstat(fd)
         if not _trusted(status) or not stat.S_ISREG(status.st_mode):
@@ -403,7 +460,7 @@ def introduce(launcher: str, site: str, options: Options) -> None:
     """Tell launcher.c, which is at a path, where the directory with our sitecustomize is."""
     with suppress(OSError):
         name = f"launcher-{_identity(os.stat(launcher))}"
-        places = [path for path, _ in backing.directories(options)]
+        places = _record_places(options)
         if not any(os.path.exists(f"{path}/{_FOLDER}/{name}") for path in places):
             _keep(places, name, site + "\n")
 

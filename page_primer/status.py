@@ -14,11 +14,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from page_primer import elf
-from page_primer.elf import PROGRAM_HEADER, PT_LOAD
+from page_primer.elf import PROGRAM_HEADER, PT_LOAD, is_native
 from page_primer.measure import measure
 from page_primer.report import memlock_remedy, mib
 from page_primer.smaps import Mapping, overlapping, read_smaps, total
-from page_primer.survey import Segment, is_native, page_size, pmd_size, segments_of
+from page_primer.survey import Segment, page_size, pmd_size, segments_of
 
 CAP_IPC_LOCK = 14  # linux/capability.h
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 
 from page_primer import _core, elf, memory
-from page_primer.elf import PF_R, PF_W, PF_X, PROGRAM_HEADER, PT_LOAD
+from page_primer.elf import PF_R, PF_W, PF_X, PROGRAM_HEADER, PT_LOAD, is_native
 from page_primer.memory import Memory
 from page_primer.record import Record, replace
 from page_primer.smaps import Mapping, overlapping, read_maps, read_smaps
@@ -126,11 +126,6 @@ class Survey(Record, aside=("mappings",)):
     loads: tuple[int, int]  # the loader's counters
     memory: Memory | None = None  # what is to be had, where known
     mappings: Sequence[Mapping] = ()
-
-
-def is_native(path: str) -> bool:
-    """Whether a path is that of an image for native load: its folder's name says so."""
-    return path.rpartition("/")[0].rpartition("/")[2].partition("-")[2].startswith("native-")
 
 
 def page_size() -> int:

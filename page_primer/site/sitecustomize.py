@@ -29,8 +29,11 @@ def _start(directory):
 try:
     _start(__file__.rpartition("/")[0])
 except Exception as error:
-    if "PAGE_PRIMER_VERBOSE" in __import__("os").environ:
-        sys.stderr.write("page-primer: " + type(error).__name__ + ": " + str(error) + "\n")
+    try:
+        if "PAGE_PRIMER_VERBOSE" in __import__("os").environ:
+            sys.stderr.write("page-primer: " + type(error).__name__ + ": " + str(error) + "\n")
+    except Exception:  # a closed stderr
+        pass
 
 # The user's sitecustomize, or the distribution's, takes this one's place. The ImportError where
 # there is none is what the importer of this file would have got.
