@@ -384,28 +384,6 @@ static bool add_site(const char *site)
     return !setenv("PYTHONPATH", paths, 1);
 }
 
-/* Whether an interpreter's options keep it from importing our sitecustomize, which is to put its name
- * and environment right. */
-static bool is_isolated(char **arguments)
-{
-    for (char **word = arguments + 1; *word && **word == '-' && word[0][1]; word++) {
-        if (word[0][1] == '-')
-            return true; /* for Python to look at */
-        for (char *letter = *word + 1; *letter; letter++) {
-            if (strchr("EIS", *letter))
-                return true;
-            if (strchr("cm", *letter))
-                return false;
-            if (strchr("WX", *letter)) {
-                if (!letter[1] && !*++word)
-                    return false;
-                break;
-            }
-        }
-    }
-    return false;
-}
-
 /* Execute a command as its record says; return where anything is in doubt. */
 static void run(char **argv)
 {
@@ -437,8 +415,7 @@ static void run(char **argv)
         }
     }
     site[strcspn(site, "\n")] = 0;
-    if (!known || !*site || stat(site, &status) || (!no && is_isolated(command.arguments)) ||
-        (!no && !is_huge(&record)) || !add_site(site))
+    if (!known || !*site || stat(site, &status) || (!no && !is_huge(&record)) || !add_site(site))
         return;
     if (no) {
         execvp(argv[0], argv);

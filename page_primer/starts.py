@@ -113,11 +113,14 @@ def _find(name: str) -> str:
     """The file that execvp(3) would execute: an empty entry of PATH is the current directory."""
     path = os.environ.get("PATH", os.defpath)
     places = [""] if "/" in name else path.split(":")
+    why = errno.ENOENT
     for found in [os.path.join(place, name) for place in places if name]:
         with suppress(OSError):
-            if os.access(found, os.X_OK) and stat.S_ISREG(os.stat(found).st_mode):
+            regular = stat.S_ISREG(os.stat(found).st_mode)
+            if regular and os.access(found, os.X_OK):
                 return found
-    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+            why = errno.EACCES
+    raise OSError(why, os.strerror(why), name)
 
 
 def is_isolated(arguments: Sequence[str]) -> bool:
