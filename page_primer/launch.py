@@ -15,9 +15,7 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 
 from page_primer.options import Options, flag
-from page_primer.started import LATE, NATIVE, STARTED, VERBOSE, given_environment
-
-SITE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "site")
+from page_primer.started import LATE, NATIVE, SITE, STARTED, VERBOSE, given_environment
 
 
 def run(command: Sequence[str], settings: Mapping[str, str], *, explicit: bool = False) -> int:

@@ -15,6 +15,7 @@ from page_primer import on_process, prime
 from page_primer.elf import is_native
 from page_primer.options import Options, flag
 
+SITE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "site")
 STARTED = "PAGE_PRIMER_STARTED"  # "PID name": this process was started from an image, by us
 NATIVE, LATE, VERBOSE = "PAGE_PRIMER_NATIVE", "PAGE_PRIMER_LATE", "PAGE_PRIMER_VERBOSE"
 
@@ -124,6 +125,8 @@ def _start_again(options: Options) -> str | None:
             return None  # it is: never start again what was started
         if _core.threads() > 1:
             return "threads were started before"
+        if _others_came_first():
+            return "another sitecustomize has run before"
         try:
             found = starts.plan(own, options)
         except starts.Refusal as why:
@@ -135,6 +138,17 @@ def _start_again(options: Options) -> str | None:
     except Exception as error:  # whatever it is, the process runs on and is primed
         return f"{type(error).__name__}: {error}"
     return None
+
+
+def _others_came_first() -> bool:
+    """Whether a sitecustomize before ours on PYTHONPATH has run, as a tracer's does: what it did,
+    it would do again."""
+    for path in os.environ.get("PYTHONPATH", "").split(os.pathsep):
+        if path == SITE:
+            return False
+        if any(os.path.exists(f"{path or '.'}/sitecustomize{end}") for end in (".py", ".pyc", "")):
+            return True
+    return False
 
 
 def _lock_in_child() -> None:
