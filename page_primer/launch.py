@@ -14,10 +14,8 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 
 from page_primer.options import Options, flag
-from page_primer.started import LATE, NATIVE, STARTED, VERBOSE, undo_coercion
+from page_primer.started import LATE, NATIVE, SITE, STARTED, VERBOSE, undo_coercion
 from page_primer.suppress import suppress
-
-SITE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "site")
 
 
 def run(command: Sequence[str], settings: Mapping[str, str], *, explicit: bool = False) -> int:

@@ -15,6 +15,7 @@ from page_primer.elf import is_native
 from page_primer.options import Options, flag
 from page_primer.suppress import suppress
 
+SITE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "site")
 STARTED = "PAGE_PRIMER_STARTED"  # "PID name": this process was started from an image, by us
 NATIVE, LATE, VERBOSE = "PAGE_PRIMER_NATIVE", "PAGE_PRIMER_LATE", "PAGE_PRIMER_VERBOSE"
 
@@ -112,6 +113,8 @@ def _start_again(options: Options) -> str | None:
             return None  # it is: never start again what was started
         if _core.threads() > 1:
             return "threads were started before"
+        if _others_came_first():
+            return "another sitecustomize has run before"
         try:
             found = starts.plan(own, options)
         except starts.Refusal as why:
@@ -137,6 +140,17 @@ def undo_coercion(environment: dict[str, str]) -> None:
             del environment["LC_CTYPE"]
         else:
             environment["LC_CTYPE"] = os.fsdecode(given[b"LC_CTYPE"])
+
+
+def _others_came_first() -> bool:
+    """Whether a sitecustomize before ours on PYTHONPATH has run, as a tracer's does: what it did,
+    it would do again."""
+    for path in os.environ.get("PYTHONPATH", "").split(os.pathsep):
+        if path == SITE:
+            return False
+        if any(os.path.exists(f"{path or '.'}/sitecustomize{end}") for end in (".py", ".pyc", "")):
+            return True
+    return False
 
 
 def _lock_in_child() -> None:

@@ -249,3 +249,27 @@ def test_what_root_built_is_used_by_others():
             env={"PAGE_PRIMER_IMAGE_DIR": store, "XDG_CACHE_HOME": f"{home}/cache2"},
         )  # fmt: skip
         assert done.stdout.split() == ["65534", os.path.realpath(python)], done.stderr
+
+
+def test_a_tracer_before_us_runs_once(run, python, tmp_path):
+    """It puts itself first on PYTHONPATH, as ddtrace-run does, and imports ours in its midst."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "os.write(1, b'tracer ')\n"
+        "directory = os.path.dirname(__file__)\n"
+        "sys.path.remove(directory)\n"
+        "mine = sys.modules.pop('sitecustomize')\n"
+        "import sitecustomize\n"
+        "sys.path.insert(0, directory)\n"
+    )
+    source = "import page_primer; print(page_primer.prime().interpreter.backing)"
+    script = f'PYTHONPATH={tmp_path}:$PYTHONPATH exec "$@"'
+    for _ in range(2):
+        done = run("sh", "-c", script, "sh", python, "-c", source)
+        assert done.stdout == "tracer image\n", done.stderr
+
+
+def test_a_path_before_ours_is_no_obstacle(run, python, tmp_path):
+    script = f'PYTHONPATH={tmp_path}:$PYTHONPATH exec "$@"'
+    source = "import page_primer; print(page_primer.prime().interpreter.backing)"
+    assert run("sh", "-c", script, "sh", python, "-c", source).stdout == "native\n"
