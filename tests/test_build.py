@@ -93,8 +93,6 @@ def test_in_a_fresh_chroot(base, tmp_path, user):
     """As a container's image is: written by root, mounted read-only, used by anybody."""
     require_huge_files(tmp_path)
     base = os.path.realpath(base)
-    if base.startswith("/root/") and user != "root":
-        pytest.skip("this interpreter's own path is root's alone")
     root = tmp_path / "root"
     (root / "images").mkdir(parents=True)
     done = build(base, tmp_path / "built")
