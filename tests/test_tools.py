@@ -60,7 +60,7 @@ CASES = [
     ("static", "image on disk", ["py-spy dump", "pystack remote", "faulthandler", *NATIVE]),
     ("static", "memfd", PYTHON_LEVEL),
     ("shared", "native load", NATIVELY),
-    ("static", "native load", [*NATIVELY, "austin", "valgrind"]),
+    ("static", "native load", [*NATIVELY, "austin"]),
     ("PIE", "image on disk", [*PYTHON_LEVEL, *NATIVE]),
     ("PIE", "memfd", PYTHON_LEVEL),
 ]
@@ -150,27 +150,43 @@ def test_the_tool_sees_what_it_sees_unprimed(targets, unprimed, form, way, name)
         # The interpreter's frames beyond the head that stays on /proc/PID/exe, by their names.
         assert verdict.mark == NOTE and verdict.note.endswith("frames more"), verdict
         return
-    if (way, name) == ("native load", "valgrind"):  # which would not follow a second exec
-        assert verdict.mark == NOTE and verdict.note.startswith("primed in-process"), verdict
-        return
     assert verdict.mark == WORKS, (verdict, expected, seen)
 
 
-@pytest.mark.parametrize("form", ["shared", "static"])
-def test_a_core_file_without_its_image(targets, unprimed, scratch, form):
-    """Full frames by the objects' own files, and the missing image named."""
-    target = targets(form, "image on disk")
+def test_valgrind_keeps_a_program_that_could_be_started_natively(targets):
+    """It follows no second exec, and would end in silence, its summary untold."""
+    seen = PROBES["valgrind"].look(targets("static", "native load"))
+    assert seen["backing"] == "image" and not seen["wrong addresses"], seen
+
+
+@pytest.mark.parametrize(
+    ("form", "way"),
+    [("static", "image on disk"), ("shared", "image on disk"), ("shared", "native load")],
+)
+def test_a_core_file_without_its_image(targets, unprimed, scratch, form, way):
+    """The missing image is named, and there are full frames: by the objects' own files, or where
+    the image is the loader's file, once it is built again."""
+    target = targets(form, way)
     core = str(probes.core_of(target))
     image = target.interpreter_image
     folder = Path(image).parent
+    exe = os.readlink(f"/proc/{target.pid}/exe")
     folder.rename(scratch[0] / "gone")
     try:
-        exe = os.readlink(f"/proc/{target.pid}/exe")
         said = probes.gdb("bt", target=[exe, core])
+        pystack = probes.run(probes.tool("pystack"), "core", "--native", core, exe)
+        if way == "native load":
+            assert f"Could not load shared library symbols for {image}" in said
+            build = [probes.tool("page-primer"), "build", "--python", target.shape.python]
+            subprocess.run([*build, str(folder.parent)], check=True)
+            frames = probes.gdb_frames(probes.gdb("bt", target=[exe, core]))
+            shutil.rmtree(folder)
+        else:
+            frames = probes.gdb_frames(said)
     finally:
         (scratch[0] / "gone").rename(folder)
     assert f"Can't open file {image}" in said
-    frames = probes.gdb_frames(said)
+    assert f"Cannot open ELF file {image}" in pystack
     expected = unprimed(form, "gcore, then gdb bt")
     assert [frame.name for frame in frames] == [frame.name for frame in expected]
 
