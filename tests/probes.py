@@ -635,18 +635,17 @@ class Symbols:
 BUILD_IDS = Path(tempfile.gettempdir()) / f"page-primer-build-ids-{os.getpid()}"
 
 
-def perf_samples(target: Target, *scope: str, work: Callable[[], None] | None = None) -> Samples:
+def perf_samples(target: Target, *scope: str, first: str = "") -> Samples:
+    """perf at a scope, while the worker works; after it has answered a first request."""
     data = target.directory / "perf.data"
     record = [tool("perf"), "--buildid-dir", str(BUILD_IDS), "record", "-q", "-e", "cpu-clock",
               "-F", "997", *scope, "-o", str(data), "--", "sleep", "1.5"]  # fmt: skip
     process = subprocess.Popen(record, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         time.sleep(0.3)
-        if work is not None:
-            work()
-        else:
-            with target.spinning():
-                process.wait(60)
+        target.get(first)
+        with target.spinning():
+            process.wait(60)
     finally:
         said, _ = process.communicate(timeout=60)
     script = run(tool("perf"), "--buildid-dir", str(BUILD_IDS), "script", "-i", str(data),
@@ -685,11 +684,7 @@ def _(target: Target) -> Samples:
     if target.way.native:
         raise NotHere("natively there is no before: the interpreter starts from its image")
 
-    def work() -> None:
-        target.get("prime")
-        target.get("spin")
-
-    return perf_samples(target, "-p", str(target.pid), work=work)
+    return perf_samples(target, "-p", str(target.pid), first="prime")
 
 
 @probe("faulthandler")
