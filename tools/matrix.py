@@ -72,7 +72,8 @@ def shapes() -> Iterator[Shape | str]:
         home.mkdir(exist_ok=True)
         python = conftest.python_of(home, "/usr/bin/python3.11")
         install_memray(python)
-        probes.build_pie(Path(python))
+        if os.path.islink(python):
+            probes.build_pie(Path(python))
         yield Shape("CPython 3.11, static PIE", python)
     else:
         yield "a static PIE: needs libpython3.11-dev to build it from"
@@ -192,7 +193,7 @@ def render(shape: str, table: Table, ways: list[Way]) -> Iterator[str]:
         for way, verdict in verdicts.items():
             cell = SYMBOL[verdict.mark]
             if verdict.mark != WORKS:
-                note = f"{verdict.note}{why(tool, way, shape)}"
+                note = f"{verdict.note.rstrip('.')}{why(tool, way, shape)}"
                 cell += f" ({notes.setdefault(note, len(notes) + 1)})"
             cells.append(cell)
         yield f"| {tool} | {' | '.join(cells)} |\n"
