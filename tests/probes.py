@@ -177,12 +177,16 @@ class Target:
         return get(self.server.port, f"/{path}", seconds=300).decode()  # while tools look
 
     def require_primed(self) -> None:
-        """Raises Failed unless the worker's code is where this way puts it."""
+        """Raises Failed unless the worker's code is where this way puts it; NotHere if by its own
+        report there was nothing to put there."""
         wanted = self.way.env.get("PAGE_PRIMER_BACKING", "image")
         if self.way.native:
             wanted = "started"
-        said = re.search(r"page-primer: ([\d.]+) % of .* on huge pages \((\w+)", self.server.log())
-        if said is None or said[2] != wanted or not float(said[1]):
+        pattern = r"page-primer: ([\d.]+) % of .* on huge pages(?: \((\w+))?"
+        said = re.search(pattern, self.server.log())
+        if said and not float(said[1]) and not said[2]:
+            raise NotHere(f"nothing to move: {said[0]}")
+        if said is None or said[2] != wanted:
             raise Failed(f"not primed: {said[0] if said else self.server.log()}")
         if not self.shape.chroot:
             text = outside.text_of(self.pid)
@@ -852,9 +856,10 @@ def _(target: Target) -> set[str]:
 
 VALGRINDED = """
 import json, re, sys, page_primer
-report = page_primer.prime()
+core = page_primer.prime().interpreter
+why = sorted({reason for segment in core.segments for reason in segment.left}) if core else ()
 text = json.dumps(sorted(range(1000), key=lambda number: number * 7919 % 1009))
-print(len(re.sub(r"\\d+", "", text)), report.interpreter and report.interpreter.backing)
+print(len(re.sub(r"\\d+", "", text)), core and core.backing, *why)
 """
 
 
@@ -874,9 +879,11 @@ def _(target: Target) -> dict[str, Any]:
     launcher = target.way.wrapper(target.shape)
     command = [*launcher, tool("valgrind"), target.shape.python, "-c", VALGRINDED]
     said = run(*command, env=env)
-    result = re.search(r"^(\d+) (\w+)$", said, re.MULTILINE)
+    result = re.search(r"^(\d+) (\w+)(.*)$", said, re.MULTILINE)
     if not result or "ERROR SUMMARY" not in said:
         raise Failed(last_line(said))
+    if result[2] == "None" and "no whole huge page" in result[3]:
+        raise NotHere("nothing to move: no whole huge page where valgrind loads it")
     if (result[2] == "None") != (target.way == UNPRIMED):
         raise Failed("not primed under valgrind")
     return {

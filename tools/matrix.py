@@ -133,7 +133,10 @@ def look(shape: Shape, way: Way, module: Path, wanted: list[str]) -> dict[str, o
             continue
         with probes.Target(shape, way, module, late=late) as target:
             if not late and way != UNPRIMED:
-                target.require_primed()
+                try:
+                    target.require_primed()
+                except probes.NotHere as reason:
+                    return dict.fromkeys(wanted, reason)
             for probe in sorted(mine, key=lambda probe: probe.last):
                 try:
                     seen[probe.name] = probe.look(target)
