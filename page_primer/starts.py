@@ -151,6 +151,9 @@ def plan(program: str, options: Options) -> Start:
         Refusal: it cannot be; also kept in a record.
         OSError: the program cannot be read.
     """
+    # It follows no exec unless told to, which nothing here shows; the loader's listing is its own.
+    if "/vgpreload_" in os.environ.get("LD_PRELOAD", ""):
+        raise Refusal("valgrind runs the program")
     unwanted = _unwanted(options)
     if unwanted:
         raise Refusal(unwanted)

@@ -4,7 +4,8 @@ write the table into docs/tools.md: `make tools-matrix`.
     python tools/matrix.py [--shape PATTERN] [--probe PATTERN] [--jobs N] [--output FILE]
 
 What a tool sees is compared with what it sees of an unprimed worker of the same interpreter, in the
-same run. tests/probes.py has the probes, tests/test_tools.py asserts on the most important ones.
+same run. The chapters of interpreters that were not chosen stay. tests/probes.py has the probes,
+tests/test_tools.py asserts on the most important ones.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +34,7 @@ from probes import ABSENT, CANNOT, NOTE, PROBES, UNPRIMED, WORKS, Shape, Verdict
 
 KEPT = ROOT / ".venv-tools"  # a Debian unstable, and memray for each interpreter: built once
 BEGIN, END = "<!-- made by make tools-matrix -->\n", "<!-- end -->\n"
+CHAPTER = "### "
 MIRROR = "http://deb.debian.org/debian"
 WAITING = 3600  # seconds, for debootstrap
 # What Debian unstable has of tools: its own interpreter's, and what runs in the worker.
@@ -69,7 +72,8 @@ def shapes() -> Iterator[Shape | str]:
         home.mkdir(exist_ok=True)
         python = conftest.python_of(home, "/usr/bin/python3.11")
         install_memray(python)
-        probes.build_pie(Path(python))
+        if os.path.islink(python):
+            probes.build_pie(Path(python))
         yield Shape("CPython 3.11, static PIE", python)
     else:
         yield "a static PIE: needs libpython3.11-dev to build it from"
@@ -129,7 +133,10 @@ def look(shape: Shape, way: Way, module: Path, wanted: list[str]) -> dict[str, o
             continue
         with probes.Target(shape, way, module, late=late) as target:
             if not late and way != UNPRIMED:
-                target.require_primed()
+                try:
+                    target.require_primed()
+                except probes.NotHere as reason:
+                    return dict.fromkeys(wanted, reason)
             for probe in sorted(mine, key=lambda probe: probe.last):
                 try:
                     seen[probe.name] = probe.look(target)
@@ -145,6 +152,8 @@ def judge(name: str, expected: object, seen: object) -> Verdict:
         return Verdict(ABSENT, str(expected))
     if isinstance(expected, Exception):
         return Verdict(ABSENT, f"nor unprimed: {expected}")
+    if isinstance(seen, probes.NotHere):
+        return Verdict(ABSENT, str(seen))
     if isinstance(seen, Exception):
         return Verdict(CANNOT, str(seen))
     return PROBES[name].judge(expected, seen)
@@ -175,24 +184,34 @@ def why(tool: str, way: str, shape: str) -> str:
     return ""
 
 
-def render(tables: dict[str, Table], absent: list[str], ways: list[Way]) -> Iterator[str]:
-    """The tables in Markdown, each with its notes."""
-    yield f"Run on Linux {os.uname().release} ({os.uname().machine}) with {versions()}.\n\n"
-    for shape, table in tables.items():
-        notes: dict[str, int] = {}
-        yield f"### {shape}\n\n| tool | {' | '.join(way.name for way in ways)} |\n"
-        yield "|---|" + "---|" * len(ways) + "\n"
-        for tool, verdicts in table.items():
-            cells = []
-            for way, verdict in verdicts.items():
-                cell = SYMBOL[verdict.mark]
-                if verdict.mark != WORKS:
-                    note = f"{verdict.note}{why(tool, way, shape)}"
-                    cell += f" ({notes.setdefault(note, len(notes) + 1)})"
-                cells.append(cell)
-            yield f"| {tool} | {' | '.join(cells)} |\n"
-        yield "\n" + "".join(f"{number}. {note}\n" for note, number in notes.items()) + "\n"
-    yield "".join(f"Not tried: {reason}.\n" for reason in absent)
+def render(shape: str, table: Table, ways: list[Way]) -> Iterator[str]:
+    """The table of an interpreter in Markdown, with its notes."""
+    notes: dict[str, int] = {}
+    machine = f"Linux {os.uname().release} ({os.uname().machine})"
+    yield f"Run on {time.strftime('%Y-%m-%d, %H:%M UTC', time.gmtime())}, on {machine}.\n\n"
+    yield f"| tool | {' | '.join(way.name for way in ways)} |\n"
+    yield "|---|" + "---|" * len(ways) + "\n"
+    for tool, verdicts in table.items():
+        cells = []
+        for way, verdict in verdicts.items():
+            cell = SYMBOL[verdict.mark]
+            if verdict.mark != WORKS:
+                note = f"{verdict.note.rstrip('.')}{why(tool, way, shape)}"
+                cell += f" ({notes.setdefault(note, len(notes) + 1)})"
+            cells.append(cell)
+        yield f"| {tool} | {' | '.join(cells)} |\n"
+    yield "\n" + "".join(f"{number}. {note}\n" for note, number in notes.items())
+
+
+def enter(document: Path, title: str, text: str) -> None:
+    """Write a chapter into the document, in the place of the one that it has of that title."""
+    before, _, rest = document.read_text().partition(BEGIN)
+    old, _, after = rest.partition(END)
+    first, *parts = old.split(CHAPTER)
+    chapters = dict(part.split("\n", 1) for part in parts)
+    chapters[title] = f"\n{text}\n"
+    body = "".join(f"{CHAPTER}{title}\n{text}" for title, text in chapters.items())
+    document.write_text(f"{before}{BEGIN}{first}{body}{END}{after}")
 
 
 def versions() -> str:
@@ -230,13 +249,14 @@ def main() -> int:
         ]
         with ThreadPoolExecutor(options.jobs) as pool:
             done = pool.map(lambda shape: examine(shape, ways, Path(scratch), wanted), chosen)
-            tables = {shape.name: table for shape, table in zip(chosen, done, strict=True)}
+            for shape, table in zip(chosen, done, strict=True):
+                text = "".join(render(shape.name, table, ways))
+                enter(Path(options.output), shape.name, text)
+                print(text)
     shutil.rmtree(probes.BUILD_IDS, ignore_errors=True)
-    text = "".join(render(tables, [s for s in found if isinstance(s, str)], ways))
-    output = Path(options.output)
-    before, _, rest = output.read_text().partition(BEGIN)
-    output.write_text(f"{before}{BEGIN}\n{text}{END}{rest.partition(END)[2]}")
-    print(text)
+    absent = "".join(f"- {reason}.\n" for reason in found if isinstance(reason, str))
+    enter(Path(options.output), "Not tried", absent or "Nothing of what is here.\n")
+    enter(Path(options.output), "Versions", f"{versions()}.\n")
     return 0
 
 
