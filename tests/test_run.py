@@ -260,7 +260,8 @@ def test_what_a_process_inherits(kind, images, tmp_path, before):
 
 def test_other_programs_are_left_alone(images):
     """Environment and signals are the same, but for the variables that tell of us."""
-    command = ["sh", "-c", "grep -E 'Sig(Ign|Cgt)' /proc/$$/status; env -u PYTHONPATH -u _; ulimit -a"]
+    shown = "grep -E 'Sig(Ign|Cgt)' /proc/$$/status; env -u PYTHONPATH -u _; ulimit -a"
+    command = ["sh", "-c", shown]
     plain, others = both(command, images)
     for other in others[:2]:
         ours = [line for line in other.stdout.splitlines() if "PAGE_PRIMER" not in line]
