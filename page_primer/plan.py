@@ -152,7 +152,7 @@ def size_of(obj: Object) -> int:
 
 
 def _lock_size(obj: Object, options: Options, held: Sequence[Range], code_only: bool) -> int:
-    if not options.mlock or not _selected(obj, options):
+    if not options.mlock or not selects(options, obj.path):
         return 0
     code_only |= options.mlock == "code"
     wanted = [s for s in obj.segments if s.kind == "code" or not code_only]
@@ -231,7 +231,7 @@ def locks(
     mappings = sorted(mappings, key=lambda mapping: mapping.start)
     wanted: list[tuple[tuple[int, int], Lock]] = []
     for rank, obj in enumerate(sorted(objects, key=_heat)):
-        if not _selected(obj, options):
+        if not selects(options, obj.path):
             continue
         for mapping in overlapping(mappings, obj.start, obj.end):
             if not mapping.permissions.startswith("r"):
@@ -278,25 +278,26 @@ def _heat(obj: Object) -> tuple[bool, int]:
     return (not obj.interpreter, -obj.resident_code)
 
 
-def _selected(obj: Object, options: Options) -> bool:
-    if options.include and not _matches(obj, options.include):
+def selects(options: Options, path: str) -> bool:
+    """Whether `include` and `exclude` admit the object at a path."""
+    if options.include and not _matches(path, options.include):
         return False
-    return not _matches(obj, options.exclude)
+    return not _matches(path, options.exclude)
 
 
-def _matches(obj: Object, patterns: Sequence[str]) -> bool:
+def _matches(path: str, patterns: Sequence[str]) -> bool:
     if not patterns:
         return False
     import fnmatch  # and with it re, only where there are patterns
 
-    name = os.path.basename(obj.path)
-    return any(fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(obj.path, p) for p in patterns)
+    name = os.path.basename(path)
+    return any(fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(path, p) for p in patterns)
 
 
 def _refusal(obj: Object, survey: Survey, options: Options) -> str | None:
     if not options.remap:
         return REMAP_OFF
-    if not _selected(obj, options):
+    if not selects(options, obj.path):
         return EXCLUDED
     if not survey.pmd_size:
         return NO_HUGE_PAGES

@@ -32,6 +32,7 @@ from collections.abc import Iterator, Sequence
 from page_primer import _core, backing, elf, image, native, smaps, store
 from page_primer.backing import Refused
 from page_primer.options import Options
+from page_primer.plan import EXCLUDED, selects
 from page_primer.record import Record
 from page_primer.suppress import suppress
 from page_primer.survey import pmd_size
@@ -157,6 +158,14 @@ def plan(program: str, options: Options) -> Start:
     unwanted = _unwanted(options)
     if unwanted:
         raise Refusal(unwanted)
+    start = _plan(program, options)
+    if not selects(options, start.library or os.path.realpath(program)):
+        raise Refusal(EXCLUDED)
+    return start
+
+
+def _plan(program: str, options: Options) -> Start:
+    """The same, whatever the options include and exclude, which is nothing for a record."""
     status = os.stat(program)
     name = _identity(status)
     places = backing.directories(options)

@@ -666,6 +666,15 @@ def test_options_that_are_against_it(kind, images):
     fallen_back(kind, images, "backing is memfd", options=options)
 
 
+def test_an_interpreter_that_is_excluded(kind, images):
+    """Only it: what is excluded otherwise is nothing to native load."""
+    for pattern, reason in (("*python*", "excluded"), ("*/numpy/*", None)):
+        done = run([kind, "-c", ""], images, launcher=("-v", "--exclude", pattern))
+        said = re.findall(r"native load: (.*)", done.stderr)
+        assert said == ([reason] if reason else []), done.stderr
+        assert ("started from its image" in done.stderr) is (reason is None)
+
+
 @pytest.mark.parametrize("bit", [0o4755, 0o2755], ids=["setuid", "setgid"])
 def test_setuid_program(base, images, tmp_path, bit):
     """A copy: what the kernel gives to that file it would not give to its image."""
