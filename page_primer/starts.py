@@ -237,12 +237,7 @@ def _prepare(program: str, status: os.stat_result, places: Sequence[backing.Plac
             try:
                 with store.Store(directory) as opened:
                     return _write(opened, layout, file.fileno(), library)
-            except store.Unusable as error:
-                built = _built(directory, layout, file.fileno(), library)
-                if built is not None:
-                    return built
-                notes.append(f"{directory}: {error}")
-            except Refusal as error:
+            except (store.Unusable, Refusal) as error:
                 notes.append(f"{directory}: {error}")
             except OSError as error:
                 notes.append(f"{directory}: {backing.reason_of(error)}")
@@ -289,30 +284,6 @@ def _write(
             finally:
                 attempt.discard()
     raise Refusal(why)
-
-
-def _built(
-    directory: str, layout: native.NativeLayout, original: int, library: str | None
-) -> Start | None:
-    """What root has built (`page-primer build`) in a directory that this user cannot write to;
-    None if there is no such image, or if it is not as it should be."""
-    folder = f"{directory}/{layout.name}"
-    start = _start(f"{folder}/{os.path.basename(layout.object.path)}", layout, library)
-    with suppress(OSError):
-        fd = os.open(start.image, _FILE)
-        try:
-            status = os.fstat(fd)
-            if (
-                all(map(_trusted, (os.stat(directory), os.lstat(folder), status)))
-                and stat.S_ISREG(status.st_mode)
-                and status.st_size >= layout.content_end
-                and image.holds(layout, original, fd)
-                and _is_huge(start)
-            ):
-                return start
-        finally:
-            os.close(fd)
-    return None
 
 
 def _start(path: str, layout: native.NativeLayout, library: str | None) -> Start:
