@@ -82,7 +82,7 @@ def scratch():
 
 @pytest.fixture(scope="module")
 def targets(scratch):
-    """target(form, way, late): a server, started once; the last of them is kept."""
+    """target(form, way, late): a server, started once."""
     disk, memory = scratch
     ways = {way.name: way for way in [UNPRIMED, *probes.ways(disk / "images", memory / "images")]}
     running = {}
@@ -90,17 +90,14 @@ def targets(scratch):
     def target(form, way, late=False):
         key = form, way, late
         if key not in running:
-            for other in [key for key in running if key[1] != UNPRIMED.name]:
-                running.pop(other).__exit__()
             made = Target(shape(form, disk), ways[way], disk, late=late)
-            running[key] = made.__enter__()
+            running[key] = stack.enter_context(made)
             if way != UNPRIMED.name and not late:
                 made.require_primed()
         return running[key]
 
-    yield target
-    for one in running.values():
-        one.__exit__()
+    with contextlib.ExitStack() as stack:
+        yield target
 
 
 def shape(form, directory):
@@ -183,7 +180,6 @@ def test_a_core_file_without_its_image(targets, unprimed, scratch, form, way):
     folder.rename(scratch[0] / "gone")
     try:
         said = probes.gdb("bt", target=[exe, core])
-        pystack = probes.run(probes.tool("pystack"), "core", "--native", core, exe)
         if way == "native load":
             assert f"Could not load shared library symbols for {image}" in said
             build = [probes.tool("page-primer"), "build", "--python", target.shape.python]
@@ -195,7 +191,6 @@ def test_a_core_file_without_its_image(targets, unprimed, scratch, form, way):
     finally:
         (scratch[0] / "gone").rename(folder)
     assert f"Can't open file {image}" in said
-    assert f"Cannot open ELF file {image}" in pystack
     expected = unprimed(form, "gcore, then gdb bt")
     assert [frame.name for frame in frames] == [frame.name for frame in expected]
 

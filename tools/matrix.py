@@ -196,7 +196,9 @@ def render(shape: str, table: Table, ways: list[Way]) -> Iterator[str]:
         for way, verdict in verdicts.items():
             cell = SYMBOL[verdict.mark]
             if verdict.mark != WORKS:
-                note = f"{verdict.note.rstrip('.')}{why(tool, way, shape)}"
+                note = verdict.note.rstrip(".")
+                if verdict.mark != ABSENT:
+                    note += why(tool, way, shape)
                 cell += f" ({notes.setdefault(note, len(notes) + 1)})"
             cells.append(cell)
         yield f"| {tool} | {' | '.join(cells)} |\n"
@@ -204,11 +206,12 @@ def render(shape: str, table: Table, ways: list[Way]) -> Iterator[str]:
 
 
 def enter(document: Path, title: str, text: str) -> None:
-    """Write a chapter into the document, in the place of the one that it has of that title."""
+    """Write a chapter into the document, as the last one, instead of the one of that title."""
     before, _, rest = document.read_text().partition(BEGIN)
     old, _, after = rest.partition(END)
     first, *parts = old.split(CHAPTER)
     chapters = dict(part.split("\n", 1) for part in parts)
+    chapters.pop(title, None)
     chapters[title] = f"\n{text}\n"
     body = "".join(f"{CHAPTER}{title}\n{text}" for title, text in chapters.items())
     document.write_text(f"{before}{BEGIN}{first}{body}{END}{after}")
