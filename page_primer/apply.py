@@ -5,9 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
-import threading
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from page_primer import _core, backing, plan, smaps, store, survey
 from page_primer.measure import measure
@@ -23,7 +21,12 @@ from page_primer.survey import Object, Survey
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Iterator, Sequence
+    from threading import RLock, get_ident
+
     from page_primer.perfmap import PerfMap
+else:
+    from _thread import RLock, get_ident  # threading takes 2 ms to import
 
 
 class Process:
@@ -421,26 +424,26 @@ process = Process()
 # One prime() at a time; and a fork waits for one that is under way in another thread, or the child
 # would inherit a half-kept book and a lock that nobody holds. Reentrant for signal handlers, which
 # run in the midst of it and may fork.
-lock = threading.RLock()
-_fork = threading.local()
+lock = RLock()
+_holders: set[int] = set()  # threads that fork, and hold the lock for it
 
 
 def _before_fork() -> None:
-    _fork.held = False
+    _holders.discard(get_ident())
     lock.acquire()  # a signal handler may raise here, and the fork goes on all the same
-    _fork.held = True
+    _holders.add(get_ident())
 
 
 def _after_fork_in_parent() -> None:
-    if getattr(_fork, "held", False):
-        _fork.held = False
+    if get_ident() in _holders:
+        _holders.discard(get_ident())
         lock.release()
 
 
 def _after_fork_in_child() -> None:
     process.pid = 0  # in another PID namespace a child may have its parent's number
-    if getattr(_fork, "held", False):
-        _fork.held = False
+    if get_ident() in _holders:
+        _holders.discard(get_ident())
         lock.release()
     else:  # forked by C code that runs no hook before, or the wait was interrupted
         lock._at_fork_reinit()  # type: ignore[attr-defined]

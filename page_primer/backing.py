@@ -10,16 +10,18 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
 
 from page_primer import _core, image, mounts, smaps, store
 from page_primer.elf import PF_X
 from page_primer.options import Options
 from page_primer.plan import Move, Region
-from page_primer.record import Record, replace
+from page_primer.record import Record, cached, replace
 from page_primer.suppress import suppress
 from page_primer.survey import Object
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
 
 _READ_EXEC = _core.PROT_READ | _core.PROT_EXEC
 _READ_WRITE = _core.PROT_READ | _core.PROT_WRITE
@@ -79,7 +81,7 @@ class Prepared(Record):
         """Bytes that whole huge pages can cover."""
         return sum(high - low for low, high in (p.region.huge(self.pmd) for p in self.pieces))
 
-    @cached_property
+    @cached
     def huge(self) -> int:
         """Bytes that smaps shows on huge pages."""
         return sum(m.huge for m in smaps.starting_at({p.source for p in self.pieces}))

@@ -24,13 +24,16 @@ import errno
 import os
 import resource
 import struct
-from collections.abc import Iterator, Sequence
 
 from page_primer import elf
 from page_primer.elf import PF_R, PF_W, PF_X, PROGRAM_HEADER, PT_LOAD
 from page_primer.plan import Region
 from page_primer.record import Record
 from page_primer.survey import Object, Source, page_size
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
 
 # Part of an image's name in the store: raise it when what is written here changes.
 LAYOUT_VERSION = 2

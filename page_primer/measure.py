@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-
 from page_primer.plan import Left, Region
 from page_primer.report import SegmentReport
 from page_primer.smaps import Mapping, overlapping
 from page_primer.survey import Segment
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
 
 
 def measure(

@@ -7,11 +7,14 @@ kernel kills a process of the cgroup, or stalls it (memory.high), so the plan ha
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 
 from page_primer import mounts
 from page_primer.record import Record
 from page_primer.suppress import suppress
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 # What priming takes beside copies and locks, bytes: our own modules in a process that is not primed
 # yet, a block of one huge page, the survey. Generous: measured were 7 MiB, when more was imported.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable, Sequence
 
 from page_primer import _core, backing, survey
 from page_primer.backing import Prepared, Refused
@@ -14,6 +13,10 @@ from page_primer.plan import Move, Region
 from page_primer.record import Record
 from page_primer.suppress import suppress
 from page_primer.survey import Object
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
 
 MODIFIED = "modified in memory"
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Iterable, Mapping
 
 from page_primer.record import Record
 from page_primer.suppress import suppress
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
     from typing import Any, Literal, TypedDict
 
     Mlock = Literal["all", "code"]
@@ -131,7 +130,7 @@ def _patterns(name: str, value: Any) -> tuple[str, ...]:
         return ()
     if isinstance(value, str):
         value = value.split(",")
-    if not isinstance(value, Iterable) or isinstance(value, bytes):
+    if not hasattr(value, "__iter__") or isinstance(value, bytes):
         raise TypeError(f"{name} must be a list of file name patterns, not {value!r}")
     patterns = list(value)
     if not all(isinstance(pattern, str) for pattern in patterns):
@@ -154,7 +153,7 @@ def _bytes(name: str, value: Any) -> int:
 
 
 def _share(name: str, value: Any) -> float:
-    number = math.nan
+    number = float("nan")
     if isinstance(value, str | int | float) and not isinstance(value, bool):
         with suppress(ValueError, OverflowError):
             number = float(value)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 from page_primer.elf import PF_R, PF_X
@@ -19,6 +18,10 @@ from page_primer.record import Record
 from page_primer.report import OVER_LIMIT, OVER_MEMORY
 from page_primer.smaps import Mapping, overlapping
 from page_primer.survey import Object, Segment, Survey
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
 
 # Why bytes are left where they are, in the report's words; survey.py has those that concern the
 # whole file.

@@ -72,6 +72,23 @@ class Record:
         return f"{type(self).__name__}({fields})"
 
 
+if TYPE_CHECKING:
+    from functools import cached_property
+
+    cached = cached_property
+else:
+
+    class cached:  # noqa: N801  # as the one that it stands for
+        """functools.cached_property, without functools."""
+
+        def __init__(self, compute):
+            self._compute, self._name = compute, compute.__name__
+
+        def __get__(self, record, _):
+            value = record.__dict__[self._name] = self._compute(record)
+            return value
+
+
 def replace(record: Some, /, **changes: Any) -> Some:
     """A copy with other values for some fields."""
     values = {name: getattr(record, name) for name in record._fields}

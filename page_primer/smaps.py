@@ -7,10 +7,12 @@ is mapped by a PMD entry, not what was advised (Linux, Documentation/filesystems
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence, Set
-from functools import cached_property
 
-from page_primer.record import Record
+from page_primer.record import Record, cached
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence, Set
 
 HUGE = ("AnonHugePages", "ShmemPmdMapped", "FilePmdMapped", "Private_Hugetlb", "Shared_Hugetlb")
 
@@ -48,7 +50,7 @@ class Mapping(Record, aside=("details",)):
         number, _, _ = self.details[at + len(name) + 2 : at + len(name) + 40].partition(" kB")
         return int(number) << 10
 
-    @cached_property
+    @cached
     def flags(self) -> frozenset[str]:
         """VmFlags, two letters each; empty when read from maps."""
         _, _, flags = self.details.partition("VmFlags:")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 
 from page_primer import _core, elf, memory
@@ -11,6 +10,10 @@ from page_primer.elf import PF_R, PF_W, PF_X, PROGRAM_HEADER, PT_LOAD, is_native
 from page_primer.memory import Memory
 from page_primer.record import Record, replace
 from page_primer.smaps import Mapping, overlapping, read_maps, read_smaps
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 _PMD_SIZE_FILE = "/sys/kernel/mm/transparent_hugepage/hpage_pmd_size"
 
