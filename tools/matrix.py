@@ -187,7 +187,8 @@ def why(tool: str, way: str, shape: str) -> str:
 def render(shape: str, table: Table, ways: list[Way]) -> Iterator[str]:
     """The table of an interpreter in Markdown, with its notes."""
     notes: dict[str, int] = {}
-    machine = f"Linux {os.uname().release} ({os.uname().machine})"
+    release = ".".join(os.uname().release.split(".")[:2])
+    machine = f"Linux {release} ({os.uname().machine})"
     yield f"Run on {time.strftime('%Y-%m-%d, %H:%M UTC', time.gmtime())}, on {machine}.\n\n"
     yield f"| tool | {' | '.join(way.name for way in ways)} |\n"
     yield "|---|" + "---|" * len(ways) + "\n"
