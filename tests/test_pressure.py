@@ -96,8 +96,11 @@ def test_under_pressure_nothing_of_a_primed_worker_is_read_again(own, images, tm
                 for _ in range(10):
                     assert int(server.get()) == worker
                 cgroup.limit = 80 * MIB
-                press(cgroup, work)
-                faults[name] = elf_faults(server, worker, work)
+                for _ in range(4):  # what the kernel drops first is its own choice
+                    press(cgroup, work)
+                    faults[name] = elf_faults(server, worker, work)
+                    if name != "unprimed" or len(faults[name]) >= 8:
+                        break
                 assert cgroup.oom_kills == 0
         shutil.rmtree(images, ignore_errors=True)
     assert len(faults["unprimed"]) >= 8
@@ -155,10 +158,15 @@ def test_locking_copies_nothing_in_workers(python, images, tmp_path, workers):
         "        elif row[0] == 'Private_Dirty:' and path.startswith('/'):\n"
         "            total += int(row[1]) << 10\n"
         "    return total\n"
-        "from page_primer.apply import Process\n"
+        "from page_primer.apply import Process, _core\n"
         "lock, log = Process._lock, []\n"
         "def counted(self, wanted):\n"
-        "    dirty(); before = dirty(); lock(self, wanted); log.append((before, dirty()))\n"
+        # Once without the system calls: what runs Python writes to its own static objects.
+        "    wanted, plain, known = list(wanted), _core.lock, dict(self.locked)\n"
+        "    _core.lock = lambda *_: None\n"
+        "    dirty(); lock(self, wanted)\n"
+        "    _core.lock, self.locked = plain, known\n"
+        "    before = dirty(); lock(self, wanted); log.append((before, dirty()))\n"
         "Process._lock = counted\n"
         "def post_fork(server, worker):\n"
         "    log.clear(); ours.post_fork(server, worker)\n"
