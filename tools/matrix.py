@@ -35,7 +35,6 @@ from probes import ABSENT, CANNOT, NOTE, PROBES, UNPRIMED, WORKS, Shape, Verdict
 KEPT = ROOT / ".venv-tools"  # a Debian unstable, and memray for each interpreter: built once
 BEGIN, END = "<!-- made by make tools-matrix -->\n", "<!-- end -->\n"
 CHAPTER = "### "
-MIRROR = "http://deb.debian.org/debian"
 WAITING = 3600  # seconds, for debootstrap
 # What Debian unstable has of tools: its own interpreter's, and what runs in the worker.
 IN_CHROOT = ("sys.remote_exec", "pdb -p", "faulthandler", "a C++ *", "backtrace(3)")
