@@ -103,7 +103,6 @@ def unstable() -> Shape | str:
             "--include=python3",
             "sid",
             str(root),
-            MIRROR,
         ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=WAITING, check=False)
         if done.returncode:
