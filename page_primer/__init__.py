@@ -77,26 +77,33 @@ def restore() -> Report:
 
 
 def on_process(action: Callable[[Process], Report]) -> Report:
-    reason = _unsupported() or _too_little_memory()
+    """Do something to this process, one thing at a time; where that cannot be, the report says why.
+    Whatever surprise the environment has, the server runs on."""
+    reason = _unsupported()
     if reason is None:
         try:
-            from page_primer import apply
+            reason = _too_little_memory()
+            if reason is None:
+                return _alone(action)
         except ImportError as error:  # built without its C core
             reason = f"not available here: {error}"
-        else:
-            # Whatever surprise the environment has, the server runs on.
-            try:
-                with apply.lock:
-                    if not apply.process.busy:
-                        apply.process.busy = True
-                        try:
-                            return action(apply.process)
-                        finally:
-                            apply.process.busy = False
-                    reason = "called by a signal handler while it was under way"
-            except Exception as error:
-                reason = f"{type(error).__name__}: {error}"
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
     return Report(pid=os.getpid(), reason=reason)
+
+
+def _alone(action: Callable[[Process], Report]) -> Report:
+    from page_primer import apply
+
+    with apply.lock:
+        if apply.process.busy:
+            reason = "called by a signal handler while it was under way"
+            return Report(pid=os.getpid(), reason=reason)
+        apply.process.busy = True
+        try:
+            return action(apply.process)
+        finally:
+            apply.process.busy = False
 
 
 def _too_little_memory() -> str | None:
