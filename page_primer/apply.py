@@ -175,12 +175,15 @@ class Process:
             if self._move(move, options, places, verified=False)
         }
 
-    def _survey_again(self, moved: Collection[Key]) -> Sequence[Mapping]:
+    def _survey_again(self, moved: dict[Key, Move]) -> Sequence[Mapping]:
         """Writing an image loads modules, which are to be locked as well: find what was loaded
-        since the survey. Returns the mappings, as maps has them."""
+        since the survey, and strike from `moved` what was unloaded. Returns the mappings, as maps
+        has them."""
         known = [obj for obj in self.objects if key_of(obj) not in self.primed]
         found = self._as_it_was_before_us(survey.take(smaps.read_maps, known), moved)
         self.objects, self.loads = found.objects, found.loads
+        for key in moved.keys() - self.primed.keys():
+            del moved[key]
         return found.mappings
 
     def _move(
@@ -321,13 +324,13 @@ class Process:
                     self.hosts_locks.append((start, end))
 
     def _lock_and_look(
-        self, moved: Collection[Key], options: Options, held: Sequence[Range]
+        self, moved: dict[Key, Move], options: Options, held: Sequence[Range]
     ) -> Sequence[Mapping]:
         """Lock what is there after the moves, as far as memory allows beside them, and read what
         came of both. What was `held` before takes no more memory."""
-        self._lock_again_for_host(moved)
         loaded = _core.loads() != self.loads
         mappings = self._survey_again(moved) if loaded else smaps.read_maps()
+        self._lock_again_for_host(moved)
         wanted = plan.locks(self.objects, mappings, options)
         room = plan.memory_room(self.memory, options, held)
         objects = [self.primed[key].object for key in moved]
