@@ -12,7 +12,9 @@ from types import ModuleType
 
 from page_primer import _core, prime
 from page_primer.options import Options
-from page_primer.survey import page_size, pmd_size, segments_of
+from page_primer.plan import Region
+from page_primer.suppress import suppress
+from page_primer.survey import Object, page_size, pmd_size, segments_of
 
 
 def watch(options: Options) -> None:
@@ -23,11 +25,11 @@ def watch(options: Options) -> None:
 
     def create_module(self: ExtensionFileLoader, spec: ModuleSpec) -> ModuleType:
         module = plain(self, spec)
-        found = {(base, headers) for _, base, headers in _core.objects()[2]}
-        new = found - known
-        known.update(new)
-        if any(_has_room(base, headers, pmd) for base, headers in new):
-            prime(options)
+        with suppress(Exception):  # the import is the host's
+            new = {(base, headers) for _, base, headers in _core.objects()[2]} - known
+            known.update(new)
+            if any(_has_room(base, headers, pmd) for base, headers in new):
+                prime(options)
         return module
 
     if pmd:
@@ -35,7 +37,9 @@ def watch(options: Options) -> None:
 
 
 def _has_room(base: int, headers: bytes, pmd: int) -> bool:
-    return any(
-        segment.code and segment.size >= pmd // 2
-        for segment in segments_of(headers, base, page_size())
-    )
+    segments = segments_of(headers, base, page_size())
+    for span in Object("", "", base, headers, segments).spans():
+        low, high = Region(span[0].start, span[-1].end, 0).huge(pmd)
+        if low < high and any(segment.code for segment in span):
+            return True
+    return False
