@@ -26,7 +26,7 @@ class NativeLayout(Layout):
     """Where an object's bytes lie in its image for native load."""
 
     headers_at: int = 0  # the original's e_phoff
-    build_ids: tuple[tuple[int, int], ...] = ()  # where build-ids lie in the original, and sizes
+    build_ids: tuple[tuple[int, int], ...] = ()  # addresses of build-ids, and their sizes
 
     @property
     def pad(self) -> int:
@@ -39,7 +39,9 @@ class NativeLayout(Layout):
         fields = list(file.header)
         fields[5], fields[6] = self.pad + self.headers_at, section_headers
         table = _program_headers(self)
-        identities = [(self.pad + offset, build_id(self, size)) for offset, size in self.build_ids]
+        identities = [
+            (self.offset(address), build_id(self, size)) for address, size in self.build_ids
+        ]
         return [(0, elf.HEADER.pack(*fields)), (fields[5], table), *identities]
 
 
@@ -98,8 +100,12 @@ def _lay_out(path: str, fd: int, pmd: int) -> NativeLayout:
     low, high = region.huge(pmd)
     if low == high:
         raise CannotLayOut(NO_CHUNK)
-    build_ids = tuple(found for h in headers if h[0] == elf.PT_NOTE and (found := file.build_id(h)))
-    identity = b"".join(os.pread(fd, size, at) for at, size in build_ids).hex() or "0"
+    notes = [(h, *found) for h in headers if h[0] == elf.PT_NOTE and (found := file.build_id(h))]
+    identity = b"".join(os.pread(fd, size, at) for _, at, size in notes).hex() or "0"
+    # Segments may be shifted against their offsets, each by another amount (lld).
+    build_ids = tuple((h[3] + at - h[2], size) for h, at, size in notes)
+    if any(not span[0].start <= at <= at + size <= span[-1].end for at, size in build_ids):
+        raise CannotLayOut("a build-id outside its read-only data")
     name = f"{LAYOUT_VERSION}-native-{identity}-{source.size:x}-{pmd:x}-{os.path.basename(path)}"
     return NativeLayout(obj, (region,), pmd, name, file.header[5], build_ids)
 

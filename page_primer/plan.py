@@ -33,6 +33,7 @@ NO_CODE = "no code"
 NO_CHUNK = "no whole huge page"
 PROFILERS_HEAD = "kept for profilers"
 WRITABLE = "writable"
+NATIVE = "started from its image"
 
 Range = tuple[int, int]  # addresses
 
@@ -108,10 +109,7 @@ def make(survey: Survey, options: Options, used: int = 0, held: Iterable[Range] 
     memory = memory_room(survey.memory, options, held)
     spare = survey.memory.available - WORKING if survey.memory else memory
     for obj in sorted(survey.objects, key=_heat):
-        if obj.native:
-            left += explain(obj, native_regions(obj), survey.pmd_size)
-            continue
-        reason = _refusal(obj, survey, options)
+        reason = NATIVE if obj.native else _refusal(obj, survey, options)
         move = None if reason else _move(obj, survey.pmd_size, options)
         if move is None:
             reason = reason or NO_CHUNK
@@ -128,7 +126,10 @@ def make(survey: Survey, options: Options, used: int = 0, held: Iterable[Range] 
         else:
             # It will be locked where it is; if it must be less than all, then the code.
             size = _lock_size(obj, options, held, code_only=reason == OVER_MEMORY)
-            left += [Left(obj, s.start, s.end, s.kind, _why(s, reason)) for s in obj.segments]
+            if obj.native:
+                left += explain(obj, native_regions(obj), survey.pmd_size)
+            else:
+                left += [Left(obj, s.start, s.end, s.kind, _why(s, reason)) for s in obj.segments]
         if size <= memory:
             memory -= size
             spare -= size
