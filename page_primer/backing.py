@@ -175,16 +175,16 @@ def _place_all(regions: Sequence[Region], prepare: Callable[[Region], Piece]) ->
     return tuple(pieces)
 
 
-def _fault_in(piece: Piece, pmd: int) -> None:
+def bring_in(address: int, length: int, pmd: int) -> None:
     """Make the pages of a file mapping present, huge if the kernel will: advice comes before the
     first touch (ext4, xfs), collapse after it (tmpfs; on 6.1 it fails on untouched pages)."""
-    low, high = piece.region.huge(pmd)
+    low, high = Region(address, address + length, 0).huge(pmd)
     # A process, kernel or sandbox without THP says EINVAL to advice; smaps will tell.
     with suppress(OSError):
-        _core.advise(piece.source, piece.size, _core.MADV_HUGEPAGE)
-    _core.populate(piece.source, piece.size)
+        _core.advise(address, length, _core.MADV_HUGEPAGE)
+    _core.populate(address, length)
     if low < high:
-        collapse(piece.source + low - piece.region.start, high - low)
+        collapse(low, high - low)
 
 
 def collapse(address: int, length: int) -> None:
@@ -284,7 +284,7 @@ def _map_image(found: store.Image, layout: image.Layout) -> Prepared:
     prepared = Prepared("image", found.path, pieces, layout.pmd, found, found.written)
     try:
         for piece in pieces:
-            _fault_in(piece, layout.pmd)
+            bring_in(piece.source, piece.size, layout.pmd)
     except BaseException:
         prepared.discard()
         raise
@@ -335,7 +335,7 @@ def _memory_file(name: str, move: Move, pmd: int, flags: int) -> Iterator[Attemp
         fd = -1
         try:
             for piece in pieces:
-                _fault_in(piece, pmd)
+                bring_in(piece.source, piece.size, pmd)
         except BaseException:
             prepared.unmap()
             raise

@@ -39,7 +39,6 @@ from page_primer.survey import pmd_size
 
 _FORMAT = "page-primer 1"
 _FOLDER = ".starts"
-_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _RECORDS = 64  # that stay in a store
 _NO_HOLDS = 600  # seconds: what cannot be done now may be possible later
 _PYTHON = re.compile(r"python(\d(\.\d+)?[a-z]*)?")
@@ -391,12 +390,12 @@ def _read(directory: str, name: str) -> Start | Refusal | None:
     is none to read."""
     folder = f"{directory}/{_FOLDER}"
     # Whoever can write there can put another's file, of another meaning, in a record's place.
-    if not _trusted(os.stat(directory)) or not _trusted(os.lstat(folder)):
+    if not store.is_trusted(os.stat(directory)) or not store.is_trusted(os.lstat(folder)):
         return None
-    fd = os.open(f"{folder}/{name}", _FILE)
+    fd = os.open(f"{folder}/{name}", store.FILE)
     with open(fd, encoding="utf-8", errors="surrogateescape") as file:
         status = os.fstat(fd)
-        if not _trusted(status) or not stat.S_ISREG(status.st_mode):
+        if not store.is_trusted(status) or not stat.S_ISREG(status.st_mode):
             return None
         form, how, what, identity, library, library_identity, extent = file.read(1 << 16).split(
             "\n"
@@ -406,7 +405,7 @@ def _read(directory: str, name: str) -> Start | Refusal | None:
     if how == "no":
         return Refusal(what) if 0 <= time.time() - status.st_mtime < _NO_HOLDS else None
     there = os.stat(what)
-    if _image_identity(there) != identity or not _trusted(there):
+    if _image_identity(there) != identity or not store.is_trusted(there):
         return None
     # With a search path of its own this process may be given another library.
     if how == "preload" and (
@@ -415,10 +414,6 @@ def _read(directory: str, name: str) -> Start | Refusal | None:
         return None
     offset, length = (int(number, 16) for number in extent.split())
     return Start(what, library if how == "preload" else None, offset, length)
-
-
-def _trusted(status: os.stat_result) -> bool:
-    return status.st_uid in (0, os.geteuid()) and not status.st_mode & 0o022
 
 
 def _keep(directories: Sequence[str], name: str, text: str) -> None:
@@ -477,10 +472,7 @@ def _is_huge(start: Start) -> bool:
             start.length, pmd, 0, protection, _core.MAP_PRIVATE, fd, start.offset, guard=page
         )
         try:
-            with suppress(OSError):
-                _core.advise(address, start.length, _core.MADV_HUGEPAGE)
-            _core.populate(address, start.length)
-            backing.collapse(address, start.length)
+            backing.bring_in(address, start.length, pmd)
             return sum(m.huge for m in smaps.starting_at({address})) == start.length
         finally:
             _core.unmap(address, start.length + page)

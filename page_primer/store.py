@@ -33,7 +33,7 @@ from page_primer.suppress import suppress
 _SPARE_IMAGES = 4
 _WAIT_FOR_WRITER = 1.0  # seconds
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _NEW = os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 _ORIGIN, _USERS, _WRITER, _DRAFT = "origin", ".users", ".writer", ".new-"
 
@@ -89,8 +89,7 @@ class Store:
         if made:
             os.fchmod(self._fd, 0o755)  # whatever the umask: other users' profilers read images
         status = os.fstat(self._fd)
-        # What is root's can be trusted as the interpreter can: `page-primer build` in a container.
-        if status.st_uid not in (0, os.geteuid()) or status.st_mode & 0o022:
+        if not is_trusted(status):
             os.close(self._fd)
             raise Unusable("not ours alone: it belongs to another user or others can write to it")
 
@@ -177,13 +176,12 @@ class Store:
     def _open(self, folder: int, layout: Layout, lock: int, written: int = 0) -> Image | None:
         name = os.path.basename(layout.object.path)
         try:
-            fd = os.open(name, _FILE, dir_fd=folder)
+            fd = os.open(name, FILE, dir_fd=folder)
         except OSError:
             return None
         status = os.fstat(fd)
-        ours = status.st_uid in (0, os.geteuid()) and not status.st_mode & 0o022
         whole = stat.S_ISREG(status.st_mode) and status.st_size >= layout.content_end
-        if not ours or not whole:
+        if not is_trusted(status) or not whole:
             os.close(fd)
             return None
         with suppress(OSError):
@@ -243,6 +241,12 @@ class Store:
             os.rmdir(name, dir_fd=self._fd)
         for fd in locks:
             os.close(fd)
+
+
+def is_trusted(status: os.stat_result) -> bool:
+    """Whether nobody else could have put something in, or can. What is root's can be trusted as the
+    interpreter can: `page-primer build` in a container."""
+    return status.st_uid in (0, os.geteuid()) and not status.st_mode & 0o022
 
 
 def hold(path: str) -> int:
