@@ -51,6 +51,7 @@ class Process:
         self.perf_map: PerfMap | None = None
         self.hosts_locks: list[Range] = []  # made by others than us
         self.huge = 0  # bytes of moved regions on huge pages, when last measured
+        self.started_small = False  # the image that we were started from is not huge throughout
         self.report: Report | None = None
         # A call is under way; another in the same thread is a signal handler's.
         self.busy = False
@@ -82,6 +83,7 @@ class Process:
             for mapping in overlapping(mappings, start, start + 1):
                 self.mapped[key] = mapping.device, mapping.inode
         self._write_perf_map()
+        self.started_small = self._is_started_small(mappings)
         self.report = self._measure(moved, mappings, began)
         return self.report
 
@@ -269,6 +271,12 @@ class Process:
         """Bytes of a moved object's regions that are on huge pages."""
         starts = {region.start for region in self.primed[key].regions}
         return sum(mapping.huge for mapping in mappings if mapping.start in starts)
+
+    def _is_started_small(self, mappings: Iterable[Mapping]) -> bool:
+        regions = [r for obj in self.objects if obj.native for r in plan.native_regions(obj)]
+        starts = {region.start for region in regions}
+        huge = sum(mapping.huge for mapping in mappings if mapping.start in starts)
+        return huge < sum(high - low for low, high in (r.huge(self.pmd) for r in regions))
 
     def _huge(self, mappings: Iterable[Mapping]) -> int:
         starts = self._starts()

@@ -16,7 +16,8 @@ from page_primer.options import Options, flag
 from page_primer.suppress import suppress
 
 SITE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "site")
-STARTED = "PAGE_PRIMER_STARTED"  # "PID name": this process was started from an image, by us
+# "PID name" (or "PID/2 name"): this process was started from an image, by us (for the second time).
+STARTED = "PAGE_PRIMER_STARTED"
 NATIVE, LATE, VERBOSE = "PAGE_PRIMER_NATIVE", "PAGE_PRIMER_LATE", "PAGE_PRIMER_VERBOSE"
 
 
@@ -30,18 +31,22 @@ def start() -> None:
         return
     _started_here = True
     preloaded = _forget_preload()
-    tried = _started()
+    times = _times_started()
     options = Options.load()
     if not options.enabled:
         return
     reason = None
-    if tried and not preloaded and not _runs_image():
+    if times and not preloaded and not _runs_image():
         reason = "the image was not loaded"
-    elif not tried:
+    elif not times:
         reason = _start_again(options)
     note = f"native load: {reason}" if reason else None
     on_process(lambda process: process.set_note(note))
     report = prime(options)
+    # The image's pages went from memory after it was looked at, and came back as small ones.
+    if times == 1 and _started_small():
+        reason = _start_again(options, times)
+        note = f"native load: on small pages; {reason}" if reason else None
     os.register_at_fork(after_in_child=_lock_in_child)
     if _wants(LATE, False):
         from page_primer import late
@@ -71,15 +76,16 @@ def _forget_preload() -> bool:
     return True
 
 
-def _started() -> bool:
-    """Whether this process was started by us already; then it gets its name back, which people
+def _times_started() -> int:
+    """How often this process was started by us already; then it gets its name back, which people
     look for with pgrep, and which is that of the file that was executed."""
-    pid, _, name = os.environ.pop(STARTED, "").partition(" ")
+    who, _, name = os.environ.pop(STARTED, "").partition(" ")
+    pid, _, times = who.partition("/")
     if pid != str(os.getpid()):
-        return False
+        return 0
     if name:
         _write_name(name)
-    return True
+    return 2 if times else 1
 
 
 def _write_name(name: str) -> None:
@@ -91,9 +97,15 @@ def _runs_image() -> bool:
     return is_native(os.readlink("/proc/self/exe"))
 
 
-def _start_again(options: Options) -> str | None:
-    """Start this process natively. Returns only if it cannot be: with the reason, or None where it
-    was not wanted."""
+def _started_small() -> bool:
+    from page_primer import apply
+
+    return apply.process.started_small
+
+
+def _start_again(options: Options, times: int = 0) -> str | None:
+    """Start this process natively, `times` after it was. Returns only if it cannot be: with the
+    reason, or None where it was not wanted."""
     if not _wants(NATIVE, True) or sys.platform != "linux":
         return f"{NATIVE}=0" if NATIVE in os.environ else None
     try:
@@ -103,30 +115,41 @@ def _start_again(options: Options) -> str | None:
         with open("/proc/self/comm", "rb", buffering=0) as file:
             name = os.fsdecode(file.readall()[:-1])
         # An interpreter inside another program is started as that program.
-        if os.path.realpath(sys.executable or "") != own or arguments != list(
+        program = os.path.realpath(sys.executable or "")
+        if (program != own and not is_native(own)) or arguments != list(
             map(os.fsencode, sys.orig_argv)
         ):
             return "not an interpreter's own process"
         from page_primer import _core, starts
 
-        if any(is_native(os.fsdecode(name)) for name, _, _ in _core.objects()[2]):
+        names = [own, *(os.fsdecode(name) for name, _, _ in _core.objects()[2])]
+        images = [_folder(name) for name in names if is_native(name)]
+        if images and not times:
             return None  # it is: never start again what was started
         if _core.threads() > 1:
             return "threads were started before"
         if _others_came_first():
             return "another sitecustomize has run before"
         try:
-            found = starts.plan(own, options)
+            found = starts.plan(program, options)
         except starts.Refusal as why:
             return str(why)
-        environment = {**os.environ, STARTED: f"{os.getpid()} {name}"}
+        if images and _folder(found.image) not in images:
+            return "the image is of another interpreter"
+        count = f"/{times + 1}" if times else ""
+        environment = {**os.environ, STARTED: f"{os.getpid()}{count} {name}"}
         undo_coercion(environment)
-        found.run(own, arguments, environment)
+        found.run(program, arguments, environment)
     except OSError as error:
         return error.strerror or str(error)
     except Exception as error:  # whatever it is, the process runs on and is primed
         return f"{type(error).__name__}: {error}"
     return None
+
+
+def _folder(image: str) -> str:
+    """The name of an image's folder, which tells what it is of."""
+    return os.path.basename(os.path.dirname(image))
 
 
 def undo_coercion(environment: dict[str, str]) -> None:

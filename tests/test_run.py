@@ -19,6 +19,8 @@ from servers import NO_CONTROL_SOCKET, Server, children, free_port, wait_for
 from test_gunicorn import Gunicorn, can_ptrace
 from test_prime import IS_ROOT, require_huge_files
 
+import page_primer
+
 APP = """
 import os
 async def app(scope, receive, send):
@@ -285,9 +287,12 @@ def test_signals(kind, images, number):
     """The launcher's process is the program's: what is sent to it arrives."""
     run([kind, "-c", ""], images)
     handler = (
-        "import signal, sys\n"
+        "import signal, sys, time\n"
         "signal.signal(signal.SIGUSR1, lambda *_: sys.exit(9))\n"
-        "print(flush=True); signal.pause()"
+        # Whoever runs the tests in the background may have it ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "print(flush=True)\n"
+        "while True: time.sleep(0.05)"
     )
     codes = []
     for command in ([kind, "-c", handler], [*RUN, kind, "-c", handler]):
@@ -521,22 +526,62 @@ def test_first_starts_at_the_same_time(kind, images):
             process.communicate()
 
 
+def drop(path):
+    """Have a file's pages out of memory, if nobody maps them."""
+    with open(path, "rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def read_small(path):
+    """Have them in memory as small ones."""
+    drop(path)
+    with open(path, "rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        for offset in range(0, path.stat().st_size, outside.PAGE):
+            os.pread(file.fileno(), 1, offset)
+
+
 @pytest.mark.parametrize("read", [False, True], ids=["dropped", "read as small pages"])
 def test_pages_that_are_no_longer_in_memory(kind, images, read):
     """As after a restart of the machine, or when somebody copied the store."""
     run([kind, "-c", ""], images)
     (image,) = images.glob("*/*python*")
-    with open(image, "rb") as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        if read:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-            for offset in range(0, image.stat().st_size, outside.PAGE):
-                os.pread(file.fileno(), 1, offset)
+    drop(image)
+    if read:
+        read_small(image)
     for _ in range(2):
         with waiting([kind], images) as process:
             process.stdout.readline()
             check_native([process.pid])
             process.communicate()
+
+
+def test_pages_that_go_between_the_launcher_and_the_start(kind, images):
+    """What the launcher found to be huge arrives on small pages: the process starts once more, and
+    only once, from an image that is written anew."""
+    run([kind, "-c", ""], images)
+    (image,) = images.glob("*/*python*")
+    read_small(image)
+    # In the launcher's place, which would have looked.
+    interpreter = os.path.realpath(kind)
+    shared = "lib" in image.name
+    source = (
+        "import os, sys\n"
+        f"os.environ['PAGE_PRIMER_STARTED'] = f'{{os.getpid()}} a name'\n"
+        f"if {shared}: os.environ['LD_PRELOAD'] = {str(image)!r}\n"
+        f"os.execv({interpreter if shared else str(image)!r}, [{kind!r}, *sys.argv[1:]])"
+    )
+    env = {"PYTHONPATH": str(Path(page_primer.__file__).with_name("site"))}
+    with subprocess.Popen(
+        [sys.executable, "-S", "-c", source, "-c", WAIT], stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, text=True, env=environment(images, **env),
+    ) as process:  # fmt: skip
+        process.stdout.readline()
+        check_native([process.pid])
+        assert Path(f"/proc/{process.pid}/comm").read_text() == "a name\n"
+        process.communicate()
+    assert process.returncode == 0
+    assert list(images.glob("*/*python*")) == [image]
 
 
 def test_an_interpreter_that_was_replaced(images, tmp_path):
