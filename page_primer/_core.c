@@ -26,6 +26,9 @@
 #include <unistd.h>
 
 /* Numbers that the C library's headers may be too old to have. */
+#ifndef MAP_FIXED_NOREPLACE
+#define MAP_FIXED_NOREPLACE 0x100000
+#endif
 #ifndef MADV_POPULATE_READ
 #define MADV_POPULATE_READ 22
 #endif
@@ -290,7 +293,8 @@ core_reserve(PyObject *module, PyObject *args)
 
 PyDoc_STRVAR(map_doc,
 "map(address, length, protection, flags, fd, offset) -> None\n\n"
-"mmap(2) with MAP_FIXED at an address that reserve() gave.  When it fails,\n"
+"mmap(2) with MAP_FIXED at an address that reserve() gave, or at one that\n"
+"nothing uses, with MAP_FIXED_NOREPLACE (Linux 4.17).  When the former fails,\n"
 "the range may be nobody's any more (Linux before 6.12 unmaps before its last\n"
 "checks), and soon somebody else's: never unmap it then.");
 
@@ -723,6 +727,7 @@ core_exec(PyObject *module)
         || PyModule_AddIntMacro(module, MAP_SHARED) < 0
         || PyModule_AddIntMacro(module, MAP_ANONYMOUS) < 0
         || PyModule_AddIntMacro(module, MAP_NORESERVE) < 0
+        || PyModule_AddIntMacro(module, MAP_FIXED_NOREPLACE) < 0
         || PyModule_AddIntMacro(module, MADV_HUGEPAGE) < 0
         || PyModule_AddIntMacro(module, MADV_COLLAPSE) < 0
         || PyModule_AddIntMacro(module, MADV_POPULATE_READ) < 0

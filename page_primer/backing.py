@@ -11,7 +11,7 @@ import errno
 import fcntl
 import os
 
-from page_primer import _core, image, mounts, smaps, store
+from page_primer import _core, image, mounts, signpost, smaps, store
 from page_primer.elf import PF_X
 from page_primer.options import Options
 from page_primer.plan import Move, Region
@@ -75,6 +75,7 @@ class Prepared(Record):
     image: store.Image | None = None
     written: int = 0  # bytes copied for it
     keep: tuple[int, ...] = ()  # descriptors to close in the end
+    signs: tuple[str, ...] = ()  # the signposts that tools need with it
 
     @property
     def wanted(self) -> int:
@@ -113,7 +114,12 @@ _GUARD = os.sysconf("SC_PAGESIZE")
 
 
 def attempts(
-    move: Move, pmd: int, options: Options, places: Sequence[Place], fresh: bool = False
+    move: Move,
+    pmd: int,
+    options: Options,
+    places: Sequence[Place],
+    posts: signpost.Signposts,
+    fresh: bool = False,
 ) -> Iterator[Attempt]:
     """Try the backings that the options allow, in order. The caller takes the first that is good
     enough and discards the others; nothing is prepared before it is asked for.
@@ -123,14 +129,21 @@ def attempts(
         pmd: the size of a huge page, bytes.
         options: what the caller wants.
         places: what directories() says.
+        posts: put up as far as what is prepared needs them before it is swapped in.
         fresh: the image that is there has wrong content: write a new one.
     """
     wanted = ("image", "memfd", "anonymous") if options.backing == "auto" else (options.backing,)
     for name in wanted:
         if name == "image":
-            yield from _image(move, pmd, places, fresh)
+            signs: tuple[str, ...] = (signpost.FAR,) if move.far else ()
+            found = _image(move, pmd, places, fresh)
         else:
-            yield from _MEMORY[name](move, pmd)
+            signs = (signpost.NEAR, signpost.FAR) if move.signed else ()
+            if signs and not posts.put_up(signs):
+                signs = ()  # then the head stays
+            found = _MEMORY[name](replace(move, memory=move.signed) if signs else move, pmd)
+        for attempt in found:
+            yield replace(attempt, signs=signs) if isinstance(attempt, Prepared) else attempt
 
 
 def _place(region: Region, obj: Object, pmd: int, fd: int, offset: int, flags: int) -> Piece:

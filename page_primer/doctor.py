@@ -25,7 +25,7 @@ try:
     from page_primer import _core, backing, plan, survey
     from page_primer.elf import PF_R, PF_X
     from page_primer.memory import Memory
-    from page_primer.plan import Plan, Region
+    from page_primer.plan import Move, Plan, Region
     from page_primer.status import CAP_IPC_LOCK
     from page_primer.survey import Object, Survey
     from page_primer.trial import Trial, try_directory, try_lock, try_memory
@@ -162,7 +162,7 @@ def interpreter(options: Options) -> Interpreter | None:
         found = survey.take()
     except OSError:
         return None
-    return _describe(found, plan.make(found, options))
+    return _describe(found, plan.make(found, options), _has_directory(options))
 
 
 def as_dict(checks: Iterable[Check], layout: Interpreter | None = None) -> dict[str, Any]:
@@ -265,7 +265,7 @@ class _Examination:
         return self._seen
 
     def layout(self) -> Interpreter:
-        return _describe(*self.seen())
+        return _describe(*self.seen(), _has_directory(self.options))
 
     def directories(self) -> Iterator[Check]:
         if not self.can_try or self.options.backing not in ("auto", "image"):
@@ -312,7 +312,8 @@ class _Examination:
         move = next((move for move in planned.moves if move.object.interpreter), None)
         if move is None or not self.settings.pmd:
             return 0
-        return sum(region.end - region.start for region in move.memory) // self.settings.pmd
+        regions = _in_memory(move, _has_directory(self.options))
+        return sum(region.end - region.start for region in regions) // self.settings.pmd
 
     def locking(self) -> Iterator[Check]:
         if not self.options.mlock:
@@ -581,7 +582,22 @@ def judge_container(sign: str | None, root: str) -> Check:
 # ------------------------------------------------------------------------------ the interpreter --
 
 
-def _describe(found: Survey, planned: Plan) -> Interpreter:
+def _has_directory(options: Options) -> bool:
+    """Whether files can be written for signposts, as far as permissions tell."""
+    for path, _ in backing.directories(options):
+        there = path
+        while not os.path.lexists(there):
+            there = os.path.dirname(there)
+        if os.path.isdir(there) and os.access(there, os.W_OK):
+            return True
+    return False
+
+
+def _in_memory(move: Move, signposts: bool) -> Sequence[Region]:
+    return (move.signed if signposts else ()) or move.memory
+
+
+def _describe(found: Survey, planned: Plan, signposts: bool = False) -> Interpreter:
     obj = next(obj for obj in found.objects if obj.interpreter)
     move = next((move for move in planned.moves if move.object is obj), None)
     left = {part.reason: 0 for part in planned.left if part.object is obj and part.kind == "code"}
@@ -603,7 +619,7 @@ def _describe(found: Survey, planned: Plan) -> Interpreter:
         code_bytes=obj.code_bytes,
         copied_bytes=move.bytes if move else 0,
         image=coverage(obj, move.image, pmd) if move else nothing,
-        memory=coverage(obj, move.memory, pmd) if move else nothing,
+        memory=coverage(obj, _in_memory(move, signposts), pmd) if move else nothing,
         problem=obj.problem,
     )
 

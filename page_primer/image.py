@@ -24,6 +24,7 @@ import errno
 import os
 import resource
 import struct
+import sys
 
 from page_primer import elf
 from page_primer.elf import PF_R, PF_W, PF_X, PROGRAM_HEADER, PT_LOAD
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 # Part of an image's name in the store: raise it when what is written here changes.
 LAYOUT_VERSION = 2
+SIGNPOST = "signpost"  # ends the name of one (signpost.py)
 # FNV-1a, 256 bits (RFC 9923): the first and the factor.
 _FNV = 0xDD268DBCAAC550362D98C384C4E576CCC8B1536847B6BBB31023B4C8CAEE0535, (1 << 168) + 0x163
 
@@ -94,6 +96,34 @@ class Layout(Record):
             raise CannotLayOut("too many program headers")
         return [(0, first_page)]
 
+    def write(self, original: int, target: int) -> int:
+        """Write the image from the open file `original` to the empty file `target`.
+
+        Returns:
+            The number of bytes written.
+
+        Raises:
+            CannotLayOut: the original is not an ELF file of the expected form.
+            OSError: reading or writing failed.
+        """
+        if len(self.object.headers) > _HEADER_ROOM:  # each may have notes to be read
+            raise CannotLayOut("too many program headers")
+        try:
+            file = elf.File(original)
+            end, copies, table = _sections(self, file, _room(target))
+            head = self.head(file, end)
+        except (elf.Malformed, struct.error) as error:  # the latter of numbers that do not fit
+            raise CannotLayOut(f"not a well-formed ELF file: {error}") from error
+        check_file_size(end + len(table))
+        written = 0
+        for offset, block in content(self, original):
+            written += write_all(target, block, offset)
+        for source, offset, size in copies:
+            written += copy(original, source, target, offset, size)
+        for offset, data in ((end, table), *head):
+            written += write_all(target, data, offset)
+        return written
+
 
 def lay_out(obj: Object, regions: Sequence[Region], pmd: int) -> Layout:
     """Lay an object out so that its regions can be mapped with huge pages."""
@@ -103,38 +133,23 @@ def lay_out(obj: Object, regions: Sequence[Region], pmd: int) -> Layout:
         f"{region.start - obj.start:x}{'x' if region.flags & PF_X else 'r'}" for region in regions
     )
     name = "-".join(
-        [f"{LAYOUT_VERSION}", *_identity(source), f"{pmd:x}", f"{obj.start % pmd:x}", protections]
+        [f"{LAYOUT_VERSION}", *identity(source), f"{pmd:x}", f"{obj.start % pmd:x}", protections]
     )
+    if obj.interpreter and obj.main and not obj.fixed:
+        # py-spy takes what stays on the original for the whole program, but libpython as well.
+        name = as_libpython(name)
     return Layout(obj, tuple(regions), pmd, name)
 
 
-def write(layout: Layout, original: int, target: int) -> int:
-    """Write the image of `layout` from the open file `original` to the empty file `target`.
+def as_libpython(name: str) -> str:
+    """A folder's name for a program's file that profilers shall take for its libpython: they know
+    one by its path, some by any part of it."""
+    return "libpython{}.{}.so-{}".format(*sys.version_info[:2], name)
 
-    Returns:
-        The number of bytes written.
 
-    Raises:
-        CannotLayOut: the original is not an ELF file of the expected form.
-        OSError: reading or writing failed.
-    """
-    if len(layout.object.headers) > _HEADER_ROOM:  # each may have notes to be read
-        raise CannotLayOut("too many program headers")
-    try:
-        file = elf.File(original)
-        end, copies, table = _sections(layout, file, _room(target))
-        head = layout.head(file, end)
-    except (elf.Malformed, struct.error) as error:  # the latter of numbers that do not fit
-        raise CannotLayOut(f"not a well-formed ELF file: {error}") from error
-    check_file_size(end + len(table))
-    written = 0
-    for offset, block in content(layout, original):
-        written += _write_all(target, block, offset)
-    for source, offset, size in copies:
-        written += _copy(original, source, target, offset, size)
-    for offset, data in ((end, table), *head):
-        written += _write_all(target, data, offset)
-    return written
+def _plain(name: str) -> str:
+    """What as_libpython() was given, if it was."""
+    return name.partition(".so-")[2] if name.startswith("libpython") else name
 
 
 def holds(layout: Layout, original: int, target: int) -> bool:
@@ -181,16 +196,18 @@ def _room(target: int) -> int:
     return room if limit == resource.RLIM_INFINITY else min(room, limit // 4)
 
 
-def _copy(original: int, source: int, target: int, offset: int, size: int) -> int:
+def copy(original: int, source: int, target: int, offset: int, size: int) -> int:
+    """Copy a part of one file to a place in another; returns the number of bytes."""
     buffer = memoryview(bytearray(min(size, _COPY_BLOCK)))
     for done in range(0, size, _COPY_BLOCK):
         block = buffer[: size - done]
         _read_into(original, block, source + done)
-        _write_all(target, block, offset + done)
+        write_all(target, block, offset + done)
     return size
 
 
-def _write_all(fd: int, data: bytes | memoryview, offset: int) -> int:
+def write_all(fd: int, data: bytes | memoryview, offset: int) -> int:
+    """Write all of `data`; returns its size."""
     done = 0
     while done < len(data):
         done += os.pwrite(fd, data[done:], offset + done)
@@ -238,7 +255,7 @@ def _sections(
 ) -> tuple[int, list[tuple[int, int, int]], bytes]:
     """Where the section headers go, what is copied before them (offset there, offset here, bytes),
     and the headers. Debug information comes along where all of it fits into `room` bytes."""
-    at = _align(layout.content_end)
+    at = align(layout.content_end)
     note = layout.build_id_note(file)
     copies: list[tuple[int, int, int]] = []
     table = []
@@ -260,7 +277,7 @@ def _sections(
             if left < 0 or offset + size > file.size:
                 raise elf.Malformed("sections overlap" if left < 0 else "cut short")
             copies.append((offset, at, size))
-            offset, at = at, _align(at + size)
+            offset, at = at, align(at + size)
         else:
             table.append(bytes(elf.SECTION_HEADER.size))
             continue
@@ -268,7 +285,8 @@ def _sections(
     return at, copies, b"".join(table)
 
 
-def _align(offset: int) -> int:
+def align(offset: int) -> int:
+    """Where the next section may begin."""
     return -(-offset // 16) * 16
 
 
@@ -333,17 +351,18 @@ def build_id(layout: Layout, size: int = _BUILD_ID_SIZE) -> bytes:
 
 
 def _build_id_note(layout: Layout) -> bytes:
-    identity = build_id(layout)
-    return _NOTE.pack(4, _BUILD_ID_SIZE, elf.NT_GNU_BUILD_ID, b"GNU\0", identity)
+    return _NOTE.pack(4, _BUILD_ID_SIZE, elf.NT_GNU_BUILD_ID, b"GNU\0", build_id(layout))
 
 
 def is_name(name: str) -> bool:
     """Whether a name is one that lay_out() gives, in any version."""
-    version, *numbers = name.split("-")
+    version, *numbers = _plain(name).split("-")
     if not version.isascii() or not version.isdigit():
         return False
     if numbers[:1] == ["native"]:
         return len(numbers) >= 5 and all(map(_HEXADECIMAL.issuperset, numbers[1:4]))
+    if numbers[-1:] == [SIGNPOST]:
+        numbers[-1:] = "0", "r"
     return (
         len(numbers) == 8
         and all(numbers)
@@ -358,11 +377,13 @@ def belongs_to(name: str, path: str) -> bool:
         source = Source.of(path, os.stat(path))
     except OSError:
         return False
-    if name.split("-")[1] == "native":
-        return name.split("-")[3] == f"{source.size:x}"
-    return name.split("-")[1:6] == _identity(source)
+    _, *numbers = _plain(name).split("-")
+    if numbers[0] == "native":
+        return numbers[2] == f"{source.size:x}"
+    return numbers[:5] == identity(source)
 
 
-def _identity(source: Source) -> list[str]:
+def identity(source: Source) -> list[str]:
+    """What tells a file's content, as parts of a name."""
     numbers = (source.device, source.inode, source.size, source.mtime_ns, source.ctime_ns)
     return [f"{number:x}" for number in numbers]

@@ -11,6 +11,7 @@ from page_primer.elf import PF_X
 from page_primer.options import Options
 from page_primer.plan import Move, Region
 from page_primer.record import Record
+from page_primer.signpost import Signposts
 from page_primer.suppress import suppress
 from page_primer.survey import Object
 
@@ -34,6 +35,7 @@ class Primed(Record):
     regions: tuple[Region, ...]
     prepared: Prepared
     notes: tuple[str, ...]
+    posts: Signposts
 
     @property
     def bytes(self) -> int:
@@ -72,13 +74,34 @@ def carry_out(
     Raises:
         NotMoved: no backing was good enough, or the swap was refused. The object is as it was.
     """
+    posts = Signposts(move, places)
+    try:
+        _carry_out(move, pmd, options, places, posts, book, verified)
+    except BaseException:
+        if key_of(move.object) not in book:
+            posts.take_down()
+        raise
+
+
+def _carry_out(
+    move: Move,
+    pmd: int,
+    options: Options,
+    places: Sequence[backing.Place],
+    posts: Signposts,
+    book: dict[Key, Primed],
+    verified: bool,
+) -> None:
     notes: list[str] = []
     for fresh in (False, True):
-        attempts = backing.attempts(move, pmd, options, places, fresh)
+        attempts = backing.attempts(move, pmd, options, places, posts, fresh)
         prepared = _choose(attempts, notes, verified)
+        if not posts.put_up(prepared.signs) and posts.problem:
+            notes.append(posts.problem)
+        posts.take_down(but=prepared.signs)
         regions = tuple(piece.region for piece in prepared.pieces)
         key = key_of(move.object)
-        book[key] = Primed(move.object, regions, prepared, tuple(notes))
+        book[key] = Primed(move.object, regions, prepared, tuple(notes), posts)
         try:
             _swap_in(move.object, prepared)
         except OSError as error:
@@ -198,6 +221,7 @@ def put_back(primed: Primed) -> None:
             between = backing.small(obj, primed.regions, primed.prepared.pmd)
             pieces = [piece.swap for piece in between.pieces] + originals
         _core.swap(obj.base, obj.headers, pieces, originals)
+        primed.posts.take_down()
     finally:
         if between is not None:
             between.unmap()

@@ -22,7 +22,6 @@ from page_primer.move import Key, Primed
 from page_primer.plan import Region
 from page_primer.survey import Object
 
-_SHT_DYNSYM = 11
 _STT_FUNC, _STT_GNU_IFUNC = 2, 10
 _SYMBOL = struct.Struct("=IBBHQQ")  # st_name, st_info, st_other, st_shndx, st_value, st_size
 
@@ -63,7 +62,7 @@ def _lines(obj: Object, regions: Iterable[Region]) -> Iterator[str]:
     with open(obj.path, "rb") as opened:
         file = elf.File(opened.fileno())
         sections = file.sections()
-        for wanted in (_SHT_DYNSYM, elf.SHT_SYMTAB):
+        for wanted in (elf.SHT_DYNSYM, elf.SHT_SYMTAB):
             for _, kind, _, _, offset, size, link, *_ in sections:
                 if kind != wanted or link >= len(sections):
                     continue

@@ -14,10 +14,10 @@ from itertools import pairwise
 from page_primer.elf import PF_R, PF_X
 from page_primer.memory import WORKING, Memory
 from page_primer.options import Options
-from page_primer.record import Record
+from page_primer.record import Record, replace
 from page_primer.report import OVER_LIMIT, OVER_MEMORY
 from page_primer.smaps import Mapping, overlapping
-from page_primer.survey import Object, Segment, Survey
+from page_primer.survey import Object, Segment, Survey, page_size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -34,6 +34,10 @@ NO_CHUNK = "no whole huge page"
 PROFILERS_HEAD = "kept for profilers"
 WRITABLE = "writable"
 NATIVE = "started from its image"
+
+# Where a signpost goes: above every program that is linked for one address, with room for its heap
+# to grow, and within what the smallest address space has (arm64, 39 bits).
+FAR = 256 << 30
 
 Range = tuple[int, int]  # addresses
 
@@ -55,12 +59,16 @@ class Move(Record):
     """One object's move: the regions for memory that carries the object's name, and for other.
 
     An image describes itself to profilers, so the whole span can go there, edges included; memory
-    without a name takes only whole chunks, and none that a profiler needs to see on the file.
+    without a name takes only whole chunks, and none that a profiler needs to see on the file,
+    unless there are signposts to it (signpost.py).
     """
 
     object: Object
     image: tuple[Region, ...]
     memory: tuple[Region, ...]
+    signed: tuple[Region, ...] = ()  # in memory's place, with both signposts put up
+    near: int = 0  # addresses for signposts; 0: none are needed, or there is no room
+    far: int = 0
 
     @property
     def bytes(self) -> int:
@@ -110,7 +118,7 @@ def make(survey: Survey, options: Options, used: int = 0, held: Iterable[Range] 
     spare = survey.memory.available - WORKING if survey.memory else memory
     for obj in sorted(survey.objects, key=_heat):
         reason = NATIVE if obj.native else _refusal(obj, survey, options)
-        move = None if reason else _move(obj, survey.pmd_size, options)
+        move = None if reason else _move(obj, survey, options)
         if move is None:
             reason = reason or NO_CHUNK
         elif not obj.interpreter and move.bytes > room:
@@ -312,11 +320,12 @@ def _refusal(obj: Object, survey: Survey, options: Options) -> str | None:
     return obj.problem
 
 
-def _move(obj: Object, pmd: int, options: Options) -> Move | None:
+def _move(obj: Object, survey: Survey, options: Options) -> Move | None:
     """The regions to move, or None where no chunk is to be had."""
     image: list[Region] = []
     memory: list[Region] = []
-    head = _head(obj, pmd)
+    signed: list[Region] = []
+    pmd, head = survey.pmd_size, _head(obj, survey.pmd_size)
     for span in obj.spans():
         if not any(segment.code for segment in span):
             continue
@@ -332,11 +341,18 @@ def _move(obj: Object, pmd: int, options: Options) -> Move | None:
         if any(chunk.flags & PF_X for chunk in chunks):
             image += regions
             keep = head if options.keep_profilers and (obj.main or obj.interpreter) else []
+            signed += chunks
             for chunk in chunks:
                 memory += _without(chunk, keep)
     if not image:
         return None
-    return Move(obj, tuple(image), tuple(memory))
+    move = Move(obj, tuple(image), tuple(memory))
+    if not (options.keep_profilers and obj.fixed and obj.interpreter):
+        return move
+    near, far = obj.start - page_size(), FAR
+    if near <= 0 or any(any(overlapping(survey.mappings, at, at + 1)) for at in (near, far)):
+        return move
+    return replace(move, signed=tuple(signed), near=near, far=far)
 
 
 def _head(obj: Object, pmd: int) -> list[tuple[int, int]]:

@@ -28,8 +28,8 @@ from page_primer.image import Layout
 from page_primer.record import Record
 from page_primer.suppress import suppress
 
-# Unused images of one file that stay: an address space laid out at random asks for another load
-# phase each time.
+# Unused images of one file that stay, and as many signposts to it: an address space laid out at
+# random asks for another load phase each time.
 _SPARE_IMAGES = 4
 _WAIT_FOR_WRITER = 1.0  # seconds
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -122,14 +122,15 @@ class Store:
     def prune(self) -> None:
         """Remove images that nobody uses: of files that changed, and all but a few of each file.
         Nothing is touched that is not an image of ours by its name."""
-        spare: dict[str, list[tuple[float, str]]] = {}
+        spare: dict[tuple[str, bool], list[tuple[float, str]]] = {}
         with suppress(OSError):
             for name in filter(image.is_name, os.listdir(self._fd)):
                 with suppress(OSError):
                     origin = os.readlink(f"{name}/{_ORIGIN}", dir_fd=self._fd)
                     current = image.belongs_to(name, origin)
                     used = self._last_use(name, os.path.basename(origin))
-                    spare.setdefault(origin, []).append((used if current else 0.0, name))
+                    group = origin, name.endswith(image.SIGNPOST)
+                    spare.setdefault(group, []).append((used if current else 0.0, name))
             for images in spare.values():
                 images.sort(reverse=True)
                 for index, (used, name) in enumerate(images):
@@ -202,7 +203,7 @@ class Store:
             with suppress(FileExistsError):
                 os.symlink(source.path, _ORIGIN, dir_fd=folder)
             target = os.open(draft, os.O_RDWR | os.O_EXCL | _NEW, 0o600, dir_fd=folder)
-            written = image.write(layout, original, target)
+            written = layout.write(original, target)
             if type(source).of(source.path, os.fstat(original)) != source:
                 raise OSError(errno.ESTALE, "the file changed while it was read")
             os.fchmod(target, 0o555)

@@ -13,6 +13,7 @@ from page_primer.elf import PF_R, PF_X
 from page_primer.options import Options
 from page_primer.plan import Move, Region
 from page_primer.record import Record, replace
+from page_primer.signpost import Signposts
 from page_primer.survey import Object, Segment
 
 _trials = itertools.count()
@@ -63,7 +64,8 @@ def _best(name: str, where: str, attempts: Iterable[backing.Attempt]) -> Trial:
 def try_memory(name: str, pmd: int) -> Trial:
     """Try "memfd", "anonymous" or "hugetlb" at a scratch address."""
     options = Options(backing=name)
-    return _best(name, name, backing.attempts(_trial_move(pmd), pmd, options, ()))
+    move = _trial_move(pmd)
+    return _best(name, name, backing.attempts(move, pmd, options, (), Signposts(move, ())))
 
 
 def try_directory(path: str, pmd: int) -> Trial:

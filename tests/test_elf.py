@@ -54,7 +54,7 @@ def write_image(directory, data):
     (span, *_) = obj.spans()
     layout = image.lay_out(obj, [Region(span[0].start, span[-1].end, elf.PF_R | elf.PF_X)], 1 << 16)
     with open(path, "rb") as original, open(directory / "image", "wb") as target:
-        return image.write(layout, original.fileno(), target.fileno())
+        return layout.write(original.fileno(), target.fileno())
 
 
 def test_a_sound_file_is_laid_out(tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import outside
 import pytest
+from conftest import KINDS, python_of
 from process import Process, interpreter
 
 # What a program does that would notice code gone wrong.
@@ -113,6 +114,38 @@ def test_every_call_may_fail(python, images, preload, backing, function, number)
         assert outcomes, f"{function} is never called"
         # And it works when nothing fails.
         assert outside.text_of(process.pid, interpreter(report)["path"]).huge
+
+
+@pytest.mark.parametrize("backing", ["image", "memfd", "anonymous"])
+def test_a_signpost_may_fail(images, tmp_path, preload, backing):
+    """Then a program's head stays on its file in memory without a name."""
+    if "static" not in KINDS:
+        pytest.skip("no static interpreter here")
+    options = {"backing": backing, "image_dir": str(images), "mlock": False}
+    with Process(python_of(tmp_path, KINDS["static"]), env={"LD_PRELOAD": preload}) as process:
+        process.prime(**options)
+        process.restore()
+        process.run("import ctypes, json, re, decimal; fault = ctypes.CDLL(None)")
+        process.run(EXERCISE)
+        before = outside.file_mappings(process.pid)
+        seen = set()
+        for nth in range(1, 100):
+            process.run(f"name = b'mmap'; fault.fault_arm(name, {nth}, {ENOMEM})")
+            core = interpreter(process.prime(**options))
+            if not process.run("result = fault.fault_fired()"):
+                break
+            whole(process, before)
+            text = outside.text_of(process.pid, core["path"])
+            posts = sum("-signpost/" in m[4] for m in outside.file_mappings(process.pid))
+            seen.add((posts, text.huge == text.attainable, text.huge > 0))
+            process.restore()
+            assert not any(str(images) in m[4] for m in outside.file_mappings(process.pid))
+            assert [m for m in before if m not in outside.file_mappings(process.pid)] == []
+        else:
+            raise AssertionError("the fault never stopped firing")
+    nothing, whole_anyway = (0, False, False), (1 if backing == "image" else 2, True, True)
+    without = (0, backing == "image", True)
+    assert {without, nothing} <= seen <= {without, nothing, whole_anyway}
 
 
 @pytest.mark.parametrize("function", ["mmap", "mmap with a hole", "madvise", "munmap"])

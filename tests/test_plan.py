@@ -30,9 +30,11 @@ def obj(*segments, path="/lib/x.so", **more):
     return Object(name=path, path=path, headers=b"", segments=segments, **more)
 
 
-def make(*objects, used=0, held=(), available=None, pmd=PMD, thp_disabled=False, **options):
+def make(
+    *objects, used=0, held=(), available=None, pmd=PMD, thp_disabled=False, mappings=(), **options
+):
     memory = None if available is None else Memory(available, 1 << 40, "/proc/meminfo")
-    survey = Survey(objects, pmd, thp_disabled, 1, (1, 0), memory)
+    survey = Survey(objects, pmd, thp_disabled, 1, (1, 0), memory, mappings)
     return plan.make(survey, Options(**options), used, held)
 
 
@@ -66,13 +68,31 @@ def libpython(base, **more):
 def test_fixed_main_program_is_covered_whole():
     (move,) = make(debian_python()).moves
     assert ranges(move.image) == [(0x400000, 0x800000, "x"), (0x800000, 0x945000, "r")]
-    # Memory without a name leaves the chunk of the ELF header and the first code to profilers.
+    # Memory without a name leaves the chunk of the ELF header and the first code to profilers, or
+    # there are signposts.
     assert ranges(move.memory) == [(0x600000, 0x800000, "x")]
+    assert ranges(move.signed) == [(0x400000, 0x800000, "x")]
+    assert (move.near, move.far) == (0x3FF000, plan.FAR)
 
 
 def test_without_profilers_memory_takes_every_chunk():
     (move,) = make(debian_python(), keep_profilers=False).moves
     assert ranges(move.memory) == [(0x400000, 0x800000, "x")]
+    assert not move.signed and not move.near and not move.far
+
+
+@pytest.mark.parametrize("start", [0x3F0000, plan.FAR])
+def test_there_is_no_room_for_a_signpost(start):
+    taken = Mapping(start, start + 0x10000, "r--p", 0, "00:00", 0, "")
+    (move,) = make(debian_python(), mappings=[taken]).moves
+    assert ranges(move.memory) == [(0x600000, 0x800000, "x")]
+    assert not move.signed and not move.near and not move.far
+
+
+def test_what_has_a_random_address_has_no_signposts():
+    for made in (libpython(0x7F0000000000), libpython(0x555555400000, main=True)):
+        (move,) = make(made).moves
+        assert not move.signed and not move.near and not move.far
 
 
 def test_shared_interpreter_at_an_aligned_address():
@@ -328,7 +348,7 @@ def layouts(draw):
 @given(layouts(), st.booleans(), st.booleans())
 def test_every_byte_is_moved_or_explained(made, merge, keep):
     planned = make(made, merge=merge, keep_profilers=keep)
-    for regions in [(m.image, m.memory) for m in planned.moves]:
+    for regions in [(m.image, m.memory, m.signed) for m in planned.moves]:
         for kind in regions:
             check_regions(made, kind, merge)
     if planned.moves:
@@ -341,7 +361,7 @@ def test_every_byte_is_moved_or_explained(made, merge, keep):
                 assert not any(r.start <= page < r.end for r in move.memory)
                 if made.main:
                     assert not any(r.start <= page < r.end for r in move.image)
-        for kind in (move.image, move.memory):
+        for kind in (move.image, move.memory, move.signed):
             if kind:
                 check_partition(made, kind, plan.explain(made, kind, PMD))
         check_partition(made, move.image, planned.left)

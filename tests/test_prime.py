@@ -10,6 +10,7 @@ from pathlib import Path
 
 import outside
 import pytest
+from conftest import KINDS, python_of
 from process import Process, interpreter, left_of
 
 import page_primer
@@ -93,13 +94,15 @@ def test_no_copy_of_the_interpreter_is_needed_twice(python, images):
 
 @pytest.mark.parametrize("backing", ["memfd", "anonymous"])
 @pytest.mark.parametrize("keep_profilers", [True, False])
-def test_memory_backings(every_python, backing, keep_profilers):
+def test_memory_backings(every_python, images, backing, keep_profilers):
     with Process(every_python) as process:
         before = outside.file_mappings(process.pid)
-        report = process.prime(backing=backing, keep_profilers=keep_profilers)
+        report = process.prime(
+            backing=backing, keep_profilers=keep_profilers, image_dir=str(images)
+        )
         core = interpreter(report)
         text = outside.text_of(process.pid, core["path"])
-        if keep_profilers:
+        if keep_profilers and not text.fixed:  # which has signposts
             # Header and first code stay on the file; the rest is huge.
             assert any(v.path == core["path"] and "x" in v.perms for v in text.span_vmas)
             left = left_of(report, os.path.basename(core["path"]))
@@ -110,8 +113,68 @@ def test_memory_backings(every_python, backing, keep_profilers):
         assert core["backing"] == (backing if text.huge else None)
         # Running code, garbage collection, imports and exceptions, on what was moved.
         assert process.run("import decimal, gc; gc.collect(); result = str(decimal.Decimal(1) / 3)")
+        assert len(signposts(process, images)) == (2 if keep_profilers and text.fixed else 0)
         process.restore()
-        assert [m for m in before if m not in outside.file_mappings(process.pid)] == []
+        after = outside.file_mappings(process.pid)
+        assert [m for m in before if m not in after] == []
+        assert not signposts(process, images)
+
+
+def signposts(process, images):
+    """The mappings of signposts in a process: address and path."""
+    mapped = outside.file_mappings(process.pid)
+    return [(m[0], m[4]) for m in mapped if m[4].startswith(f"{images}/") and "-signpost/" in m[4]]
+
+
+@pytest.fixture
+def static(tmp_path):
+    if "static" not in KINDS:
+        pytest.skip("no static interpreter here")
+    return python_of(tmp_path, KINDS["static"])
+
+
+def test_signposts_are_shared_and_go_with_the_move(static, images):
+    options = {"backing": "memfd", "image_dir": str(images)}
+    with Process(static) as one, Process(static) as two:
+        one.prime(**options)
+        assert len(signposts(one, images)) == 2
+        two.prime(**options)
+        assert signposts(one, images) == signposts(two, images)
+        two.restore()
+        # Where an image describes the program, one is enough.
+        assert interpreter(two.prime(image_dir=str(images)))["backing"] == "image"
+        assert signposts(two, images) == signposts(one, images)[1:]
+        # A child has them too, and again they go.
+        assert (
+            two.run(
+                "import os\npid = os.fork()\n"
+                "if not pid:\n"
+                "    page_primer.restore()\n"
+                "    os._exit('signpost' in open('/proc/self/maps').read())\n"
+                "result = os.waitpid(pid, 0)[1]"
+            )
+            == 0
+        )
+        assert len(signposts(two, images)) == 1
+
+
+@pytest.mark.parametrize("why", ["no directory", "no room"])
+def test_without_signposts_profilers_keep_the_head(static, images, why):
+    with Process(static) as process:
+        if why == "no room":
+            process.run(
+                "import ctypes, mmap; libc = ctypes.CDLL(None); libc.mmap.restype = ctypes.c_void_p"
+                "\nresult = libc.mmap(ctypes.c_void_p(256 << 30), 4096, 0, 0x100022, -1, 0)"
+            )
+        else:
+            images.write_text("no directory")
+        report = process.prime(backing="memfd", image_dir=str(images))
+        core = interpreter(report)
+        text = outside.text_of(process.pid, core["path"])
+        assert 0 < text.huge < text.attainable
+        assert "kept for profilers" in left_of(report, os.path.basename(core["path"]))
+        assert not (images.is_dir() and signposts(process, images))
+        images.unlink(missing_ok=True)
 
 
 def test_memfd_names_the_object_and_is_sealed(python):
@@ -295,7 +358,7 @@ def test_off_switch(python, images):
 
 def test_environment_is_used(python, images):
     env = {"PAGE_PRIMER_BACKING": "memfd", "PAGE_PRIMER_MLOCK": "0"}
-    with Process(python, env=env) as process:
+    with Process(python, env={**env, "PAGE_PRIMER_IMAGE_DIR": str(images)}) as process:
         report = process.prime()
         assert report["locked_bytes"] == 0
         assert interpreter(report)["backing"] == "memfd"

@@ -200,11 +200,11 @@ def test_processes_that_start_together_write_one_image(python, images):
 def test_a_writer_killed_half_way_is_no_obstacle(python, images):
     code = textwrap.dedent(f"""
         import os, signal, page_primer, page_primer.image as image
-        write = image._write_all
+        write = image.write_all
         def half(fd, data, offset):
             write(fd, data[: len(data) // 2], offset)
             os.kill(os.getpid(), signal.SIGKILL)
-        image._write_all = half
+        image.write_all = half
         page_primer.prime(image_dir={str(images)!r})
     """)
     done = subprocess.run([python, "-c", code])

@@ -1,0 +1,154 @@
+"""Signposts: where a program was moved off its own file, they tell tools where it is.
+
+A program that is linked for one address (ET_EXEC) needs no load bias, yet tools work one out, from
+the first mapping that they take for the program's. That one may lie beyond the code once this is
+elsewhere. A signpost is a small ELF file, one page of it mapped read-only, with the program's
+dynamic symbols and a PT_LOAD at the address of that page, so that from it the bias comes out as
+none. Two are known:
+
+- `near`, the page below the program, of its file's name: pystack (elfutils), py-spy and CPython's
+  remote debugging take the first mapping by that name. An image is that itself; memory without a
+  name needs one.
+- `far`, above it, with "libpython" in its path: austin takes the first mapping of /proc/PID/exe's
+  path for the program's start, wherever it is, but after it believes a libpython.
+
+(What tools do was read in austin 3.7, py-spy 0.4, pystack 1.7, CPython 3.14 and elfutils 0.188.)
+"""
+
+from __future__ import annotations
+
+from page_primer import _core, elf, image, store
+from page_primer.elf import PF_R, PT_LOAD
+from page_primer.image import CannotLayOut, Layout
+from page_primer.plan import Move
+from page_primer.suppress import suppress
+from page_primer.survey import page_size
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+    from page_primer.backing import Place
+    from page_primer.store import Image
+
+NEAR, FAR = "near", "far"
+# Sections of which tools want the address alone.
+_PLACES = (".bss", ".PyRuntime")
+
+
+class Signpost(Layout):
+    """A signpost's file."""
+
+    address: int = 0  # where its page is mapped
+
+    @property
+    def content_end(self) -> int:
+        return page_size()
+
+    def write(self, original: int, target: int) -> int:
+        file = elf.File(original)
+        try:
+            at, copies, table = self._sections(file)
+        except elf.Malformed as error:
+            raise CannotLayOut(f"not a well-formed ELF file: {error}") from error
+        image.check_file_size(at + len(table))
+        fields = list(file.header)
+        fields[5], fields[6], fields[10] = elf.HEADER.size, at, 1
+        page = page_size()
+        load = PT_LOAD, PF_R, 0, self.address, self.address, page, page, page
+        head = elf.HEADER.pack(*fields) + elf.PROGRAM_HEADER.pack(*load)
+        written = image.write_all(target, head.ljust(page, b"\0"), 0)
+        for source, offset, size in copies:
+            written += image.copy(original, source, target, offset, size)
+        return written + image.write_all(target, table, at)
+
+    def _sections(self, file: elf.File) -> tuple[int, list[tuple[int, int, int]], bytes]:
+        """Where the section headers go, what is copied before them (offset there, offset here,
+        bytes), and the headers: the dynamic symbols, and what has an address that matters."""
+        headers = file.sections()
+        names = file.section_names(headers)
+        symbols = next((i for i, h in enumerate(headers) if h[1] == elf.SHT_DYNSYM), None)
+        if symbols is None:
+            raise CannotLayOut("no dynamic symbols")
+        kept = {symbols, headers[symbols][6], file.names_index}
+        at = page_size()
+        copies, table = [], []
+        for index, (name, header) in enumerate(zip(names, headers, strict=True)):
+            sh_name, kind, flags, address, offset, size, *rest = header
+            if index in kept:
+                if offset + size > file.size:
+                    raise elf.Malformed("cut short")
+                copies.append((offset, at, size))
+                offset, at = at, image.align(at + size)
+            elif name in _PLACES:
+                kind, offset = elf.SHT_NOBITS, at
+            else:
+                table.append(bytes(elf.SECTION_HEADER.size))
+                continue
+            fields = sh_name, kind, flags, address, offset, size, *rest
+            table.append(elf.SECTION_HEADER.pack(*fields))
+        return at, copies, b"".join(table)
+
+
+class Signposts:
+    """The signposts of one move: put up when a replacement asks for them, taken down with it."""
+
+    def __init__(self, move: Move, places: Sequence[Place]) -> None:
+        """
+        Args:
+            move: the object, and where its signposts would be.
+            places: directories for their files, those for images.
+        """
+        self._move, self._places = move, places
+        self._standing: dict[str, tuple[int, Image]] = {}
+        self.problem: str | None = None  # why one could not be put up
+
+    def put_up(self, wanted: Collection[str]) -> bool:
+        """Have those that are wanted; returns whether all are there."""
+        if not self._move.far:
+            return not wanted
+        for which in wanted:
+            if which not in self._standing:
+                try:
+                    self._standing[which] = self._put_up(which)
+                except (OSError, CannotLayOut) as error:
+                    self.problem = f"no signpost: {error}"
+                    return False
+        return True
+
+    def take_down(self, but: Collection[str] = ()) -> None:
+        """Take down those that stand, but for some."""
+        for which in [which for which in self._standing if which not in but]:
+            address, file = self._standing.pop(which)
+            with suppress(OSError):
+                _core.unmap(address, page_size())
+            file.close()
+
+    def _put_up(self, which: str) -> tuple[int, Image]:
+        obj = self._move.object
+        assert obj.source is not None, "only objects with a file are planned"
+        address = self._move.near if which == NEAR else self._move.far
+        parts = f"{image.LAYOUT_VERSION}", *image.identity(obj.source), f"{address:x}"
+        name = "-".join((*parts, image.SIGNPOST))
+        if which == FAR:
+            name = image.as_libpython(name)
+        file = self._file(Signpost(obj, (), 0, name, address))
+        try:
+            flags = _core.MAP_PRIVATE | _core.MAP_FIXED_NOREPLACE
+            _core.map(address, page_size(), _core.PROT_READ, flags, file.fd, 0)
+        except BaseException:
+            file.close()
+            raise
+        file.close_file()
+        return address, file
+
+    def _file(self, layout: Signpost) -> Image:
+        """The file, in the first directory that takes it: it needs no huge pages."""
+        why = "no directory for it"
+        for path, _ in self._places:
+            try:
+                with store.Store(path) as directory:
+                    return directory.get(layout)
+            except (store.Unusable, OSError) as error:
+                why = f"{path}: {getattr(error, 'strerror', None) or error}"
+        raise CannotLayOut(why)
