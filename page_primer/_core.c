@@ -21,11 +21,16 @@
 #include <sys/auxv.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 /* Numbers that the C library's headers may be too old to have. */
+/* In the stable ABI, but in no header for that of 3.10. */
+#ifndef PyBUF_READ
+#define PyBUF_READ 0x100
+#endif
 #ifndef MAP_FIXED_NOREPLACE
 #define MAP_FIXED_NOREPLACE 0x100000
 #endif
@@ -348,6 +353,23 @@ core_fill(PyObject *module, PyObject *args)
     if (number)
         return fail(module, number, "fill", address, address + length);
     return none();
+}
+
+PyDoc_STRVAR(view_doc,
+"view(address, length) -> memoryview\n\n"
+"Memory that map() made readable, as a read-only buffer for system calls.  It\n"
+"must be released before the range is unmapped.");
+
+static PyObject *
+core_view(PyObject *module, PyObject *args)
+{
+    unsigned long long address, length;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "KK:view", &address, &length))
+        return NULL;
+    return PyMemoryView_FromMemory((char *)(uintptr_t)address,
+                                   (Py_ssize_t)length, PyBUF_READ);
 }
 
 PyDoc_STRVAR(memfd_doc,
@@ -681,6 +703,26 @@ core_mdwe(PyObject *module, PyObject *Py_UNUSED(ignored))
     return PyLong_FromLong(got);
 }
 
+PyDoc_STRVAR(limit_doc,
+"limit(resource) -> int or None\n\n"
+"The soft limit of getrlimit(2), None where there is none.  (The module\n"
+"resource would be one more library to load, to survey and to lock.)");
+
+static PyObject *
+core_limit(PyObject *module, PyObject *args)
+{
+    struct rlimit found;
+    int which;
+
+    if (!PyArg_ParseTuple(args, "i:limit", &which))
+        return NULL;
+    if (getrlimit(which, &found) < 0)
+        return fail(module, errno, "getrlimit", 0, 0);
+    if (found.rlim_cur == RLIM_INFINITY)
+        return none();
+    return PyLong_FromUnsignedLongLong(found.rlim_cur);
+}
+
 /* -------------------------------------------------------------- module --- */
 
 static PyMethodDef core_methods[] = {
@@ -693,6 +735,7 @@ static PyMethodDef core_methods[] = {
     {"map", core_map, METH_VARARGS, map_doc},
     {"memfd", core_memfd, METH_VARARGS, memfd_doc},
     {"fill", core_fill, METH_VARARGS, fill_doc},
+    {"view", core_view, METH_VARARGS, view_doc},
     {"unmap", core_unmap, METH_VARARGS, unmap_doc},
     {"protect", core_protect, METH_VARARGS, protect_doc},
     {"advise", core_advise, METH_VARARGS, advise_doc},
@@ -702,6 +745,7 @@ static PyMethodDef core_methods[] = {
     {"swap", core_swap, METH_VARARGS, swap_doc},
     {"thp_disabled", core_thp_disabled, METH_NOARGS, thp_disabled_doc},
     {"mdwe", core_mdwe, METH_NOARGS, mdwe_doc},
+    {"limit", core_limit, METH_VARARGS, limit_doc},
     {NULL, NULL, 0, NULL},
 };
 
@@ -727,12 +771,15 @@ core_exec(PyObject *module)
         || PyModule_AddIntMacro(module, MAP_SHARED) < 0
         || PyModule_AddIntMacro(module, MAP_ANONYMOUS) < 0
         || PyModule_AddIntMacro(module, MAP_NORESERVE) < 0
+        || PyModule_AddIntMacro(module, MAP_POPULATE) < 0
         || PyModule_AddIntMacro(module, MAP_FIXED_NOREPLACE) < 0
         || PyModule_AddIntMacro(module, MADV_HUGEPAGE) < 0
         || PyModule_AddIntMacro(module, MADV_COLLAPSE) < 0
         || PyModule_AddIntMacro(module, MADV_POPULATE_READ) < 0
         || PyModule_AddIntMacro(module, MADV_POPULATE_WRITE) < 0
-        || PyModule_AddIntMacro(module, MLOCK_ONFAULT) < 0)
+        || PyModule_AddIntMacro(module, MLOCK_ONFAULT) < 0
+        || PyModule_AddIntMacro(module, RLIMIT_MEMLOCK) < 0
+        || PyModule_AddIntMacro(module, RLIMIT_FSIZE) < 0)
         return -1;
     return 0;
 }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 import time
 
 from page_primer import _core, backing, plan, smaps, store, survey
@@ -380,7 +379,6 @@ class Process:
     def _measure(self, moved: Iterable[Key], mappings: Sequence[Mapping], began: float) -> Report:
         self.huge = self._huge(mappings)
         _, refusal = next(iter(self.refused.values()), (None, None))
-        limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
         over = refusal is not None and refusal.errno in (errno.ENOMEM, errno.EPERM, errno.EAGAIN)
         refused = sum(end - start for start, end in self.refused)
         withheld = sum(lock.end - lock.start for lock in self.withheld)
@@ -394,7 +392,7 @@ class Process:
             lock_refused_bytes=refused,
             lock_withheld_bytes=withheld,
             lock_refusal=backing.reason_of(refusal) if refusal else None,
-            lock_limit=limit if over and limit != resource.RLIM_INFINITY else None,
+            lock_limit=_core.limit(_core.RLIMIT_MEMLOCK) if over else None,
             perf_map=self._perf_map_outcome(),
             memory=self.memory,
             memory_share=self.options.memory_share if self.options else None,

@@ -16,6 +16,7 @@ from page_primer.elf import PF_X
 from page_primer.options import Options
 from page_primer.plan import Move, Region
 from page_primer.record import Record, cached, replace
+from page_primer.scratch import map_new
 from page_primer.suppress import suppress
 from page_primer.survey import Object
 
@@ -156,24 +157,6 @@ def _place(region: Region, obj: Object, pmd: int, fd: int, offset: int, flags: i
     now = final if fd >= 0 else _READ_WRITE
     source = map_new(size, pmd, region.start, now, flags, fd, offset, guard=_GUARD)
     return Piece(region, final, source, fd, offset)
-
-
-def map_new(
-    size: int, alignment: int, like: int, protection: int, flags: int, fd: int, offset: int,
-    *, guard: int = 0,
-) -> int:  # fmt: skip
-    """Map at a new address that equals `like` modulo `alignment`, with `guard` bytes of reserved
-    address space behind; returns the address."""
-    address = _core.reserve(size + guard, alignment, like)
-    try:
-        _core.map(address, size, protection, flags, fd, offset)
-    except OSError as error:
-        # These come before the kernel touches the reservation. After others it may be gone, and
-        # its place somebody else's: then a bit of address space is lost.
-        if error.errno in (errno.EPERM, errno.EACCES, errno.ENODEV, errno.EBADF):
-            _core.unmap(address, size + guard)
-        raise
-    return address
 
 
 def _place_all(regions: Sequence[Region], prepare: Callable[[Region], Piece]) -> tuple[Piece, ...]:

@@ -22,19 +22,21 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 import struct
 import sys
 
-from page_primer import elf
+from page_primer import _core, elf
 from page_primer.elf import PF_R, PF_W, PF_X, PROGRAM_HEADER, PT_LOAD
 from page_primer.plan import Region
 from page_primer.record import Record
+from page_primer.scratch import Window
 from page_primer.survey import Object, Source, page_size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+    Part = tuple[int | None, int]  # an offset in the original, or None for zeroes, and a size
 
 # Part of an image's name in the store: raise it when what is written here changes.
 LAYOUT_VERSION = 2
@@ -46,7 +48,7 @@ _HEXADECIMAL = set("0123456789abcdef")
 _KEPT_SECTIONS = (".gnu_debuglink", ".gnu_debugaltlink", ".gnu_debugdata", ".note.stapsdt")
 _DEBUG_SECTIONS = (".debug_", ".zdebug_")
 _DEBUG_LIMIT = 64 << 20  # bytes; and at most a quarter of what the file system has left
-_COPY_BLOCK = 1 << 20
+_COPY_BLOCK = 8 << 20  # bytes
 _HEADER_ROOM = 4096  # the kernel looks for a build-id in the first page only
 
 _BUILD_ID_SIZE = 20  # that of SHA-1, which tools expect
@@ -116,10 +118,12 @@ class Layout(Record):
             raise CannotLayOut(f"not a well-formed ELF file: {error}") from error
         check_file_size(end + len(table))
         written = 0
-        for offset, block in content(self, original):
-            written += write_all(target, block, offset)
+        for offset, parts in content(self):
+            written += _copy(original, parts, target, offset)
         for source, offset, size in copies:
-            written += copy(original, source, target, offset, size)
+            for done in range(0, size, _COPY_BLOCK):
+                part = source + done, min(_COPY_BLOCK, size - done)
+                written += _copy(original, [part], target, offset + done)
         for offset, data in ((end, table), *head):
             written += write_all(target, data, offset)
         return written
@@ -158,9 +162,12 @@ def holds(layout: Layout, original: int, target: int) -> bool:
         head = layout.head(elf.File(original), elf.File(target).header[6])
     except elf.Malformed:
         return False
-    for offset, block in content(layout, original):
-        there = bytearray(len(block))
-        _read_into(target, memoryview(there), offset)
+    for offset, parts in content(layout):
+        block = bytearray().join(
+            bytes(size) if source is None else os.pread(original, size, source).ljust(size, b"\0")
+            for source, size in parts
+        )
+        there = os.pread(target, len(block), offset)
         for at, data in head:
             low, high = max(at, offset), min(at + len(data), offset + len(block))
             if low < high:
@@ -176,8 +183,8 @@ def check_file_size(size: int) -> None:
     Raises:
         OSError: EFBIG, as write(2) would say where SIGXFSZ is ignored.
     """
-    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if limit != resource.RLIM_INFINITY and size > limit:
+    limit = _core.limit(_core.RLIMIT_FSIZE)
+    if limit is not None and size > limit:
         raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
 
 
@@ -192,18 +199,31 @@ def _room(target: int) -> int:
     not those that the compiler inlined, nor source lines."""
     status = os.fstatvfs(target)
     room = min(_DEBUG_LIMIT, status.f_bavail * status.f_frsize // 4)
-    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
-    return room if limit == resource.RLIM_INFINITY else min(room, limit // 4)
+    limit = _core.limit(_core.RLIMIT_FSIZE)
+    return room if limit is None else min(room, limit // 4)
 
 
-def copy(original: int, source: int, target: int, offset: int, size: int) -> int:
-    """Copy a part of one file to a place in another; returns the number of bytes."""
-    buffer = memoryview(bytearray(min(size, _COPY_BLOCK)))
-    for done in range(0, size, _COPY_BLOCK):
-        block = buffer[: size - done]
-        _read_into(original, block, source + done)
-        write_all(target, block, offset + done)
-    return size
+def _copy(original: int, parts: Sequence[Part], target: int, offset: int) -> int:
+    """Copy parts of one file to one place in another, in one call: a file system that has large
+    folios makes one of each aligned block that is written whole (ext4 since Linux 6.16, xfs)."""
+    windows: list[Window] = []
+    buffers: list[bytes | memoryview] = []
+    try:
+        for source, size in parts:
+            if source is None:
+                buffers.append(bytes(size))
+            else:
+                windows.append(Window(original, source, size, page_size()))
+                buffers.append(windows[-1].view)
+        size = sum(map(len, buffers))
+        if os.pwritev(target, buffers, offset) < size:  # a signal, or little room: one by one
+            at = offset
+            for buffer in buffers:
+                at += write_all(target, buffer, at)
+        return size
+    finally:
+        for window in windows:
+            window.close()
 
 
 def write_all(fd: int, data: bytes | memoryview, offset: int) -> int:
@@ -214,11 +234,9 @@ def write_all(fd: int, data: bytes | memoryview, offset: int) -> int:
     return done
 
 
-def content(layout: Layout, original: int) -> Iterator[tuple[int, memoryview]]:
-    """The loadable part in blocks of one huge page: a file system that has large folios makes one
-    of each aligned block that is written whole (ext4 since Linux 6.16, xfs)."""
+def content(layout: Layout) -> Iterator[tuple[int, list[Part]]]:
+    """The loadable part in blocks of one huge page: where a block goes, and what it consists of."""
     pmd = layout.pmd
-    buffer = memoryview(bytearray(pmd))
     segments = [
         (layout.offset(s.start), layout.offset(s.file_end), s.offset)
         for s in layout.object.segments
@@ -231,23 +249,14 @@ def content(layout: Layout, original: int) -> Iterator[tuple[int, memoryview]]:
         ]
         if not inside:
             continue
-        low, high = inside[0][0], max(end for _, end, _, _ in inside)
-        at = low
+        at = inside[0][0]
+        parts: list[Part] = []
         for start, end, segment, offset in inside:
-            buffer[at - block : start - block] = bytes(start - at)
-            _read_into(original, buffer[start - block : end - block], offset + start - segment)
+            if at < start:
+                parts.append((None, start - at))
+            parts.append((offset + start - segment, end - start))
             at = end
-        yield low, buffer[low - block : high - block]
-
-
-def _read_into(fd: int, buffer: memoryview, offset: int) -> None:
-    done = 0
-    while done < len(buffer):
-        count = os.preadv(fd, [buffer[done:]], offset + done)
-        if count == 0:  # beyond the end of the file a mapping reads zeroes
-            buffer[done:] = bytes(len(buffer) - done)
-            return
-        done += count
+        yield inside[0][0], parts
 
 
 def _sections(

@@ -11,6 +11,7 @@ from page_primer.elf import PF_X
 from page_primer.options import Options
 from page_primer.plan import Move, Region
 from page_primer.record import Record
+from page_primer.scratch import map_new
 from page_primer.signpost import Signposts
 from page_primer.suppress import suppress
 from page_primer.survey import Object
@@ -211,7 +212,7 @@ def put_back(primed: Primed) -> None:
         originals = []
         for start, end, protection, offset in _original_mappings(obj, primed.regions):
             size, flags = end - start, _core.MAP_PRIVATE
-            source = backing.map_new(size, survey.page_size(), 0, protection, flags, fd, offset)
+            source = map_new(size, survey.page_size(), 0, protection, flags, fd, offset)
             areas.append((source, size))
             originals.append((start, end - start, protection, source, fd, offset))
         pieces = originals

@@ -59,7 +59,7 @@ class Signpost(Layout):
         head = elf.HEADER.pack(*fields) + elf.PROGRAM_HEADER.pack(*load)
         written = image.write_all(target, head.ljust(page, b"\0"), 0)
         for source, offset, size in copies:
-            written += image.copy(original, source, target, offset, size)
+            written += image.write_all(target, file.read(source, size), offset)
         return written + image.write_all(target, table, at)
 
     def _sections(self, file: elf.File) -> tuple[int, list[tuple[int, int, int]], bytes]:

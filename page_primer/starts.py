@@ -34,6 +34,7 @@ from page_primer.backing import Refused
 from page_primer.options import Options
 from page_primer.plan import EXCLUDED, selects
 from page_primer.record import Record
+from page_primer.scratch import map_new
 from page_primer.suppress import suppress
 from page_primer.survey import pmd_size
 
@@ -468,7 +469,7 @@ def _is_huge(start: Start) -> bool:
     protection = _core.PROT_READ | _core.PROT_EXEC
     page = os.sysconf("SC_PAGESIZE")
     try:
-        address = backing.map_new(
+        address = map_new(
             start.length, pmd, 0, protection, _core.MAP_PRIVATE, fd, start.offset, guard=page
         )
         try:

@@ -9,6 +9,7 @@ from page_primer import _core, elf, memory
 from page_primer.elf import PF_R, PF_W, PF_X, PROGRAM_HEADER, PT_LOAD, is_native
 from page_primer.memory import Memory
 from page_primer.record import Record, replace
+from page_primer.scratch import map_new
 from page_primer.smaps import Mapping, overlapping, read_maps, read_smaps
 
 TYPE_CHECKING = False
@@ -305,8 +306,7 @@ def _is_mapped_at(source: Source, mapping: Mapping) -> bool:
     except OSError:
         return False
     try:
-        address = _core.reserve(page, page, 0)
-        _core.map(address, page, _core.PROT_READ, _core.MAP_PRIVATE, fd, 0)
+        address = map_new(page, page, 0, _core.PROT_READ, _core.MAP_PRIVATE, fd, 0)
         again = next(overlapping(read_maps(), address, address + page), None)
         _core.unmap(address, page)
         return again is not None and (again.device, again.inode) == (mapping.device, mapping.inode)

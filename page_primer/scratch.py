@@ -1,0 +1,57 @@
+"""Mappings at addresses of our own, where nothing else is."""
+
+from __future__ import annotations
+
+import errno
+
+from page_primer import _core
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import TracebackType
+
+
+def map_new(
+    size: int, alignment: int, like: int, protection: int, flags: int, fd: int, offset: int,
+    *, guard: int = 0,
+) -> int:  # fmt: skip
+    """Map at a new address that equals `like` modulo `alignment`, with `guard` bytes of reserved
+    address space behind; returns the address."""
+    address = _core.reserve(size + guard, alignment, like)
+    try:
+        _core.map(address, size, protection, flags, fd, offset)
+    except OSError as error:
+        # These come before the kernel touches the reservation. After others it may be gone, and
+        # its place somebody else's: then a bit of address space is lost.
+        if error.errno in (errno.EPERM, errno.EACCES, errno.ENODEV, errno.EBADF):
+            _core.unmap(address, size + guard)
+        raise
+    return address
+
+
+class Window:
+    """A part of a file, mapped to be written elsewhere: the kernel then copies it once, and no
+    buffer is needed. `view` is for system calls alone, which say EFAULT where the file was cut
+    short; to look at it would be a signal."""
+
+    def __init__(self, fd: int, offset: int, size: int, page: int) -> None:
+        skip = offset % page
+        self._size = skip + size
+        protection, flags = _core.PROT_READ, _core.MAP_PRIVATE | _core.MAP_POPULATE
+        self._address = map_new(self._size, page, 0, protection, flags, fd, offset - skip)
+        self.view = _core.view(self._address + skip, size)
+
+    def __enter__(self) -> Window:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.view.release()
+        _core.unmap(self._address, self._size)
