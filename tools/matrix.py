@@ -42,12 +42,6 @@ SYMBOL = {WORKS: "works", NOTE: "note", CANNOT: "cannot", ABSENT: "-"}
 
 # Why, where it is known; the first that matches tool, way and interpreter.
 WHY = (
-    ("austin", "image*", "*not PIE*",
-     "austin takes the first mapping of /proc/PID/exe's path for the program's first, and all of "
-     "it up to the writable data is on the image"),
-    ("py-spy dump --native", "image*", "*static PIE*",
-     "py-spy takes the mapping that stays on /proc/PID/exe for the whole interpreter, and so shows "
-     "the interpreter's own frames beyond it, by their names"),
     ("pystack remote --native", "[ma]*", "*", "elfutils unwinds by what is at the mapping's path"),
     ("py-spy *--native", "[ma]*", "*", "py-spy unwinds by what is at the mapping's path"),
     ("perf record*", "memfd", "*", "perf looks for symbols at the path, and a memfd has none"),
