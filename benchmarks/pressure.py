@@ -9,13 +9,16 @@ Each variant is a real gunicorn (or Celery worker) with one worker process, in a
 its own, on a copy of its own of the interpreter, its libraries and packages: a page belongs to the
 cgroup that touched it first, and what somebody else keeps in memory would never be missed. In every
 round, for each variant in an order that changes, a neighbour in the same cgroup streams through a
-large file; then one request is timed (the first after a quiet spell), and some more (without
-pressure). The neighbour's file is sparse: it takes memory as any file does and leaves the disk to
-the worker, whose faults cost the less for it.
+large file; then one request is timed: the first after a quiet spell. The neighbour's file is
+sparse: it takes memory as any file does and leaves the disk to the worker, whose faults cost the
+less for it. In as many further rounds there is no neighbour, and the variants answer requests in
+turns.
 
 Printed are medians, the 99th percentile and the maximum over all rounds; the median of major page
 faults of the worker, by getrusage(2) and by /proc/PID/stat; how many of one more such request hit
-ELF-backed memory, by perf; and ratios to the unprimed worker, taken within each round.
+ELF-backed memory, by perf; ratios to the unprimed worker, taken within each round; and of those
+without pressure, by the clock and by the worker's own time on a processor (/proc/PID/schedstat),
+the interval that the median lies in with a probability of 95 % (binomial, over the rounds).
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ import contextlib
 import ctypes
 import http.client
 import json
+import math
 import os
 import random
 import re
@@ -48,7 +52,7 @@ from servers import NO_CONTROL_SOCKET, children, free_port, wait_for  # noqa: E4
 MIB = 1 << 20
 LIMIT = 144 * MIB
 FILE = 320 * MIB  # what the neighbour streams through
-WARM = 5  # requests without pressure, a round
+QUIET = 60  # requests without pressure, a round
 VARIANTS = {
     "unprimed": {"PAGE_PRIMER": "0"},
     "mlock only": {"PAGE_PRIMER_REMAP": "0"},
@@ -201,7 +205,7 @@ class Served:
         self.locker: subprocess.Popen[bytes] | None = None
         self.samples: list[dict[str, float]] = []
         self.elf: tuple[int, int] | None = None
-        self.warm: list[float] = []
+        self.quiet: list[tuple[float, float]] = []  # milliseconds by the clock, and of work
 
     def start(self) -> None:
         if self.broker:
@@ -233,7 +237,7 @@ class Served:
         stream_through(self.cgroup, self.stream)
 
     def round(self) -> None:
-        """Pressure, one request, and then some in quiet."""
+        """Pressure, and one request."""
         before = self.request()["major"]
         self.press()
         outside = major_faults(self.worker)
@@ -245,12 +249,19 @@ class Served:
             "outside": major_faults(self.worker) - outside,
         })  # fmt: skip
         assert answer["pid"] == self.worker, "the worker is the same throughout"
-        quiet = []
-        for _ in range(WARM):
+
+    def quiet_round(self) -> None:
+        """Requests without pressure."""
+        for _ in range(3):
+            self.request()
+        spent = []
+        worked = on_processor(self.worker)
+        for _ in range(QUIET):
             began = time.perf_counter()
             self.request()
-            quiet.append((time.perf_counter() - began) * 1000)
-        self.warm.append(statistics.median(quiet[1:]))
+            spent.append((time.perf_counter() - began) * 1000)
+        worked = on_processor(self.worker) - worked
+        self.quiet.append((statistics.median(spent), worked / QUIET))
 
     def elf_faults(self) -> tuple[int, int] | None:
         """Major faults of one request after pressure: (all, in ELF-backed memory), by perf."""
@@ -289,6 +300,12 @@ class Served:
 def major_faults(pid: int) -> int:
     """majflt of /proc/PID/stat, proc(5)."""
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[9])
+
+
+def on_processor(pid: int) -> float:
+    """Milliseconds that a process of one thread has spent on a processor (Linux,
+    Documentation/scheduler/sched-stats.rst)."""
+    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e6
 
 
 def locked(pid: int) -> int:
@@ -345,7 +362,9 @@ def measure(rounds: int, work: Path, broker: str | None) -> list[Served]:
             if number < 2:  # settling
                 for one in served:
                     one.samples.clear()
-                    one.warm.clear()
+        for number in range(rounds):
+            for one in random.Random(number).sample(served, len(served)):
+                one.quiet_round()
         for one in served:
             one.elf = one.elf_faults() if shutil.which("perf") else None
     finally:
@@ -359,25 +378,42 @@ def quantile(values: list[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
+def interval(values: list[float]) -> tuple[float, float, float]:
+    """The median, and between which two of the values that of all such values lies, with a
+    probability of 95 %: how many fall below it is a matter of tossing coins."""
+    ordered = sorted(values)
+    count = len(ordered)
+    below, chance = 0, 0.5**count
+    while below < count // 2 and chance <= 0.025:
+        below += 1
+        chance += math.comb(count, below) * 0.5**count
+    low = max(0, below - 1)
+    return statistics.median(ordered), ordered[low], ordered[count - 1 - low]
+
+
 def summarise(served: list[Served], what: str) -> dict[str, Any]:
     base = served[0]
     print(f"\nthe first {what} after a quiet spell, {len(base.samples)} rounds, milliseconds")
     print(f"{'':12} {'p50':>7} {'p99':>7} {'max':>7}  ratio  faults  outside   in ELF"
-          "   without pressure  ratio")  # fmt: skip
+          "   without pressure: p50, ratio, ratio of work")  # fmt: skip
     result = {}
     for one in served:
         ms = [s["ms"] for s in one.samples]
         pairs = zip(one.samples, base.samples, strict=True)
         ratio = statistics.median(mine["ms"] / theirs["ms"] for mine, theirs in pairs)
-        quiet = statistics.median(w / b for w, b in zip(one.warm, base.warm, strict=True))
+        both = list(zip(one.quiet, base.quiet, strict=True))
+        quiet, work = (interval([mine[i] / theirs[i] for mine, theirs in both]) for i in (0, 1))
         faults = statistics.median(s["major"] for s in one.samples)
         outside = statistics.median(s["outside"] for s in one.samples)
         elf = "-" if one.elf is None else "{1} of {0}".format(*one.elf)
         print(f"{one.name:12} {statistics.median(ms):7.2f} {quantile(ms, 0.99):7.2f} {max(ms):7.2f}"
               f"  {ratio:5.2f} {faults:7g} {outside:8g} {elf:>8}"
-              f"   {statistics.median(one.warm):16.2f}  {quiet:5.2f}")  # fmt: skip
+              f"   {statistics.median(ms for ms, _ in one.quiet):5.2f}  "
+              + "  ".join("{:.3f} ({:.3f} to {:.3f})".format(*of) for of in (quiet, work))
+              )  # fmt: skip
         result[one.name] = {
-            "ms": ms, "warm_ms": one.warm, "ratio": ratio, "warm_ratio": quiet,
+            "ms": ms, "quiet_ms": one.quiet, "ratio": ratio, "quiet_ratio": quiet,
+            "quiet_work_ratio": work,
             "major": [s["major"] for s in one.samples], "elf": one.elf,
             "outside": [s["outside"] for s in one.samples],
         }  # fmt: skip

@@ -97,9 +97,10 @@ def _carry_out(
     for fresh in (False, True):
         attempts = backing.attempts(move, pmd, options, places, posts, fresh)
         prepared = _choose(attempts, notes, verified)
-        if not posts.put_up(prepared.signs) and posts.problem:
-            notes.append(posts.problem)
+        posts.put_up(prepared.signs)
         posts.take_down(but=prepared.signs)
+        if posts.problem:
+            notes.append(posts.problem)
         regions = tuple(piece.region for piece in prepared.pieces)
         key = key_of(move.object)
         book[key] = Primed(move.object, regions, prepared, tuple(notes), posts)

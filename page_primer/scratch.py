@@ -6,10 +6,6 @@ import errno
 
 from page_primer import _core
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from types import TracebackType
-
 
 def map_new(
     size: int, alignment: int, like: int, protection: int, flags: int, fd: int, offset: int,
@@ -40,17 +36,6 @@ class Window:
         protection, flags = _core.PROT_READ, _core.MAP_PRIVATE | _core.MAP_POPULATE
         self._address = map_new(self._size, page, 0, protection, flags, fd, offset - skip)
         self.view = _core.view(self._address + skip, size)
-
-    def __enter__(self) -> Window:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         self.view.release()

@@ -173,6 +173,8 @@ def test_without_signposts_profilers_keep_the_head(static, images, why):
         text = outside.text_of(process.pid, core["path"])
         assert 0 < text.huge < text.attainable
         assert "kept for profilers" in left_of(report, os.path.basename(core["path"]))
+        if why == "no directory":
+            assert core["notes"] == [f"no signpost: {images}: Not a directory"]
         assert not (images.is_dir() and signposts(process, images))
         images.unlink(missing_ok=True)
 
