@@ -8,6 +8,7 @@
  */
 
 #define _GNU_SOURCE
+#include <pyconfig.h>           /* says whether this is a free-threaded build */
 #ifndef Py_GIL_DISABLED
 #define Py_LIMITED_API 0x030A0000
 #endif

@@ -1,6 +1,7 @@
 """What a host and its environment may do to prime(), at any moment."""
 
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -63,6 +64,19 @@ def test_one_build_serves_every_version(package_built_with, every_python, images
         [every_python, "-c", textwrap.dedent(source)], capture_output=True, text=True
     )
     assert (done.stdout, done.returncode) == ("fine\n", 0), done.stderr
+
+
+def test_the_core_compiles_for_free_threading(tmp_path):
+    """Such a build says what it is in its pyconfig.h, and has no stable ABI before 3.15."""
+    minor = max(HEADERS, key=int)
+    if int(minor) < 13:
+        pytest.skip("no headers of CPython 3.13 or newer here")
+    include = tmp_path / "include"
+    shutil.copytree(HEADERS[minor], include)
+    with open(include / "pyconfig.h", "a") as file:
+        file.write("\n#define Py_GIL_DISABLED 1\n")
+    command = ["gcc", "-std=gnu11", "-Wall", "-Werror", "-fsyntax-only", f"-I{include}"]
+    subprocess.run([*command, str(ROOT / "page_primer/_core.c")], check=True)
 
 
 @pytest.mark.parametrize("backing", ["image", "memfd"])
