@@ -32,7 +32,8 @@ def prime(options: Options | None = None, /, **values: Unpack[OptionValues]) -> 
 
     Call it near the top of the process, before threads and forks. Calling it again is cheap and
     handles only what is new: libraries loaded since, and in a forked child the locks, which are not
-    inherited. It may be called from any thread.
+    inherited; with nothing new the report is that of the call before. It may be called from any
+    thread.
 
     Args:
         options: ready-made options; then `values` must be empty.
@@ -42,7 +43,8 @@ def prime(options: Options | None = None, /, **values: Unpack[OptionValues]) -> 
         backing: "auto", or one of "image", "memfd", "anonymous", "hugetlb".
         merge: let read-only data share a huge page with code, and so become executable. Without it,
             only ranges of one protection are moved.
-        keep_profilers: leave on the original file what profilers need to see there.
+        keep_profilers: leave on the original file what profilers need to see there, or map
+            signposts to it (small files beside the images) where that will do.
         perf_map: write /tmp/perf-PID.map with the symbols of code in memory without a file's name.
         include: only objects whose path or file name matches one of these fnmatch patterns.
         exclude: no objects whose path or file name matches one of these fnmatch patterns.

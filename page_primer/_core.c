@@ -27,11 +27,12 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-/* Numbers that the C library's headers may be too old to have. */
 /* In the stable ABI, but in no header for that of 3.10. */
 #ifndef PyBUF_READ
 #define PyBUF_READ 0x100
 #endif
+
+/* Numbers that the C library's headers may be too old to have. */
 #ifndef MAP_FIXED_NOREPLACE
 #define MAP_FIXED_NOREPLACE 0x100000
 #endif
@@ -299,8 +300,8 @@ core_reserve(PyObject *module, PyObject *args)
 
 PyDoc_STRVAR(map_doc,
 "map(address, length, protection, flags, fd, offset) -> None\n\n"
-"mmap(2) with MAP_FIXED at an address that reserve() gave, or at one that\n"
-"nothing uses, with MAP_FIXED_NOREPLACE (Linux 4.17).  When the former fails,\n"
+"mmap(2) with MAP_FIXED at an address that reserve() gave, or, with\n"
+"MAP_FIXED_NOREPLACE, at one that nothing uses (EEXIST).  When the former fails,\n"
 "the range may be nobody's any more (Linux before 6.12 unmaps before its last\n"
 "checks), and soon somebody else's: never unmap it then.");
 
@@ -309,14 +310,22 @@ core_map(PyObject *module, PyObject *args)
 {
     unsigned long long address, length, offset;
     int protection, flags, fd, number = 0;
+    void *wanted, *got;
 
     if (!PyArg_ParseTuple(args, "KKiiiK:map", &address, &length, &protection,
                           &flags, &fd, &offset))
         return NULL;
+    wanted = (void *)(uintptr_t)address;
+    if (!(flags & MAP_FIXED_NOREPLACE))
+        flags |= MAP_FIXED;
     Py_BEGIN_ALLOW_THREADS
-    if (mmap((void *)(uintptr_t)address, length, protection,
-             flags | MAP_FIXED, fd, (off_t)offset) == MAP_FAILED)
+    got = mmap(wanted, length, protection, flags, fd, (off_t)offset);
+    if (got == MAP_FAILED)
         number = errno;
+    else if (got != wanted) {   /* Linux before 4.17: no more than a hint */
+        munmap(got, length);
+        number = EEXIST;
+    }
     Py_END_ALLOW_THREADS
     if (number)
         return fail(module, number, "map", address, address + length);

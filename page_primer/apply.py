@@ -63,8 +63,11 @@ class Process:
         last = self.report
         if last is not None and self.options == options and self.loads == _core.loads():
             if child and not self._inherit():
-                last = self.report = self._measure((), smaps.read_smaps(), began)
-            return replace(last, pid=self.pid, moved=(), milliseconds=_since(began))
+                last = self._measure((), smaps.read_smaps(), began)
+            elif child or last.moved:
+                last = replace(last, pid=self.pid, moved=(), milliseconds=_since(began))
+            self.report = last  # from now on the same, which costs a frequent caller least
+            return last
         self.report = None  # should this not come to its end
         held = self._held()  # by the parent too, so that locking it here takes no memory
         if child:
@@ -107,8 +110,15 @@ class Process:
 
     def set_note(self, note: str | None) -> Report:
         """Have the interpreter's report say how the process was started."""
-        self.start_note = (note,) if note else ()
-        return self.report or Report(os.getpid(), None)
+        before, self.start_note = len(self.start_note), (note,) if note else ()
+        if self.report is None:
+            return Report(os.getpid(), None)
+        objects = (
+            replace(obj, notes=(*self.start_note, *obj.notes[before:])) if obj.interpreter else obj
+            for obj in self.report.objects
+        )
+        self.report = replace(self.report, objects=tuple(objects))
+        return self.report
 
     def _write_perf_map(self) -> None:
         if self.options is not None and self.options.perf_map:
@@ -152,7 +162,10 @@ class Process:
 
     def _move_new(self, options: Options, held: Sequence[Range]) -> dict[Key, Move]:
         """Survey the process and move what can be moved and is not yet; returns what was."""
+        known = len(self.primed)
         found = self._as_it_was_before_us(survey.take())
+        if len(self.primed) < known:  # what was forgotten may have left something mapped
+            found = self._as_it_was_before_us(survey.take())
         self._note_hosts_locks(found)
         used = sum(p.bytes for p in self.primed.values() if not p.object.interpreter)
         planned = plan.make(found, options, used, held)
@@ -308,9 +321,10 @@ class Process:
 
     def _forget(self, key: Key) -> None:
         self.mapped.pop(key, None)
-        image = self.primed.pop(key).prepared.image
-        if image is not None:
-            image.close()
+        primed = self.primed.pop(key)
+        primed.posts.take_down()
+        if primed.prepared.image is not None:
+            primed.prepared.image.close()
 
     def _leave(self, obj: Object, reason: str, notes: tuple[str, ...]) -> None:
         self.notes[key_of(obj)] = notes

@@ -22,7 +22,7 @@ from page_primer.options import Options
 from page_primer.report import memlock_for, memlock_remedy, mib, percent, shortage
 
 try:
-    from page_primer import _core, backing, plan, survey
+    from page_primer import _core, backing, plan, store, survey
     from page_primer.elf import PF_R, PF_X
     from page_primer.memory import Memory
     from page_primer.plan import Move, Plan, Region
@@ -588,7 +588,8 @@ def _has_directory(options: Options) -> bool:
         there = path
         while not os.path.lexists(there):
             there = os.path.dirname(there)
-        if os.path.isdir(there) and os.access(there, os.W_OK):
+        ours = there != path or store.is_trusted(os.stat(there))
+        if ours and os.path.isdir(there) and os.access(there, os.W_OK):
             return True
     return False
 

@@ -97,8 +97,12 @@ def _carry_out(
     for fresh in (False, True):
         attempts = backing.attempts(move, pmd, options, places, posts, fresh)
         prepared = _choose(attempts, notes, verified)
-        posts.put_up(prepared.signs)
-        posts.take_down(but=prepared.signs)
+        try:
+            posts.put_up(prepared.signs)
+            posts.take_down(but=prepared.signs)
+        except BaseException:
+            prepared.discard()
+            raise
         if posts.problem:
             notes.append(posts.problem)
         regions = tuple(piece.region for piece in prepared.pieces)
@@ -223,7 +227,6 @@ def put_back(primed: Primed) -> None:
             between = backing.small(obj, primed.regions, primed.prepared.pmd)
             pieces = [piece.swap for piece in between.pieces] + originals
         _core.swap(obj.base, obj.headers, pieces, originals)
-        primed.posts.take_down()
     finally:
         if between is not None:
             between.unmap()

@@ -67,7 +67,7 @@ class Move(Record):
     image: tuple[Region, ...]
     memory: tuple[Region, ...]
     signed: tuple[Region, ...] = ()  # in memory's place, with both signposts put up
-    near: int = 0  # addresses for signposts; 0: none are needed, or there is no room
+    near: int = 0  # addresses for signposts; 0: it is not needed, or there is no room
     far: int = 0
 
     @property
@@ -167,8 +167,10 @@ def _lock_size(obj: Object, options: Options, held: Sequence[Range], code_only: 
     if not options.mlock or not selects(options, obj.path):
         return 0
     code_only |= options.mlock == "code"
-    wanted = [s for s in obj.segments if s.kind == "code" or not code_only]
-    return sum(_outside(s.start, s.end, held) for s in wanted)
+    wanted = [(s.start, s.end) for s in obj.segments if s.kind == "code" or not code_only]
+    if obj.native and code_only:  # all of the span is executable
+        wanted = [(region.start, region.end) for region in native_regions(obj)]
+    return sum(_outside(start, end, held) for start, end in wanted)
 
 
 def _disjoint(ranges: Iterable[Range]) -> list[Range]:
@@ -349,10 +351,11 @@ def _move(obj: Object, survey: Survey, options: Options) -> Move | None:
     move = Move(obj, tuple(image), tuple(memory))
     if not (options.keep_profilers and obj.fixed and obj.interpreter):
         return move
-    near, far = obj.start - page_size(), FAR
-    if near <= 0 or any(any(overlapping(survey.mappings, at, at + 1)) for at in (near, far)):
-        return move
-    return replace(move, signed=tuple(signed), near=near, far=far)
+    near, far = (
+        0 if any(overlapping(survey.mappings, at, at + 1)) else at
+        for at in (max(0, obj.start - page_size()), FAR)
+    )
+    return replace(move, signed=tuple(signed) if near and far else (), near=near, far=far)
 
 
 def _head(obj: Object, pmd: int) -> list[tuple[int, int]]:

@@ -60,8 +60,9 @@ class Record:
         raise AttributeError(f"{type(self).__name__} is immutable")
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and all(
-            getattr(self, name) == getattr(other, name) for name in self._compared
+        return self is other or (
+            type(self) is type(other)
+            and all(getattr(self, name) == getattr(other, name) for name in self._compared)
         )
 
     def __hash__(self) -> int:

@@ -32,7 +32,7 @@ class Window:
 
     def __init__(self, fd: int, offset: int, size: int, page: int) -> None:
         skip = offset % page
-        self._size = skip + size
+        self._size = -(-(skip + size) // page) * page
         protection, flags = _core.PROT_READ, _core.MAP_PRIVATE | _core.MAP_POPULATE
         self._address = map_new(self._size, page, 0, protection, flags, fd, offset - skip)
         self.view = _core.view(self._address + skip, size)

@@ -17,10 +17,13 @@ none. Two are known:
 
 from __future__ import annotations
 
-from page_primer import _core, elf, image, store
+import os
+
+from page_primer import _core, elf, image, smaps, store
 from page_primer.elf import PF_R, PT_LOAD
 from page_primer.image import CannotLayOut, Layout
 from page_primer.plan import Move
+from page_primer.smaps import overlapping
 from page_primer.suppress import suppress
 from page_primer.survey import page_size
 
@@ -46,25 +49,37 @@ class Signpost(Layout):
         return page_size()
 
     def write(self, original: int, target: int) -> int:
-        file = elf.File(original)
+        parts = self._parts(original)
+        image.check_file_size(max(offset + len(data) for offset, data in parts))
+        return sum(image.write_all(target, data, offset) for offset, data in parts)
+
+    def is_in(self, target: int) -> bool:
+        """Whether a file is what write() writes."""
+        original = os.open(self.object.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            at, copies, table = self._sections(file)
+            parts = self._parts(original)
+        finally:
+            os.close(original)
+        return all(os.pread(target, len(data), offset) == data for offset, data in parts)
+
+    def _parts(self, original: int) -> list[tuple[int, bytes]]:
+        """What the file consists of: offsets, and what is there."""
+        try:
+            file = elf.File(original)
+            parts, table = self._sections(file)
         except elf.Malformed as error:
             raise CannotLayOut(f"not a well-formed ELF file: {error}") from error
-        image.check_file_size(at + len(table))
+        at = image.align(max(offset + len(data) for offset, data in parts))
         fields = list(file.header)
         fields[5], fields[6], fields[10] = elf.HEADER.size, at, 1
         page = page_size()
         load = PT_LOAD, PF_R, 0, self.address, self.address, page, page, page
         head = elf.HEADER.pack(*fields) + elf.PROGRAM_HEADER.pack(*load)
-        written = image.write_all(target, head.ljust(page, b"\0"), 0)
-        for source, offset, size in copies:
-            written += image.write_all(target, file.read(source, size), offset)
-        return written + image.write_all(target, table, at)
+        return [(0, head.ljust(page, b"\0")), *parts, (at, table)]
 
-    def _sections(self, file: elf.File) -> tuple[int, list[tuple[int, int, int]], bytes]:
-        """Where the section headers go, what is copied before them (offset there, offset here,
-        bytes), and the headers: the dynamic symbols, and what has an address that matters."""
+    def _sections(self, file: elf.File) -> tuple[list[tuple[int, bytes]], bytes]:
+        """The sections' content, and their headers: the dynamic symbols, and what has an address
+        that matters."""
         headers = file.sections()
         names = file.section_names(headers)
         symbols = next((i for i, h in enumerate(headers) if h[1] == elf.SHT_DYNSYM), None)
@@ -72,13 +87,11 @@ class Signpost(Layout):
             raise CannotLayOut("no dynamic symbols")
         kept = {symbols, headers[symbols][6], file.names_index}
         at = page_size()
-        copies, table = [], []
+        parts, table = [], []
         for index, (name, header) in enumerate(zip(names, headers, strict=True)):
             sh_name, kind, flags, address, offset, size, *rest = header
             if index in kept:
-                if offset + size > file.size:
-                    raise elf.Malformed("cut short")
-                copies.append((offset, at, size))
+                parts.append((at, file.read(offset, size)))
                 offset, at = at, image.align(at + size)
             elif name in _PLACES:
                 kind, offset = elf.SHT_NOBITS, at
@@ -87,7 +100,7 @@ class Signpost(Layout):
                 continue
             fields = sh_name, kind, flags, address, offset, size, *rest
             table.append(elf.SECTION_HEADER.pack(*fields))
-        return at, copies, b"".join(table)
+        return parts, b"".join(table)
 
 
 class Signposts:
@@ -105,26 +118,30 @@ class Signposts:
 
     def put_up(self, wanted: Collection[str]) -> bool:
         """Have those that are wanted; returns whether all are there."""
-        if not self._move.far:
-            return not wanted
         for which in wanted:
             if which not in self._standing:
                 try:
-                    self._standing[which] = self._put_up(which)
+                    self._put_up(which)
                 except (OSError, CannotLayOut) as error:
                     self.problem = f"no signpost: {error}"
                     return False
+                self.problem = None
         return True
 
     def take_down(self, but: Collection[str] = ()) -> None:
         """Take down those that stand, but for some."""
         for which in [which for which in self._standing if which not in but]:
-            address, file = self._standing.pop(which)
+            address, file = self._standing[which]
+            folder = f"/{os.path.basename(os.path.dirname(file.path))}/"
+            # The host may have mapped something of its own there since.
             with suppress(OSError):
-                _core.unmap(address, page_size())
+                here = overlapping(smaps.read_maps(), address, address + 1)
+                if any(mapping.start == address and folder in mapping.path for mapping in here):
+                    _core.unmap(address, page_size())
             file.close()
+            del self._standing[which]
 
-    def _put_up(self, which: str) -> tuple[int, Image]:
+    def _put_up(self, which: str) -> None:
         obj = self._move.object
         assert obj.source is not None, "only objects with a file are planned"
         address = self._move.near if which == NEAR else self._move.far
@@ -133,14 +150,16 @@ class Signposts:
         if which == FAR:
             name = image.as_libpython(name)
         file = self._file(Signpost(obj, (), 0, name, address))
+        # First of all: what a signal handler interrupts is taken down as well.
+        self._standing[which] = address, file
         try:
             flags = _core.MAP_PRIVATE | _core.MAP_FIXED_NOREPLACE
             _core.map(address, page_size(), _core.PROT_READ, flags, file.fd, 0)
-        except BaseException:
+        except OSError:
+            del self._standing[which]
             file.close()
             raise
         file.close_file()
-        return address, file
 
     def _file(self, layout: Signpost) -> Image:
         """The file, in the first directory that takes it: it needs no huge pages."""
@@ -148,7 +167,11 @@ class Signposts:
         for path, _ in self._places:
             try:
                 with store.Store(path) as directory:
-                    return directory.get(layout)
+                    found = directory.get(layout)
+                    if not found.written and not layout.is_in(found.fd):
+                        found.close()
+                        found = directory.get(layout, fresh=True)
+                    return found
             except (store.Unusable, OSError) as error:
                 why = f"{path}: {getattr(error, 'strerror', None) or error}"
         raise CannotLayOut(why)

@@ -44,9 +44,10 @@ def start() -> None:
     on_process(lambda process: process.set_note(note))
     report = prime(options)
     # The image's pages went from memory after it was looked at, and came back as small ones.
-    if times == 1 and _started_small():
-        reason = _start_again(options, times)
-        note = f"native load: on small pages; {reason}" if reason else None
+    if times and _started_small():
+        reason = _start_again(options, times) if times == 1 else "as after the first start"
+        note = f"native load: on small pages; {reason}"
+        report = on_process(lambda process: process.set_note(note))
     os.register_at_fork(after_in_child=_lock_in_child)
     if _wants(LATE, False):
         from page_primer import late
@@ -98,9 +99,9 @@ def _runs_image() -> bool:
 
 
 def _started_small() -> bool:
-    from page_primer import apply
-
-    return apply.process.started_small
+    # Not imported where prime() did not, for want of memory.
+    apply = sys.modules.get("page_primer.apply")
+    return apply is not None and apply.process.started_small
 
 
 def _start_again(options: Options, times: int = 0) -> str | None:

@@ -11,7 +11,7 @@ A forked child inherits its parent's lock, and pruning removes only what it can 
 The lock files are ours alone (mode 0600), since whoever can open a file can lock it. Where locks
 cannot be had (no flock on that file system, a store mounted read-only) images are used without.
 Trust does not rest on any of this: an image is compared with live memory, byte for byte, before it
-is mapped over code.
+is mapped over code, and a signpost with what it should be.
 """
 
 from __future__ import annotations

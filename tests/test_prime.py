@@ -158,6 +158,83 @@ def test_signposts_are_shared_and_go_with_the_move(static, images):
         assert len(signposts(two, images)) == 1
 
 
+def test_signposts_of_an_interrupted_move_go(static, images):
+    """An exception of the host's, at the swap: what was put up is in the book."""
+    options = {"backing": "memfd", "image_dir": str(images)}
+    with Process(static) as process:
+        process.run(
+            "import page_primer, page_primer.move as move\n"
+            "swap_in = move._swap_in\n"
+            "def interrupted(*_): raise KeyboardInterrupt\n"
+            "move._swap_in = interrupted\n"
+            f"try: page_primer.prime(**{options!r})\n"
+            "except KeyboardInterrupt: pass\n"
+            "move._swap_in = swap_in"
+        )
+        report = process.prime(**options)
+        assert interpreter(report)["notes"] == []
+        check_all_huge(process.pid)
+        assert len(signposts(process, images)) == 2
+        process.restore()
+        assert not signposts(process, images)
+
+
+def test_what_took_a_signposts_place_stays(static, images):
+    with Process(static) as process:
+        process.prime(backing="memfd", image_dir=str(images))
+        process.run(
+            "import ctypes; libc = ctypes.CDLL(None); libc.mmap.restype = ctypes.c_void_p\n"
+            "assert libc.mmap(ctypes.c_void_p(256 << 30), 1 << 20, 3, 0x32, -1, 0) == 256 << 30"
+        )
+        process.restore()
+        assert process.run("result = ctypes.string_at(256 << 30, 1).hex()") == "00"
+
+
+@pytest.mark.parametrize("harm", ["cut short", "zeroes"])
+def test_a_broken_signpost_is_written_again(static, images, harm):
+    options = {"backing": "memfd", "image_dir": str(images)}
+    with Process(static) as process:
+        process.prime(**options)
+        paths = [Path(path) for _, path in signposts(process, images)]
+        process.restore()
+        sound = [path.read_bytes() for path in paths]
+        for path in paths:
+            path.chmod(0o755)
+            path.write_bytes(sound[0][:4096] if harm == "cut short" else bytes(len(sound[0])))
+        process.prime(**options)
+        assert [path.read_bytes() for path in paths] == sound
+
+
+def test_an_image_is_written_in_pieces_where_it_must_be(python, images):
+    """A short write, as a signal or a disk almost full may cause."""
+    with Process(python) as process:
+        process.run(
+            "import os; pwritev = os.pwritev\n"
+            "os.pwritev = lambda fd, parts, at: pwritev(fd, [memoryview(parts[0])[:1000]], at)"
+        )
+        report = process.prime(image_dir=str(images))
+        # Its pages are small as written; read again they are huge.
+        core = interpreter(report)
+        assert core["backing"] == "image"
+        assert core["notes"] == [f"{core['where']}: 0 of {2 * outside.PMD} bytes huge"]
+        check_all_huge(process.pid)
+
+
+def test_nothing_stays_mapped(every_python, images):
+    """Of writing an image, and of everything else, once it is restored."""
+
+    def unnamed():
+        return [v for v in outside.smaps(process.pid) if v.perms == "---p" and not v.path]
+
+    with Process(every_python) as process:
+        process.run("import page_primer.apply")
+        before = len(unnamed())
+        process.prime(image_dir=str(images))
+        assert len(unnamed()) == before
+        process.restore()
+        assert len(unnamed()) == before
+
+
 @pytest.mark.parametrize("why", ["no directory", "no room"])
 def test_without_signposts_profilers_keep_the_head(static, images, why):
     with Process(static) as process:

@@ -556,7 +556,8 @@ def test_pages_that_are_no_longer_in_memory(kind, images, read):
             process.communicate()
 
 
-def test_pages_that_go_between_the_launcher_and_the_start(kind, images):
+@pytest.mark.parametrize("times", ["", "/2"])
+def test_pages_that_go_between_the_launcher_and_the_start(kind, images, times):
     """What the launcher found to be huge arrives on small pages: the process starts once more, and
     only once, from an image that is written anew."""
     run([kind, "-c", ""], images)
@@ -567,19 +568,28 @@ def test_pages_that_go_between_the_launcher_and_the_start(kind, images):
     shared = "lib" in image.name
     source = (
         "import os, sys\n"
-        f"os.environ['PAGE_PRIMER_STARTED'] = f'{{os.getpid()}} a name'\n"
+        f"os.environ['PAGE_PRIMER_STARTED'] = f'{{os.getpid()}}{times} a name'\n"
         f"if {shared}: os.environ['LD_PRELOAD'] = {str(image)!r}\n"
         f"os.execv({interpreter if shared else str(image)!r}, [{kind!r}, *sys.argv[1:]])"
     )
-    env = {"PYTHONPATH": str(Path(page_primer.__file__).with_name("site"))}
+    site = str(Path(page_primer.__file__).with_name("site"))
+    env = {"PYTHONPATH": site, "PAGE_PRIMER_VERBOSE": "1"}
     with subprocess.Popen(
         [sys.executable, "-S", "-c", source, "-c", WAIT], stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE, text=True, env=environment(images, **env),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=environment(images, **env),
     ) as process:  # fmt: skip
         process.stdout.readline()
-        check_native([process.pid])
+        if times:
+            text = outside.text_of(process.pid)
+            assert text.path == str(image) or "-native-" in text.path
+            assert text.huge < text.attainable
+        else:
+            check_native([process.pid])
         assert Path(f"/proc/{process.pid}/comm").read_text() == "a name\n"
-        process.communicate()
+        _, said = process.communicate()
+        note = "native load: on small pages; as after the first start"
+        assert (note in said) == bool(times), said
     assert process.returncode == 0
     assert list(images.glob("*/*python*")) == [image]
 

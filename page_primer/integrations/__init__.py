@@ -31,7 +31,8 @@ def announce(report: Report, logger: Logger | logging.Logger) -> None:
     """Log what differs from the last report, which may be one of the process that this one was
     forked from. However many hooks call it, each thing is said once."""
     global _last
-    report.log(logger, since=_last)
+    if report is not _last:  # as it is where there was nothing new
+        report.log(logger, since=_last)
     _last = report
 
 
