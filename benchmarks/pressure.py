@@ -425,7 +425,7 @@ def plot(results: dict[str, Any], prefix: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, panes = pyplot.subplots(1, len(results), figsize=(5 * len(results), 3.4), squeeze=False)
     for pane, (what, variants) in zip(panes[0], results.items(), strict=True):
@@ -435,9 +435,14 @@ def plot(results: dict[str, Any], prefix: str) -> None:
             pane.plot(x, found["ms"], ".", alpha=0.35, markersize=4, color="#3572A5")
             middle = statistics.median(found["ms"])
             pane.hlines(middle, at - 0.32, at + 0.32, color="#222222")
-            pane.text(at, middle, f"{middle:.1f}", ha="center", va="bottom", fontsize=9)
+            pane.text(at + 0.36, middle, f"{middle:.1f}", ha="left", va="center", fontsize=9)
         pane.set_xticks(range(len(variants)), variants.keys(), fontsize=8)
+        pane.set_xlim(-0.5, len(variants) - 0.2)
         pane.set_yscale("log")
+        pane.set_ylim(bottom=1)
+        pane.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        pane.yaxis.set_major_formatter("{x:g}")
+        pane.yaxis.set_minor_locator(ticker.NullLocator())
         pane.set_ylabel("milliseconds")
         pane.set_title(f"first {what} after a quiet spell", fontsize=10)
         pane.spines[["top", "right"]].set_visible(False)
