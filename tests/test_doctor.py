@@ -668,6 +668,16 @@ def made_up(phase: int, *, fixed: bool = False) -> Object:
                   main=fixed, interpreter=True)  # fmt: skip
 
 
+def test_signposts_need_a_directory_that_is_ours_alone(tmp_path: Path) -> None:
+    directory = tmp_path / "store"
+    options = Options(image_dir=str(directory))
+    assert doctor._has_directory(options)  # it can be made
+    directory.mkdir()
+    for mode, usable in ((0o755, True), (0o777, False)):
+        directory.chmod(mode)
+        assert doctor._has_directory(options) == usable
+
+
 @pytest.mark.parametrize("merge", [True, False])
 @pytest.mark.parametrize("keep", [True, False])
 def test_coverage_of_made_up_layouts(merge: bool, keep: bool) -> None:

@@ -273,3 +273,21 @@ def test_a_path_before_ours_is_no_obstacle(run, python, tmp_path):
     script = f'PYTHONPATH={tmp_path}:$PYTHONPATH exec "$@"'
     source = "import page_primer; print(page_primer.prime().interpreter.backing)"
     assert run("sh", "-c", script, "sh", python, "-c", source).stdout == "native\n"
+
+
+def test_what_memory_forbids_is_not_loaded_after_all(python):
+    """Where prime() declines for want of memory, nothing that a started process does after it
+    imports what that would have taken."""
+    source = (
+        "import os, sys\n"
+        "import page_primer.memory\n"
+        "page_primer.memory.WORKING = 1 << 60\n"
+        "os.environ['PAGE_PRIMER_STARTED'] = f'{os.getpid()} python'\n"
+        "from page_primer import started\n"
+        "started.start()\n"
+        "print(sorted(name for name in sys.modules if name.startswith('page_primer.')))"
+    )
+    done = execute(python, "-c", source, env={"PAGE_PRIMER_VERBOSE": "1"})
+    assert "nothing done: too little memory" in done.stderr
+    assert "page_primer.memory" in done.stdout
+    assert "page_primer.apply" not in done.stdout and "_core" not in done.stdout
