@@ -168,10 +168,13 @@ class Signposts:
             try:
                 with store.Store(path) as directory:
                     found = directory.get(layout)
-                    if not found.written and not layout.is_in(found.fd):
-                        found.close()
-                        found = directory.get(layout, fresh=True)
-                    return found
+                    right = False
+                    try:
+                        right = found.written > 0 or layout.is_in(found.fd)
+                    finally:
+                        if not right:
+                            found.close()
+                    return found if right else directory.get(layout, fresh=True)
             except (store.Unusable, OSError) as error:
                 why = f"{path}: {getattr(error, 'strerror', None) or error}"
         raise CannotLayOut(why)
