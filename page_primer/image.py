@@ -25,7 +25,7 @@ import os
 import struct
 import sys
 
-from page_primer import _core, elf
+from page_primer import _core, elf, memory
 from page_primer.elf import PF_R, PF_W, PF_X, PROGRAM_HEADER, PT_LOAD
 from page_primer.plan import Region
 from page_primer.record import Record
@@ -47,7 +47,7 @@ _FNV = 0xDD268DBCAAC550362D98C384C4E576CCC8B1536847B6BBB31023B4C8CAEE0535, (1 <<
 _HEXADECIMAL = set("0123456789abcdef")
 _KEPT_SECTIONS = (".gnu_debuglink", ".gnu_debugaltlink", ".gnu_debugdata", ".note.stapsdt")
 _DEBUG_SECTIONS = (".debug_", ".zdebug_")
-_DEBUG_LIMIT = 64 << 20  # bytes; and at most a quarter of what the file system has left
+_DEBUG_LIMIT = 64 << 20  # bytes; at most a quarter of the file system's room, an eighth of memory's
 _COPY_BLOCK = 8 << 20  # bytes
 _HEADER_ROOM = 4096  # the kernel looks for a build-id in the first page only
 
@@ -112,7 +112,7 @@ class Layout(Record):
             raise CannotLayOut("too many program headers")
         try:
             file = elf.File(original)
-            end, copies, table = _sections(self, file, _room(target))
+            end, copies, table = _sections(self, file, target)
             head = self.head(file, end)
         except (elf.Malformed, struct.error) as error:  # the latter of numbers that do not fit
             raise CannotLayOut(f"not a well-formed ELF file: {error}") from error
@@ -196,9 +196,13 @@ def _build_ids(layout: Layout, file: elf.File) -> list[int]:
 
 def _room(target: int) -> int:
     """Bytes of debug information that an image may have: without it tools name the functions, but
-    not those that the compiler inlined, nor source lines."""
+    not those that the compiler inlined, nor source lines. Neither disk nor memory is to become
+    short by it: on a tmpfs it cannot be reclaimed."""
     status = os.fstatvfs(target)
     room = min(_DEBUG_LIMIT, status.f_bavail * status.f_frsize // 4)
+    found = memory.read()
+    if found is not None:
+        room = min(room, found.available // 8)
     limit = _core.limit(_core.RLIMIT_FSIZE)
     return room if limit is None else min(room, limit // 4)
 
@@ -260,10 +264,10 @@ def content(layout: Layout) -> Iterator[tuple[int, list[Part]]]:
 
 
 def _sections(
-    layout: Layout, file: elf.File, room: int
+    layout: Layout, file: elf.File, target: int
 ) -> tuple[int, list[tuple[int, int, int]], bytes]:
     """Where the section headers go, what is copied before them (offset there, offset here, bytes),
-    and the headers. Debug information comes along where all of it fits into `room` bytes."""
+    and the headers. Debug information comes along where there is room for all of it."""
     at = align(layout.content_end)
     note = layout.build_id_note(file)
     copies: list[tuple[int, int, int]] = []
@@ -272,7 +276,7 @@ def _sections(
     names = file.section_names(headers)
     linked = {header[6] for header in headers if header[1] == elf.SHT_SYMTAB} | {file.names_index}
     debug = {index for index, name in enumerate(names) if name.startswith(_DEBUG_SECTIONS)}
-    if sum(headers[index][5] for index in debug) <= room:
+    if debug and sum(headers[index][5] for index in debug) <= _room(target):
         linked |= debug
     left = file.size
     for index, (name, header) in enumerate(zip(names, headers, strict=True)):

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tempfile
 
 import outside
 import pytest
@@ -140,15 +141,20 @@ import json.tool, decimal, http.client  # it lives on
 """
 
 
-@pytest.mark.parametrize("backing", ["auto", "memfd", "anonymous"])
-@pytest.mark.parametrize("limit", [14, 18, 24, 32, 48, 96])
+@pytest.mark.parametrize("backing", ["auto", "image on tmpfs", "memfd", "anonymous"])
+@pytest.mark.parametrize("limit", [14, 18, 24, 28, 32, 40, 48, 96])
 def test_a_small_cgroup_is_never_killed_by_priming(python, images, limit, backing):
-    """The interpreter and OpenSSL, 5 MiB each, and a limit that the rest of the process fits."""
-    with Cgroup(limit * MIB) as cgroup:
+    """The interpreter and OpenSSL, 5 MiB each, and a limit that the rest of the process fits. What
+    is written to a tmpfs cannot be reclaimed, debug information included."""
+    with (
+        Cgroup(limit * MIB) as cgroup,
+        tempfile.TemporaryDirectory(prefix="page-primer-", dir="/dev/shm") as memory,
+    ):
+        store = f"{memory}/images" if backing == "image on tmpfs" else str(images)
         done = subprocess.run(
-            [*cgroup.wrapper, python, "-c", SERVING, str(images), "ssl", "sqlite3"],
+            [*cgroup.wrapper, python, "-c", SERVING, store, "ssl", "sqlite3"],
             capture_output=True, text=True, check=False,
-            env={"PAGE_PRIMER_BACKING": backing},
+            env={"PAGE_PRIMER_BACKING": backing.partition(" ")[0]},
         )  # fmt: skip
         assert (done.returncode, cgroup.oom_kills) == (0, 0), done.stderr
         answer = json.loads(done.stdout)
