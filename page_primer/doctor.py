@@ -588,9 +588,10 @@ def _has_directory(options: Options) -> bool:
         there = path
         while not os.path.lexists(there):
             there = os.path.dirname(there)
-        ours = there != path or store.is_trusted(os.stat(there))
-        if ours and os.path.isdir(there) and os.access(there, os.W_OK):
-            return True
+        with contextlib.suppress(OSError):  # a symbolic link to nothing
+            ours = there != path or store.is_trusted(os.stat(there))
+            if ours and os.path.isdir(there) and os.access(there, os.W_OK):
+                return True
     return False
 
 

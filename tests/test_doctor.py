@@ -672,6 +672,9 @@ def test_signposts_need_a_directory_that_is_ours_alone(tmp_path: Path) -> None:
     directory = tmp_path / "store"
     options = Options(image_dir=str(directory))
     assert doctor._has_directory(options)  # it can be made
+    directory.symlink_to(tmp_path / "nothing")
+    assert not doctor._has_directory(options)
+    directory.unlink()
     directory.mkdir()
     for mode, usable in ((0o755, True), (0o777, False)):
         directory.chmod(mode)
