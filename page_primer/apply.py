@@ -6,12 +6,12 @@ import errno
 import os
 import time
 
-from page_primer import _core, backing, plan, smaps, store, survey
+from page_primer import _core, backing, plan, smaps, survey
 from page_primer.measure import measure
 from page_primer.memory import Memory
 from page_primer.move import Key, NotMoved, Primed, carry_out, fault_in, key_of, put_back
 from page_primer.options import Options
-from page_primer.plan import Left, Lock, Move, Range, Region
+from page_primer.plan import Left, Lock, Move, Range
 from page_primer.record import replace
 from page_primer.report import ObjectReport, Report
 from page_primer.smaps import Mapping, overlapping
@@ -20,7 +20,7 @@ from page_primer.survey import Object, Survey
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator, Sequence
+    from collections.abc import Collection, Iterable, Sequence
     from threading import RLock, get_ident
 
     from page_primer.perfmap import PerfMap
@@ -45,12 +45,9 @@ class Process:
         self.refused: dict[Range, tuple[Lock, OSError]] = {}
         self.withheld: list[Lock] = []  # for want of memory
         self.memory: Memory | None = None  # what was to be had when that was decided
-        self.start_note: tuple[str, ...] = ()  # how the process was started, if not as wanted
-        self.image_locks: dict[str, int] = {}  # images that we were started from, and locks on them
         self.perf_map: PerfMap | None = None
         self.hosts_locks: list[Range] = []  # made by others than us
         self.huge = 0  # bytes of moved regions on huge pages, when last measured
-        self.started_small = False  # the image that we were started from is not huge throughout
         self.report: Report | None = None
         # A call is under way; another in the same thread is a signal handler's.
         self.busy = False
@@ -85,7 +82,6 @@ class Process:
             for mapping in overlapping(mappings, start, start + 1):
                 self.mapped[key] = mapping.device, mapping.inode
         self._write_perf_map()
-        self.started_small = self._is_started_small(mappings)
         self.report = self._measure(moved, mappings, began)
         return self.report
 
@@ -95,8 +91,8 @@ class Process:
         the parent's measurements hold."""
         before = set(self.locked), self.huge, self._perf_map_outcome()
         self.lock_in_child()
-        for regions in self._regions():
-            fault_in(regions)
+        for primed in self.primed.values():
+            fault_in(primed.regions)
         self._write_perf_map()
         self.huge = self._huge(smaps.starting_at(self._starts()))
         return before == (set(self.locked), self.huge, self._perf_map_outcome())
@@ -107,18 +103,6 @@ class Process:
         self.locked.clear()
         self._lock(wanted)
         return self.report or Report(os.getpid(), None)
-
-    def set_note(self, note: str | None) -> Report:
-        """Have the interpreter's report say how the process was started."""
-        before, self.start_note = len(self.start_note), (note,) if note else ()
-        if self.report is None:
-            return Report(os.getpid(), None)
-        objects = (
-            replace(obj, notes=(*self.start_note, *obj.notes[before:])) if obj.interpreter else obj
-            for obj in self.report.objects
-        )
-        self.report = replace(self.report, objects=tuple(objects))
-        return self.report
 
     def _write_perf_map(self) -> None:
         if self.options is not None and self.options.perf_map:
@@ -177,11 +161,6 @@ class Process:
             self.left[key] = plan.explain(primed.object, primed.regions, found.pmd_size or self.pmd)
         self.objects, self.pmd = found.objects, found.pmd_size or self.pmd
         self.options, self.loads = options, found.loads
-        for obj in found.objects:
-            if obj.native:
-                fault_in(plan.native_regions(obj))
-                if obj.path not in self.image_locks:
-                    self.image_locks[obj.path] = store.hold(obj.path)
         places = backing.directories(options) if planned.moves else []
         return {
             key_of(move.object): move
@@ -268,27 +247,13 @@ class Process:
             with suppress(OSError):
                 self._put_back(key)
 
-    def _regions(self) -> Iterator[Sequence[Region]]:
-        """What is to be on huge pages: of each object that we moved or that was started so."""
-        for primed in self.primed.values():
-            yield primed.regions
-        for obj in self.objects:
-            if obj.native:
-                yield plan.native_regions(obj)
-
     def _starts(self) -> set[int]:
-        return {region.start for regions in self._regions() for region in regions}
+        return {region.start for primed in self.primed.values() for region in primed.regions}
 
     def _huge_of(self, key: Key, mappings: Iterable[Mapping]) -> int:
         """Bytes of a moved object's regions that are on huge pages."""
         starts = {region.start for region in self.primed[key].regions}
         return sum(mapping.huge for mapping in mappings if mapping.start in starts)
-
-    def _is_started_small(self, mappings: Iterable[Mapping]) -> bool:
-        regions = [r for obj in self.objects if obj.native for r in plan.native_regions(obj)]
-        starts = {region.start for region in regions}
-        huge = sum(mapping.huge for mapping in mappings if mapping.start in starts)
-        return huge < sum(high - low for low, high in (r.huge(self.pmd) for r in regions))
 
     def _huge(self, mappings: Iterable[Mapping]) -> int:
         starts = self._starts()
@@ -420,21 +385,20 @@ class Process:
         primed = self.primed.get(key_of(obj))
         segments = measure(obj.segments, here, self.pmd, self.left.get(key_of(obj), ()))
         code = [segment for segment in segments if segment.kind == "code"]
-        native = plan.native_regions(obj) if obj.native else []
         notes = primed.notes if primed else self.notes.get(key_of(obj), ())
         return ObjectReport(
             path=obj.path,
             interpreter=obj.interpreter,
-            backing=primed.prepared.backing if primed else "native" if native else None,
-            where=primed.prepared.where if primed else obj.path if native else None,
+            backing=primed.prepared.backing if primed else None,
+            where=primed.prepared.where if primed else None,
             code_bytes=sum(segment.bytes for segment in code),
             code_huge_bytes=sum(segment.huge_bytes for segment in code),
             huge_bytes=sum(segment.huge_bytes for segment in segments),
             locked_bytes=sum(segment.locked_bytes for segment in segments),
-            copied_bytes=primed.bytes if primed else sum(r.end - r.start for r in native),
+            copied_bytes=primed.bytes if primed else 0,
             written_bytes=primed.prepared.written if primed else 0,
             segments=segments,
-            notes=(*(self.start_note if obj.interpreter else ()), *notes),
+            notes=notes,
         )
 
 

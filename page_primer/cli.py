@@ -1,25 +1,61 @@
-"""The command: page-primer run | build | status | doctor."""
+"""The command: page-primer run | status | doctor.
+
+Only what every command needs is imported here: `run` is in the way of a server's start.
+"""
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import io
-import json
 import os
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from page_primer.options import NAMES, Options
-from page_primer.report import image_place, mib, percent
+from page_primer.options import NAMES
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Mapping, Sequence
+
     from page_primer.status import ObjectStatus
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        command = _plainly_run(words)
+        return _execute(command, {}) if command else _parse_and_run(words)
+    except ValueError as error:
+        from page_primer.started import say
+
+        say(f"page-primer: {error}")
+        return 2
+
+
+def _plainly_run(words: Sequence[str]) -> Sequence[str]:
+    """COMMAND of `run [--] COMMAND`, which is in the way of every start of a server: argparse,
+    which takes 10 ms, has nothing to do for it. Empty for anything else."""
+    if words[:1] == ["run"] and words[1:2] == ["--"]:
+        return words[2:]
+    return words[1:] if words[:1] == ["run"] and words[1:] and words[1][:1] != "-" else []
+
+
+def _parse_and_run(words: Sequence[str]) -> int:
+    import io
+
+    given = _parser().parse_args(words)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names are bytes
+    try:
+        return int(given.run(given))
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`): not our error.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    import argparse
+
     parser = argparse.ArgumentParser(
         prog="page-primer",
         description="Machine code on huge pages and locked in memory, for Python servers.",
@@ -33,26 +69,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in sorted(NAMES):
         flag = f"--{name.replace('_', '-')}"
         run.add_argument(flag, metavar="VALUE", help=f"as PAGE_PRIMER_{name.upper()}")
-    native = run.add_mutually_exclusive_group()
-    native.add_argument("--native", action="store_const", const="1", dest="native",
-                        help="start interpreters from their images: the default where it works; "
-                        "with this option it is said where it does not")  # fmt: skip
-    native.add_argument("--no-native", action="store_const", const="0", dest="native",
-                        help="prime interpreters after their start")  # fmt: skip
-    run.add_argument("--late", action="store_const", const="1",
-                     help="move libraries as well that are loaded later")  # fmt: skip
+    late = run.add_mutually_exclusive_group()
+    late.add_argument("--late", action="store_const", const="1", dest="late",
+                      help="prime libraries that are imported later as well: the default, and "
+                      "stronger than PAGE_PRIMER_LATE=0")  # fmt: skip
+    late.add_argument("--no-late", action="store_const", const="0", dest="late",
+                      help="only what is loaded when a process starts")  # fmt: skip
     run.add_argument("-v", "--verbose", action="store_const", const="1",
                      help="one line on stderr for each process")  # fmt: skip
     run.add_argument("argv", nargs=argparse.REMAINDER, metavar="COMMAND ...")
     run.set_defaults(run=_run)
-
-    build = commands.add_parser(
-        "build", help="write an interpreter's image for native load, for a container's image"
-    )
-    build.add_argument("--python", default=sys.executable, metavar="PATH",
-                       help="the interpreter (default: this one)")  # fmt: skip
-    build.add_argument("directory", metavar="DIR", help="an absolute path, made if it is missing")
-    build.set_defaults(run=_build)
 
     status = commands.add_parser(
         "status", help="what a live process and its children have on huge pages, locked, shared"
@@ -68,50 +94,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     doctor.add_argument("--json", action="store_true", help="as JSON, sizes in bytes")
     doctor.set_defaults(run=_doctor)
 
-    given = parser.parse_args(arguments)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # file names are bytes
-    try:
-        return int(given.run(given))
-    except ValueError as error:
-        print(f"page-primer: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:
-        # The reader of our output went away (`| head`): not our error.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    return parser
 
 
 def _run(given: argparse.Namespace) -> int:
-    from page_primer import launch
-
     command = given.argv[1:] if given.argv[:1] == ["--"] else given.argv
     if not command:
         raise ValueError("run: no command")
     settings = {
         f"PAGE_PRIMER_{name.upper()}": value
-        for name in (*NAMES, "native", "late", "verbose")
+        for name in (*NAMES, "late", "verbose")
         if (value := getattr(given, name)) is not None
     }
-    return launch.run(command, settings, explicit=given.native == "1")
+    return _execute(command, settings)
 
 
-def _build(given: argparse.Namespace) -> int:
-    from page_primer.build import build
-    from page_primer.starts import Refusal
+def _execute(command: Sequence[str], settings: Mapping[str, str]) -> int:
+    from page_primer import launch
 
-    try:
-        print(build(given.python, given.directory))
-    except Refusal as why:
-        print(f"page-primer: {why}", file=sys.stderr)
-        return 1
-    return 0
+    return launch.run(command, settings)
 
 
 def _status(given: argparse.Namespace) -> int:
     if sys.platform != "linux":
         print(f"page-primer: not supported on {sys.platform}", file=sys.stderr)
         return 1
+    import json
+
+    from page_primer.report import mib, percent
+
     try:
         from page_primer.status import examine, family
     except ImportError as error:  # built without its C core
@@ -169,13 +180,18 @@ def _status(given: argparse.Namespace) -> int:
 
 def _place(obj: ObjectStatus) -> str:
     """Where an object's read-only span lies, if not on its own file."""
+    from page_primer.report import image_place
+
     backing = obj.backing or ""
     same_name = os.path.basename(backing) == os.path.basename(obj.path)
     return image_place(backing) if same_name else backing
 
 
 def _doctor(given: argparse.Namespace) -> int:
+    import json
+
     from page_primer import doctor
+    from page_primer.options import Options
 
     options = Options.load()
     checks, layout = doctor.examine(options), doctor.interpreter(options)
@@ -188,6 +204,8 @@ def _doctor(given: argparse.Namespace) -> int:
 
 def _show_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print columns: the first and the last aligned to the left, numbers to the right."""
+    import contextlib
+
     last = len(titles) - 1
     if sys.stdout.isatty():
         # With the extra `cli` long names fold to the width of the terminal.

@@ -693,8 +693,6 @@ def _coverage_fix(found: Interpreter, best: Coverage, options: Options) -> str |
         return "PAGE_PRIMER_MERGE=1"
     if plan.PROFILERS_HEAD in best.left:
         return "PAGE_PRIMER_KEEP_PROFILERS=0"
-    if found.phase and plan.NO_CHUNK in best.left:
-        return "page-primer run -- COMMAND"  # started from its image, it is aligned
     return None
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 ET_EXEC, ET_DYN = 2, 3
-PT_NULL, PT_LOAD, PT_DYNAMIC, PT_INTERP, PT_NOTE, PT_PHDR = 0, 1, 2, 3, 4, 6
+PT_NULL, PT_LOAD, PT_DYNAMIC, PT_NOTE, PT_PHDR = 0, 1, 2, 4, 6
 PT_GNU_STACK = 0x6474E551
 PF_X, PF_W, PF_R = 1, 2, 4
 SHT_SYMTAB, SHT_NOBITS, SHT_DYNSYM = 2, 8, 11
@@ -39,10 +39,8 @@ _DYNAMIC_ENTRY = struct.Struct("=qQ")  # d_tag, d_val
 _NOTE = struct.Struct("=III")  # n_namesz, n_descsz, n_type
 
 _IDENT = b"\x7fELF\x02" + (b"\x01" if sys.byteorder == "little" else b"\x02")
-DT_NULL, DT_NEEDED, DT_STRTAB, DT_SONAME, DT_RPATH, DT_RUNPATH = 0, 1, 5, 14, 15, 29
-_DT_TEXTREL, _DT_FLAGS, _DF_TEXTREL = 22, 30, 4
+_DT_NULL, _DT_TEXTREL, _DT_FLAGS, _DF_TEXTREL = 0, 22, 30, 4
 _LONGEST_NAME = 64  # more than any section has whose name matters here
-_LONGEST_PATH = 4096
 _LONGEST_TABLE = 1 << 16  # the same of a PT_NOTE and a PT_DYNAMIC, bytes
 
 
@@ -125,26 +123,7 @@ class File:
         data = self.read(program_header[2], min(program_header[5], _LONGEST_TABLE))
         whole = len(data) // _DYNAMIC_ENTRY.size * _DYNAMIC_ENTRY.size
         entries = _DYNAMIC_ENTRY.iter_unpack(data[:whole])
-        return list(takewhile(lambda entry: entry[0] != DT_NULL, entries))
-
-    def dynamic_strings(self) -> dict[int, list[str]]:
-        """What the dynamic section names, by tag: DT_NEEDED, DT_SONAME, DT_RPATH, DT_RUNPATH."""
-        headers = list(PROGRAM_HEADER.iter_unpack(self.program_headers()))
-        entries = [e for h in headers if h[0] == PT_DYNAMIC for e in self.dynamic(h)]
-        tables = [value for tag, value in entries if tag == DT_STRTAB]
-        found: dict[int, list[str]] = {}
-        for tag, value in entries:
-            if tag in (DT_NEEDED, DT_SONAME, DT_RPATH, DT_RUNPATH) and tables:
-                at = self._offset_of(tables[0], headers) + value
-                raw = os.pread(self._fd, _LONGEST_PATH, at).partition(b"\0")[0]
-                found.setdefault(tag, []).append(os.fsdecode(raw))
-        return found
-
-    def _offset_of(self, address: int, headers: list[tuple[int, ...]]) -> int:
-        for kind, _, offset, vaddr, _, size, _, _ in headers:
-            if kind == PT_LOAD and vaddr <= address < vaddr + size:
-                return offset + address - vaddr
-        raise Malformed("an address in no segment")
+        return list(takewhile(lambda entry: entry[0] != _DT_NULL, entries))
 
 
 def has_text_relocations(dynamic: Iterable[tuple[int, int]]) -> bool:
@@ -152,13 +131,6 @@ def has_text_relocations(dynamic: Iterable[tuple[int, int]]) -> bool:
     return any(
         tag == _DT_TEXTREL or (tag == _DT_FLAGS and value & _DF_TEXTREL) for tag, value in dynamic
     )
-
-
-def is_native(path: str) -> bool:
-    """Whether a path is that of an image for native load: its folder's name says so."""
-    folder, _, name = path.removesuffix(" (deleted)").rpartition("/")
-    parts = folder.rpartition("/")[2].split("-", 5)
-    return len(parts) == 6 and parts[0].isdecimal() and parts[1] == "native" and parts[5] == name
 
 
 def _notes(data: bytes, alignment: int) -> Iterator[tuple[bytes, int, int, int]]:

@@ -79,12 +79,12 @@ class Layout(Record):
     def content_end(self) -> int:
         return max(self.offset(segment.file_end) for segment in self.object.segments)
 
-    def build_id_note(self, file: elf.File) -> int | None:
-        """The offset of the image's own build-id note, if the section's address does not tell."""
+    def build_id_note(self, file: elf.File) -> int:
+        """The offset of the image's own build-id note."""
         return elf.HEADER.size + len(_program_headers(self, file)) * PROGRAM_HEADER.size
 
-    def head(self, file: elf.File, section_headers: int) -> list[tuple[int, bytes]]:
-        """What describes the image, to be written over its content: (offset, bytes) each.
+    def head(self, file: elf.File, section_headers: int) -> bytes:
+        """The beginning of the image, which describes it.
 
         Args:
             file: the object's file.
@@ -96,7 +96,7 @@ class Layout(Record):
         first_page = elf.HEADER.pack(*fields) + b"".join(table) + _build_id_note(self)
         if len(first_page) > _HEADER_ROOM:
             raise CannotLayOut("too many program headers")
-        return [(0, first_page)]
+        return first_page
 
     def write(self, original: int, target: int) -> int:
         """Write the image from the open file `original` to the empty file `target`.
@@ -124,7 +124,7 @@ class Layout(Record):
             for done in range(0, size, _COPY_BLOCK):
                 part = source + done, min(_COPY_BLOCK, size - done)
                 written += _copy(original, [part], target, offset + done)
-        for offset, data in ((end, table), *head):
+        for offset, data in ((end, table), (0, head)):
             written += write_all(target, data, offset)
         return written
 
@@ -154,27 +154,6 @@ def as_libpython(name: str) -> str:
 def _plain(name: str) -> str:
     """What as_libpython() was given, if it was."""
     return name.partition(".so-")[2] if name.startswith("libpython") else name
-
-
-def holds(layout: Layout, original: int, target: int) -> bool:
-    """Whether the file `target` is what write() writes of `layout`, as far as it is loaded."""
-    try:
-        head = layout.head(elf.File(original), elf.File(target).header[6])
-    except elf.Malformed:
-        return False
-    for offset, parts in content(layout):
-        block = bytearray().join(
-            bytes(size) if source is None else os.pread(original, size, source).ljust(size, b"\0")
-            for source, size in parts
-        )
-        there = os.pread(target, len(block), offset)
-        for at, data in head:
-            low, high = max(at, offset), min(at + len(data), offset + len(block))
-            if low < high:
-                block[low - offset : high - offset] = data[low - at : high - at]
-        if there != block:
-            return False
-    return all(os.pread(target, len(data), at) == data for at, data in head)
 
 
 def check_file_size(size: int) -> None:
@@ -281,7 +260,7 @@ def _sections(
     left = file.size
     for index, (name, header) in enumerate(zip(names, headers, strict=True)):
         sh_name, kind, flags, address, offset, size, *rest = header
-        if name == ".note.gnu.build-id" and note is not None:
+        if name == ".note.gnu.build-id":
             offset, size = note, _NOTE.size
         elif flags & elf.SHF_ALLOC:
             offset = layout.offset(layout.object.base + address)
@@ -353,18 +332,18 @@ def _read_only(layout: Layout) -> Iterator[tuple[int, int, int]]:
             yield at, end, PF_R
 
 
-def build_id(layout: Layout, size: int = _BUILD_ID_SIZE) -> bytes:
+def _build_id(layout: Layout) -> bytes:
     """A build-id that is this image's alone, and the same whenever it is written."""
     # By hand: hashlib would load OpenSSL into the server for the sake of a name, and any module
     # that hashes costs a first prime a millisecond.
     digest, factor = _FNV
     for byte in layout.name.encode(errors="surrogateescape"):
         digest = (digest ^ byte) * factor % (1 << 256)
-    return digest.to_bytes(32, "big")[:size].ljust(size, b"\0")
+    return digest.to_bytes(32, "big")[:_BUILD_ID_SIZE]
 
 
 def _build_id_note(layout: Layout) -> bytes:
-    return _NOTE.pack(4, _BUILD_ID_SIZE, elf.NT_GNU_BUILD_ID, b"GNU\0", build_id(layout))
+    return _NOTE.pack(4, _BUILD_ID_SIZE, elf.NT_GNU_BUILD_ID, b"GNU\0", _build_id(layout))
 
 
 def is_name(name: str) -> bool:
@@ -372,8 +351,6 @@ def is_name(name: str) -> bool:
     version, *numbers = _plain(name).split("-")
     if not version.isascii() or not version.isdigit():
         return False
-    if numbers[:1] == ["native"]:
-        return len(numbers) >= 5 and all(map(_HEXADECIMAL.issuperset, numbers[1:4]))
     if numbers[-1:] == [SIGNPOST]:
         numbers[-1:] = "0", "r"
     return (
@@ -391,8 +368,6 @@ def belongs_to(name: str, path: str) -> bool:
     except OSError:
         return False
     _, *numbers = _plain(name).split("-")
-    if numbers[0] == "native":
-        return numbers[2] == f"{source.size:x}"
     return numbers[:5] == identity(source)
 
 

@@ -1,4 +1,4 @@
-"""Prime libraries when they arrive: `page-primer run --late`.
+"""Prime libraries when they arrive: `page-primer run`, unless with `--no-late`.
 
 A framework's integration knows when an application has been loaded; a launcher does not. It looks
 after each extension module whether a library came with room for a huge page, which takes
@@ -7,14 +7,18 @@ microseconds, and primes then.
 
 from __future__ import annotations
 
-from importlib.machinery import ExtensionFileLoader, ModuleSpec
-from types import ModuleType
+from importlib.machinery import ExtensionFileLoader
 
 from page_primer import _core, prime
 from page_primer.options import Options
 from page_primer.plan import Region
 from page_primer.suppress import suppress
 from page_primer.survey import Object, page_size, pmd_size, segments_of
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
 
 
 def watch(options: Options) -> None:

@@ -1,114 +1,116 @@
 """`page-primer run`: start a command so that every Python process it leads to is primed.
 
-Nothing is left behind of the launcher: it sets the environment and executes the command in its own
-place. launcher.c does the same where it has nothing to find out, in a millisecond.
+Sets the environment and executes the command in this process's place, as execvp(3) does. What
+primes is site/sitecustomize.py, which the environment puts in the way of each interpreter's start.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import shutil
 import signal
-import sys
-from collections.abc import Collection, Mapping, Sequence
 
 from page_primer.options import Options, flag
-from page_primer.started import LATE, NATIVE, SITE, STARTED, VERBOSE, undo_coercion
+from page_primer.started import LATE, SITE, VERBOSE, say
 from page_primer.suppress import suppress
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from typing import NoReturn
 
-def run(command: Sequence[str], settings: Mapping[str, str], *, explicit: bool = False) -> int:
+_IGNORED_BY_PYTHON = signal.SIGPIPE, signal.SIGXFSZ
+# What execvp(3) takes for "not in this directory of PATH"; EACCES it remembers.
+_NOT_HERE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ENODEV, errno.ETIMEDOUT)
+_DEFAULT_PATH = "/bin:/usr/bin"  # confstr(_CS_PATH): where execvp(3) looks without PATH
+
+
+def run(command: Sequence[str], settings: Mapping[str, str]) -> int:
     """Execute a command in this process's place.
 
     Args:
         command: its argv.
         settings: environment variables, PAGE_PRIMER_*, for it and its descendants.
-        explicit: say on stderr why native load is not to be had.
 
     Returns:
-        An exit status, as of a shell, if the command cannot be executed.
+        The exit status that a shell gives where the command cannot be executed: 127 if there is
+        none, 126 otherwise.
 
     Raises:
-        ValueError: a setting that does not make sense; the message names it.
+        ValueError: an invalid setting; the message names it.
     """
-    environment = {**os.environ, **settings}
-    options = Options.load(environ=environment)
-    flag(LATE, environment.get(LATE) or False)
-    flag(VERBOSE, environment.get(VERBOSE) or False)
-    native = flag(NATIVE, environment.get(NATIVE) or True)
-    environment.pop(STARTED, None)
-    launcher = environment.pop("PAGE_PRIMER_LAUNCHER", None)
-    _restore_signals(environment.pop("PAGE_PRIMER_IGNORED", "").split())
-    undo_coercion(environment)
+    # In place: execv(2) passes on what getenv(3) sees, entries that are no NAME=VALUE included.
+    os.environ.update(settings)
+    options = Options.load()
+    for name in (LATE, VERBOSE):
+        flag(name, os.environ.get(name) or False)
+    _undo_coercion()
+    if options.enabled:
+        _add_site()
     try:
-        if options.enabled:
-            _add_site(environment)
-        if options.enabled and native and sys.platform == "linux":
-            reason = _native(command, options, environment, launcher)
-            if explicit:
-                _say(f"not started natively: {reason}")
-        _execute(command, environment)
+        _execute(command)
     except OSError as error:
-        _say(f"{command[0]}: {error.strerror}")
-        return 127 if isinstance(error, FileNotFoundError | NotADirectoryError) else 126
-    return 126
+        say(f"page-primer: {command[0]}: {error.strerror}")
+        return 126 if error.errno not in _NOT_HERE else 127
 
 
-def _say(what: str) -> None:
-    with suppress(OSError):
-        if sys.stderr is not None:
-            print(f"page-primer: {what}", file=sys.stderr, flush=True)
+def _add_site() -> None:
+    """Put our sitecustomize first on PYTHONPATH, once."""
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path != SITE]
+    os.environ["PYTHONPATH"] = os.pathsep.join([SITE, *paths] if paths != [""] else [SITE])
 
 
-def _restore_signals(ignored: Collection[str]) -> None:
-    """This interpreter ignores signals that it may have found otherwise."""
-    for number in (signal.SIGPIPE, signal.SIGXFSZ):
-        if number.name not in ignored:
-            signal.signal(number, signal.SIG_DFL)
+def _undo_coercion() -> None:
+    """An interpreter that finds the C locale sets LC_CTYPE (PEP 538), and the next one, which finds
+    that, would not enable UTF-8 mode (PEP 540): pass on what this one was given."""
+    if "UTF" not in os.environ.get("LC_CTYPE", "").upper():
+        return
+    with suppress(OSError), open("/proc/self/environ", "rb") as file:
+        given = dict(entry.partition(b"=")[::2] for entry in file.read().split(b"\0"))
+        if b"LC_CTYPE" not in given:
+            del os.environ["LC_CTYPE"]
+        else:
+            os.environ["LC_CTYPE"] = os.fsdecode(given[b"LC_CTYPE"])
 
 
-def _execute(command: Sequence[str], environment: dict[str, str]) -> None:
-    """As execvp(3) does: a script without `#!` is the shell's. Raises OSError."""
-    if not command[0]:
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+def _execute(command: Sequence[str]) -> NoReturn:
+    """As execvp(3) does: a script without `#!` is the shell's.
+
+    Raises:
+        OSError: the command cannot be executed.
+    """
+    refusal = OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+    # This interpreter ignores them, and an ignored signal stays ignored over an exec. How it found
+    # them is not recorded anywhere, so they get their defaults, as by subprocess.Popen. Not before
+    # there is nothing left to do here: a closed pipe as stderr, or `ulimit -f 0`, would kill us.
+    ignored = [(number, signal.signal(number, signal.SIG_DFL)) for number in _IGNORED_BY_PYTHON]
     try:
-        os.execvpe(command[0], list(command), environment)
+        for path in _candidates(command[0]):
+            try:
+                _execute_file(path, command)
+            except OSError as error:
+                if error.errno == errno.EACCES or refusal.errno != errno.EACCES:
+                    refusal = error
+                if error.errno not in (errno.EACCES, *_NOT_HERE):
+                    break
+    finally:
+        for number, handler in ignored:
+            signal.signal(number, handler)
+    raise refusal
+
+
+def _candidates(name: str) -> Iterator[str]:
+    if "/" in name:
+        yield name
+    elif name:
+        for directory in os.environ.get("PATH", _DEFAULT_PATH).split(os.pathsep):
+            yield f"{directory}/{name}" if directory else name
+
+
+def _execute_file(path: str, command: Sequence[str]) -> NoReturn:
+    try:
+        os.execv(path, list(command))
     except OSError as error:
         if error.errno != errno.ENOEXEC:
             raise
-        path = command[0] if "/" in command[0] else shutil.which(command[0])
-        shell = ["/bin/sh", path or command[0], *command[1:]]
-        os.execve(shell[0], shell, environment)
-
-
-def _add_site(environment: dict[str, str]) -> None:
-    """Put our sitecustomize first on PYTHONPATH, once."""
-    paths = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path != SITE]
-    environment["PYTHONPATH"] = os.pathsep.join([SITE, *paths] if paths != [""] else [SITE])
-
-
-def _native(
-    command: Sequence[str], options: Options, environment: dict[str, str], launcher: str | None
-) -> str:
-    """Execute the command natively. Returns only if that cannot be: the reason."""
-    try:
-        from page_primer import starts
-    except ImportError as error:  # built without its C core
-        return f"not available here: {error}"
-    if launcher is not None:
-        starts.introduce(launcher, SITE, options)
-    try:
-        found = starts.resolve(command)
-        start = starts.plan(found.program, options)
-        if starts.is_isolated(found.arguments):
-            return "an interpreter with -E, -I or -S is not primed"
-        environment = {**environment, STARTED: f"{os.getpid()} {found.name}"}
-        start.run(found.program, found.arguments, environment)
-    except starts.Refusal as why:
-        return str(why)
-    except OSError as error:
-        return error.strerror or str(error)
-    except Exception as error:  # whatever it is, the command is executed
-        return f"{type(error).__name__}: {error}"
-    return ""
+        os.execv("/bin/sh", ["/bin/sh", path, *command[1:]])

@@ -33,7 +33,6 @@ NO_CODE = "no code"
 NO_CHUNK = "no whole huge page"
 PROFILERS_HEAD = "kept for profilers"
 WRITABLE = "writable"
-NATIVE = "started from its image"
 
 # Where a signpost goes: above every program that is linked for one address, with room for its heap
 # to grow, and within what the smallest address space has (arm64, 39 bits).
@@ -117,7 +116,7 @@ def make(survey: Survey, options: Options, used: int = 0, held: Iterable[Range] 
     memory = memory_room(survey.memory, options, held)
     spare = survey.memory.available - WORKING if survey.memory else memory
     for obj in sorted(survey.objects, key=_heat):
-        reason = NATIVE if obj.native else _refusal(obj, survey, options)
+        reason = _refusal(obj, survey, options)
         move = None if reason else _move(obj, survey, options)
         if move is None:
             reason = reason or NO_CHUNK
@@ -134,10 +133,7 @@ def make(survey: Survey, options: Options, used: int = 0, held: Iterable[Range] 
         else:
             # It will be locked where it is; if it must be less than all, then the code.
             size = _lock_size(obj, options, held, code_only=reason == OVER_MEMORY)
-            if obj.native:
-                left += explain(obj, native_regions(obj), survey.pmd_size)
-            else:
-                left += [Left(obj, s.start, s.end, s.kind, _why(s, reason)) for s in obj.segments]
+            left += [Left(obj, s.start, s.end, s.kind, _why(s, reason)) for s in obj.segments]
         if size <= memory:
             memory -= size
             spare -= size
@@ -168,8 +164,6 @@ def _lock_size(obj: Object, options: Options, held: Sequence[Range], code_only: 
         return 0
     code_only |= options.mlock == "code"
     wanted = [(s.start, s.end) for s in obj.segments if s.kind == "code" or not code_only]
-    if obj.native and code_only:  # all of the span is executable
-        wanted = [(region.start, region.end) for region in native_regions(obj)]
     return sum(_outside(start, end, held) for start, end in wanted)
 
 
@@ -188,11 +182,6 @@ def _outside(start: int, end: int, disjoint: Iterable[Range]) -> int:
     """Bytes of a range that none of `disjoint` covers."""
     covered = (min(end, high) - max(start, low) for low, high in disjoint)
     return end - start - sum(size for size in covered if size > 0)
-
-
-def native_regions(obj: Object) -> list[Region]:
-    """What the loader mapped of an image for native load: the read-only span, in one piece."""
-    return [Region(span[0].start, span[-1].end, PF_R | PF_X) for span in obj.spans()]
 
 
 def explain(obj: Object, regions: Sequence[Region], pmd: int) -> list[Left]:

@@ -61,9 +61,8 @@ class ObjectReport(Record):
     @property
     def place(self) -> str:
         """The backing, for people: an image's store rather than its long path."""
-        if self.backing in ("image", "native") and self.where:
-            started = "started from its " if self.backing == "native" else ""
-            return started + image_place(self.where)
+        if self.backing == "image" and self.where:
+            return image_place(self.where)
         return self.backing or "its own file"
 
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from page_primer import elf
-from page_primer.elf import PROGRAM_HEADER, PT_LOAD, is_native
+from page_primer.elf import PROGRAM_HEADER, PT_LOAD
 from page_primer.measure import measure
 from page_primer.report import memlock_remedy, mib
 from page_primer.smaps import Mapping, overlapping, read_smaps, total
@@ -134,8 +134,7 @@ def _objects(pid: int, mappings: Sequence[Mapping]) -> Iterator[ObjectStatus]:
         here = list(overlapping(mappings, first, last))
         spans = [s for s in original.segments if not s.writable]
         span = [m for m in here if any(True for s in spans if m.start < s.end and s.start < m.end)]
-        native = is_native(original.path)
-        moved = [m for m in span if native or (m.device, m.inode) != original.identity]
+        moved = [m for m in span if (m.device, m.inode) != original.identity]
         segments = measure(original.segments, here, pmd_size())
         code = [s for s in segments if s.kind == "code"]
         yield ObjectStatus(
@@ -175,8 +174,7 @@ def _loaded(pid: int, mappings: Iterable[Mapping]) -> list[_Loaded]:
             if not votes:
                 break
             base = votes.most_common(1)[0][0]
-            native = is_native(parts[0].path)
-            segments = segments_of(table, base, page_size(), native=native)
+            segments = segments_of(table, base, page_size())
             start, end = segments[0].start, segments[-1].end
             # Only what has code somewhere is an object in the sense of this report.
             if any(segment.code for segment in segments):

@@ -246,20 +246,8 @@ class Store:
 
 def is_trusted(status: os.stat_result) -> bool:
     """Whether nobody else could have put something in, or can. What is root's can be trusted as the
-    interpreter can: `page-primer build` in a container."""
+    interpreter can."""
     return status.st_uid in (0, os.geteuid()) and not status.st_mode & 0o022
-
-
-def hold(path: str) -> int:
-    """Keep an image from being pruned as long as the descriptor that is returned is open; negative
-    where locks are not to be had."""
-    with suppress(OSError):
-        folder = os.open(os.path.dirname(path), _DIRECTORY)
-        try:
-            return _lock_shared(folder)
-        finally:
-            os.close(folder)
-    return -1
 
 
 def _make(path: str) -> bool:

@@ -6,7 +6,7 @@ import os
 from itertools import pairwise
 
 from page_primer import _core, elf, memory
-from page_primer.elf import PF_R, PF_W, PF_X, PROGRAM_HEADER, PT_LOAD, is_native
+from page_primer.elf import PF_R, PF_W, PF_X, PROGRAM_HEADER, PT_LOAD
 from page_primer.memory import Memory
 from page_primer.record import Record, replace
 from page_primer.scratch import map_new
@@ -14,7 +14,7 @@ from page_primer.smaps import Mapping, overlapping, read_maps, read_smaps
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
 _PMD_SIZE_FILE = "/sys/kernel/mm/transparent_hugepage/hpage_pmd_size"
 
@@ -88,7 +88,6 @@ class Object(Record):
     problem: str | None = None
     bti: bool = False  # arm64: code is mapped PROT_BTI
     resident_code: int = 0  # bytes
-    native: bool = False  # started from an image that is laid out for it
 
     @property
     def start(self) -> int:
@@ -184,13 +183,12 @@ def take(
     )
 
 
-def segments_of(
-    headers: bytes, base: int, page: int, *, native: bool = False
-) -> tuple[Segment, ...]:
-    """The PT_LOADs of a program header table, in the order of their addresses; of an image for
-    `native` load those that its original has."""
+def segments_of(headers: bytes, base: int, page: int) -> tuple[Segment, ...]:
+    """The PT_LOADs of a program header table, in the order of their addresses."""
     segments = []
-    for flags, offset, vaddr, filesz, memsz in _loads(headers, native):
+    for kind, flags, offset, vaddr, _, filesz, memsz, _ in PROGRAM_HEADER.iter_unpack(headers):
+        if kind != PT_LOAD or not memsz:
+            continue
         start = (base + vaddr) & -page
         segments.append(
             Segment(
@@ -212,19 +210,6 @@ def segments_of(
     return tuple(segments)
 
 
-def _loads(headers: bytes, native: bool) -> Iterator[tuple[int, int, int, int, int]]:
-    """p_flags, p_offset, p_vaddr, p_filesz and p_memsz of each PT_LOAD."""
-    table = list(PROGRAM_HEADER.iter_unpack(headers))
-    # Those that the one over the whole span stands for (native.py); the first of them it hides.
-    hidden = [h for h in table if native and h[0] == elf.PT_NULL and h[6]]
-    for kind, flags, offset, vaddr, _, filesz, memsz, _ in table:
-        if kind == PT_LOAD and memsz and hidden and not flags & PF_W:
-            size = min(h[3] for h in hidden) - vaddr
-            yield PF_R, offset, vaddr, size, size
-        elif memsz and (kind == PT_LOAD or (native and kind == elf.PT_NULL)):
-            yield flags, offset, vaddr, filesz, memsz
-
-
 def _object(
     name: str,
     base: int,
@@ -242,13 +227,10 @@ def _object(
     data = next((s for s in segments if s.writable and s.file_end > s.start), segments[0])
     origin = next(overlapping(here, data.start, data.start + 1), None)
     path = origin.path.removesuffix(" (deleted)") if origin else name
-    if is_native(path):
-        segments = segments_of(headers, base, page_size(), native=True)
     code = [m for m in here if m.executable]
     found = Object(
         name=name,
         path=path,
-        native=is_native(path),
         base=base,
         headers=headers,
         segments=segments,

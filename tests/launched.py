@@ -25,17 +25,20 @@ def run(command, images=None, *, env=None, launcher=(), **options):
     return subprocess.run(command, env=env, capture_output=True, text=True, **options)
 
 
-def check_native(pids):
-    """All attainable .text is on huge pages and locked in each process, which was started from an
-    image; returns the measurements."""
+def check_primed(pids):
+    """All attainable .text of the interpreter is on huge pages and locked in each process; returns
+    the measurements."""
     texts = [outside.text_of(pid) for pid in pids]
     for text in texts:
-        assert "-native-" in text.path, text
         assert text.huge == text.attainable > 0, text
         assert text.locked and text.executable, text
     return texts
 
 
-def is_native(pid):
-    text = outside.text_of(pid)
-    return "-native-" in text.path and text.locked
+def is_primed(pid, path=None):
+    """Whether that is so by now: the process may be about to execute the interpreter yet."""
+    try:
+        text = outside.text_of(pid, path)
+    except (OSError, StopIteration, AttributeError):
+        return False
+    return text.huge == text.attainable > 0 and text.locked

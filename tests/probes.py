@@ -60,18 +60,10 @@ class Shape:
 
 @dataclass(frozen=True)
 class Way:
-    """How a server is started: the environment, and whether its interpreter from its image."""
+    """How a server is primed: its environment."""
 
     name: str
     env: Mapping[str, str] = field(default_factory=dict, hash=False)
-    native: bool = False
-
-    def wrapper(self, shape: Shape) -> list[str]:
-        """What is put before a command of that interpreter."""
-        if not self.native:
-            return []
-        launcher = [shape.python, "-m", "page_primer"] if shape.chroot else [tool("page-primer")]
-        return [*launcher, "run", "--native", "--"]
 
 
 UNPRIMED = Way("unprimed", {"PAGE_PRIMER": "0"})
@@ -88,7 +80,6 @@ def ways(disk: Path, memory: Path) -> list[Way]:
         Way("image on disk", {"PAGE_PRIMER_BACKING": "image", "PAGE_PRIMER_IMAGE_DIR": str(disk)}),
         Way("image on tmpfs",
             {"PAGE_PRIMER_BACKING": "image", "PAGE_PRIMER_IMAGE_DIR": str(memory)}),
-        Way("native load", {"PAGE_PRIMER_IMAGE_DIR": str(disk)}, native=True),
         Way("memfd", {"PAGE_PRIMER_BACKING": "memfd", "PAGE_PRIMER_IMAGE_DIR": str(disk)}),
         Way("anonymous", {"PAGE_PRIMER_BACKING": "anonymous", "PAGE_PRIMER_IMAGE_DIR": str(disk)}),
         Way("anonymous, perf map",
@@ -148,7 +139,7 @@ class Target:
         port = free_port()
         conf = [] if late else ["-c", CONF]
         command = [
-            *shape.wrapper, *way.wrapper(shape), shape.python, "-m", "gunicorn", *conf,
+            *shape.wrapper, shape.python, "-m", "gunicorn", *conf,
             "--chdir", str(self.directory).removeprefix(shape.chroot),
             "--bind", f"127.0.0.1:{port}", "--timeout", "600", "--log-level", "debug",
             *NO_CONTROL_SOCKET, "toolsapp:app",
@@ -181,8 +172,6 @@ class Target:
         """Raises Failed unless the worker's code is where this way puts it; NotHere if by its own
         report there was nothing to put there."""
         wanted = self.way.env.get("PAGE_PRIMER_BACKING", "image")
-        if self.way.native:
-            wanted = "started"
         pattern = r"page-primer: ([\d.]+) % of .* on huge pages(?: \((\w+))?"
         said = re.search(pattern, self.server.log())
         if said and not float(said[1]) and not said[2]:
@@ -193,11 +182,8 @@ class Target:
             text = outside.text_of(self.pid)
             # What may be left for profilers is the head of what has a random address.
             whole = text.fixed or (wanted == "image" and self.interpreter.endswith(".so.1.0"))
-            if text.huge < (text.attainable if whole or self.way.native else 1):
+            if text.huge < (text.attainable if whole else 1):
                 raise Failed(f"not primed: {text}")
-            folder = os.path.basename(os.path.dirname(self.interpreter_image))
-            if self.way.native != ("-native-" in folder):
-                raise Failed(f"its code is in {folder}")
 
     @property
     def alive(self) -> bool:
@@ -687,9 +673,6 @@ def _(target: Target) -> Samples:
 
 @probe("perf record, started before priming", same_samples, late=True)
 def _(target: Target) -> Samples:
-    if target.way.native:
-        raise NotHere("natively there is no before: the interpreter starts from its image")
-
     return perf_samples(target, "-p", str(target.pid), first="prime")
 
 
@@ -866,10 +849,7 @@ print(len(re.sub(r"\\d+", "", text)), core and core.backing, *why)
 
 
 def same_checks(expected: dict[str, Any], seen: dict[str, Any]) -> Verdict:
-    verdict = same({**expected, "asked": "", "backing": ""}, {**seen, "asked": "", "backing": ""})
-    if verdict.mark == WORKS and seen["asked"] != seen["backing"]:
-        return Verdict(NOTE, f"primed in-process ({seen['backing']}), not started from its image")
-    return verdict
+    return same({**expected, "backing": ""}, {**seen, "backing": ""})
 
 
 @probe("valgrind", same_checks)
@@ -878,8 +858,7 @@ def _(target: Target) -> dict[str, Any]:
     CPython's own, and prime() runs more of it; accesses to wrong addresses are not."""
     env = {**target.way.env, "PYTHONMALLOC": "malloc", "PAGE_PRIMER_MLOCK": "0",
            "PAGE_PRIMER_PERF_MAP": "0"}  # fmt: skip
-    launcher = target.way.wrapper(target.shape)
-    command = [*launcher, tool("valgrind"), target.shape.python, "-c", VALGRINDED]
+    command = [tool("valgrind"), target.shape.python, "-c", VALGRINDED]
     said = run(*command, env=env)
     result = re.search(r"^(\d+) (\w+)(.*)$", said, re.MULTILINE)
     if not result or "ERROR SUMMARY" not in said:
@@ -894,7 +873,6 @@ def _(target: Target) -> dict[str, Any]:
         # The innermost alone: where nothing is moved, too, valgrind takes a word of the heap for a
         # caller's address now and then.
         "frames without a name": len(re.findall(r"at 0x[0-9A-F]+: \?\?\?", said)),
-        "asked": "native" if target.way.native else result[2],
         "backing": result[2],
     }
 

@@ -41,14 +41,6 @@ NATIVE = [
 # In memory without a name, too: what works by the loader's list, and perf by its map.
 WITHOUT_PATH = [name for name in NATIVE if name.startswith(("gdb", "gcore", "a C++", "backtrace"))]
 
-NATIVELY = [
-    "py-spy dump",
-    "py-spy dump --native",
-    "pystack remote --native",
-    "gdb bt",
-    "perf record",
-]
-
 # Interpreter, way, and the tools that must see there what they see unprimed.
 CASES = [
     ("shared", "image on disk", [*PYTHON_LEVEL, *NATIVE, "perf record, started before priming"]),
@@ -56,11 +48,9 @@ CASES = [
     ("shared", "memfd", [*PYTHON_LEVEL, *WITHOUT_PATH]),
     ("shared", "anonymous", [*PYTHON_LEVEL, "gdb bt"]),
     ("shared", "anonymous, perf map", ["perf record"]),
-    ("shared", "native load", NATIVELY),
     ("static", "image on disk", [*PYTHON_LEVEL, *NATIVE]),
     ("static", "memfd", PYTHON_LEVEL),
     ("static", "anonymous", [*PYTHON_LEVEL, "gdb bt"]),
-    ("static", "native load", [*NATIVELY, "austin"]),
     ("PIE", "image on disk", [*PYTHON_LEVEL, *NATIVE]),
     ("PIE", "memfd", PYTHON_LEVEL),
 ]
@@ -146,28 +136,12 @@ def test_the_tool_sees_what_it_sees_unprimed(targets, unprimed, form, way, name)
     assert verdict.mark == WORKS, (verdict, expected, seen)
 
 
-def test_valgrind_keeps_a_program_that_could_be_started_natively(python, images):
-    """It follows no second exec, and would end in silence, its findings untold."""
-    source = "import os, page_primer; r = page_primer.prime(); "
-    source += "print(os.environ.get('LD_PRELOAD'), r.interpreter.backing)"
-    native = [probes.tool("page-primer"), "run", "--native", "--", python, "-c", source]
-    valgrind = [*native[:4], probes.tool("valgrind"), "--tool=none", *native[4:]]
-    env = {**os.environ, "PAGE_PRIMER_MLOCK": "0", "PAGE_PRIMER_IMAGE_DIR": str(images)}
-    seen = [
-        subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout.split()
-        for command in (native, valgrind)
-    ]
-    assert seen[0] == ["None", "native"], seen
-    assert "/vgpreload_" in seen[1][0] and seen[1][1] == "image", seen
-
-
 @pytest.mark.parametrize(
     ("form", "way"),
-    [("static", "image on disk"), ("shared", "image on disk"), ("shared", "native load")],
+    [("static", "image on disk"), ("shared", "image on disk")],
 )
 def test_a_core_file_without_its_image(targets, unprimed, scratch, form, way):
-    """The missing image is named, and there are full frames: by the objects' own files, or where
-    the image is the loader's file, once it is built again."""
+    """The missing image is named, and there are full frames: by the objects' own files."""
     target = targets(form, way)
     core = str(probes.core_of(target))
     image = target.interpreter_image
@@ -176,14 +150,7 @@ def test_a_core_file_without_its_image(targets, unprimed, scratch, form, way):
     folder.rename(scratch[0] / "gone")
     try:
         said = probes.gdb("bt", target=[exe, core])
-        if way == "native load":
-            assert f"Could not load shared library symbols for {image}" in said
-            build = [probes.tool("page-primer"), "build", "--python", target.shape.python]
-            subprocess.run([*build, str(folder.parent)], check=True)
-            frames = probes.gdb_frames(probes.gdb("bt", target=[exe, core]))
-            shutil.rmtree(folder)
-        else:
-            frames = probes.gdb_frames(said)
+        frames = probes.gdb_frames(said)
     finally:
         (scratch[0] / "gone").rename(folder)
     assert f"Can't open file {image}" in said
