@@ -26,17 +26,49 @@ def _start(directory):
     started.start()
 
 
+def _is_import_statement():
+    # Or whether somebody loads this file by its loader. A spec is "initializing" while an import
+    # statement, or load_module() of a module that is not there, executes it.
+    spec = globals().get("__spec__")
+    if spec is not None and not getattr(spec, "_initializing", False):
+        return False
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name != "_find_and_load":
+        if frame.f_code.co_name == "_load_module_shim":
+            return False
+        frame = frame.f_back
+    return True
+
+
+def _import_next(directory):
+    # The user's sitecustomize, or the distribution's, takes this one's place. Where there is none,
+    # an import statement gets the ImportError that it would have got. A tracer whose sitecustomize
+    # came before ours and loads it with load_module() (New Relic's) finds its module in place.
+    is_import = _is_import_statement()
+    here = sys.modules.pop("sitecustomize", None)  # Python 2 clears what nobody refers to
+    sys.path[:] = [path for path in sys.path if path != directory]
+    try:
+        import sitecustomize  # noqa: F401
+    except BaseException as error:
+        if is_import:
+            raise
+        if here is not None:
+            sys.modules["sitecustomize"] = here
+        if not isinstance(error, ImportError) or error.name != "sitecustomize":
+            raise
+
+
 try:
     _start(__file__.rpartition("/")[0])
 except Exception as error:
     try:
-        if "PAGE_PRIMER_VERBOSE" in __import__("os").environ:
-            sys.stderr.write("page-primer: " + type(error).__name__ + ": " + str(error) + "\n")
+        import os
+
+        if "PAGE_PRIMER_VERBOSE" in os.environ:
+            line = "page-primer: " + type(error).__name__ + ": " + str(error) + "\n"
+            # Not to its buffer, which would be flushed again at exit.
+            os.write(sys.stderr.fileno(), line.encode())
     except Exception:  # a closed stderr
         pass
 
-# The user's sitecustomize, or the distribution's, takes this one's place. The ImportError where
-# there is none is what the importer of this file would have got.
-_ours = sys.modules.pop("sitecustomize", None)  # Python 2 clears what nobody refers to
-sys.path[:] = [path for path in sys.path if path != __file__.rpartition("/")[0]]
-import sitecustomize  # noqa: E402, F401
+_import_next(__file__.rpartition("/")[0])
