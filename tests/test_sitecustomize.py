@@ -248,8 +248,9 @@ def test_a_program_that_embeds_python(embedding, images):
         command = embedded(embedding, form, code)
         plain = execute(*command, env=environment(images))
         done = execute(*RUN, *command, env=environment(images))
-        assert plain.stdout.splitlines() == ["program False", "False"], plain.stderr
-        assert done.stdout.splitlines() == ["program False", primed], done.stderr
+        first, plainly = plain.stdout.splitlines()
+        assert (first[:8], plainly) == ("program ", "False"), plain.stderr
+        assert done.stdout.splitlines() == [first, primed], done.stderr
         assert (done.returncode, done.stderr) == (plain.returncode, plain.stderr)
 
 
