@@ -6,12 +6,21 @@ import errno
 import os
 import time
 
-from page_primer import _core, backing, plan, smaps, survey
+from page_primer import _core, backing, in_place, plan, smaps, survey
 from page_primer.measure import measure
 from page_primer.memory import Memory
-from page_primer.move import Key, NotMoved, Primed, carry_out, fault_in, key_of, put_back
-from page_primer.options import Options
-from page_primer.plan import Left, Lock, Move, Range
+from page_primer.move import (
+    NO_BACKING,
+    Key,
+    NotMoved,
+    Primed,
+    carry_out,
+    fault_in,
+    key_of,
+    put_back,
+)
+from page_primer.options import IN_PLACE, Options
+from page_primer.plan import Left, Lock, Move, Range, Region
 from page_primer.record import replace
 from page_primer.report import ObjectReport, Report
 from page_primer.smaps import Mapping, overlapping
@@ -20,7 +29,7 @@ from page_primer.survey import Object, Survey
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Sequence
     from threading import RLock, get_ident
 
     from page_primer.perfmap import PerfMap
@@ -39,6 +48,9 @@ class Process:
         self.pmd = 0
         self.primed: dict[Key, Primed] = {}
         self.mapped: dict[Key, tuple[str, int]] = {}  # device, inode, as in smaps
+        # What is on huge pages where it is: the mappings, and the backing for the report.
+        self.in_place: dict[Key, tuple[tuple[Region, ...], str]] = {}
+        self.aligned: set[Key] = set()  # objects that need no copy, if their pages were huge
         self.left: dict[Key, list[Left]] = {}
         self.notes: dict[Key, tuple[str, ...]] = {}
         self.locked: dict[Range, Lock] = {}
@@ -91,8 +103,8 @@ class Process:
         the parent's measurements hold."""
         before = set(self.locked), self.huge, self._perf_map_outcome()
         self.lock_in_child()
-        for primed in self.primed.values():
-            fault_in(primed.regions)
+        for regions in self._regions():
+            fault_in(regions)
         self._write_perf_map()
         self.huge = self._huge(smaps.starting_at(self._starts()))
         return before == (set(self.locked), self.huge, self._perf_map_outcome())
@@ -138,6 +150,7 @@ class Process:
         self.hosts_locks.clear()
         self.left.clear()
         self.notes.clear()
+        self.in_place.clear()  # nothing was changed that could be put back
         self.options = None
         self.report = self._measure((), smaps.read_smaps(), began)
         return self.report
@@ -161,12 +174,61 @@ class Process:
             self.left[key] = plan.explain(primed.object, primed.regions, found.pmd_size or self.pmd)
         self.objects, self.pmd = found.objects, found.pmd_size or self.pmd
         self.options, self.loads = options, found.loads
-        places = backing.directories(options) if planned.moves else []
-        return {
+        self._note_in_place(found, planned)
+        copies = self._bring_in_place(planned.moves, options)
+        places = backing.directories(options) if copies else []
+        moved = {
             key_of(move.object): move
-            for move in planned.moves
+            for move in copies
             if self._move(move, options, places, verified=False)
         }
+        # Better than nothing: a part of what a copy would have covered.
+        if options.backing == "auto":
+            unmoved = [move for move in copies if key_of(move.object) not in moved]
+            self._try_in_place([move for move in unmoved if move.in_place], partly=True)
+        return moved
+
+    def _note_in_place(self, found: Survey, planned: plan.Plan) -> None:
+        """Keep book of what needs no copy."""
+        loaded = {key_of(obj) for obj in found.objects}
+        self.in_place = {key: kept for key, kept in self.in_place.items() if key in loaded}
+        for move in planned.already:
+            self.in_place.setdefault(key_of(move.object), (move.in_place, in_place.ALREADY))
+        whole = {key_of(m.object) for m in (*planned.moves, *planned.already) if m.aligned}
+        self.aligned = (self.aligned | whole) & loaded
+        for key, (regions, _) in self.in_place.items():
+            obj = next(obj for obj in found.objects if key_of(obj) == key)
+            self.left[key] = plan.explain(obj, regions, self.pmd)
+
+    def _bring_in_place(self, moves: Sequence[Move], options: Options) -> list[Move]:
+        """Have huge pages where the loader mapped the code, as the options say: of objects of which
+        that covers as much as a copy, or of all. Returns the moves that are still to be made."""
+        only = options.backing == IN_PLACE
+        if not only and options.backing != "auto":
+            return [move for move in moves if move.image]
+        failed = self._try_in_place([m for m in moves if m.aligned or only], partly=only)
+        for move in failed:
+            self._leave(move.object, move.object.problem or NO_BACKING, move.notes)
+        if only:
+            return []
+        again = {key_of(move.object): move for move in failed}
+        rest = [again.get(key_of(m.object), m) for m in moves]
+        return [m for m in rest if m.image and key_of(m.object) not in self.in_place]
+
+    def _try_in_place(self, moves: Sequence[Move], *, partly: bool) -> list[Move]:
+        """Returns the moves that did not come out huge throughout, or, if a part is good enough,
+        not at all; with what came of it in their notes."""
+        outcomes = in_place.bring_in([move.in_place for move in moves], self.pmd) if moves else []
+        failed = []
+        for move, outcome in zip(moves, outcomes, strict=True):
+            key = key_of(move.object)
+            if outcome.complete or (partly and outcome.huge):
+                self.in_place[key] = move.in_place, outcome.backing
+                self.left[key] = plan.explain(move.object, move.in_place, self.pmd)
+            else:
+                note = f"in place: {outcome.huge} of {outcome.wanted} bytes huge"
+                failed.append(replace(move, notes=(*move.notes, note)))
+        return failed
 
     def _survey_again(self, moved: dict[Key, Move]) -> Sequence[Mapping]:
         """Writing an image loads modules, which are to be locked as well: find what was loaded
@@ -247,8 +309,15 @@ class Process:
             with suppress(OSError):
                 self._put_back(key)
 
+    def _regions(self) -> Iterator[Sequence[Region]]:
+        """What is to be on huge pages, of each object."""
+        for primed in self.primed.values():
+            yield primed.regions
+        for regions, _ in self.in_place.values():
+            yield regions
+
     def _starts(self) -> set[int]:
-        return {region.start for primed in self.primed.values() for region in primed.regions}
+        return {region.start for regions in self._regions() for region in regions}
 
     def _huge_of(self, key: Key, mappings: Iterable[Mapping]) -> int:
         """Bytes of a moved object's regions that are on huge pages."""
@@ -386,10 +455,11 @@ class Process:
         segments = measure(obj.segments, here, self.pmd, self.left.get(key_of(obj), ()))
         code = [segment for segment in segments if segment.kind == "code"]
         notes = primed.notes if primed else self.notes.get(key_of(obj), ())
+        _, kept = self.in_place.get(key_of(obj), (None, None))
         return ObjectReport(
             path=obj.path,
             interpreter=obj.interpreter,
-            backing=primed.prepared.backing if primed else None,
+            backing=primed.prepared.backing if primed else kept,
             where=primed.prepared.where if primed else None,
             code_bytes=sum(segment.bytes for segment in code),
             code_huge_bytes=sum(segment.huge_bytes for segment in code),
@@ -399,6 +469,7 @@ class Process:
             written_bytes=primed.prepared.written if primed else 0,
             segments=segments,
             notes=notes,
+            aligned=key_of(obj) in self.aligned,
         )
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 MODIFIED = "modified in memory"
+NO_BACKING = "no backing gave huge pages"
 
 Key = tuple[int, bytes]  # base and program headers: one loaded object
 
@@ -93,7 +94,7 @@ def _carry_out(
     book: dict[Key, Primed],
     verified: bool,
 ) -> None:
-    notes: list[str] = []
+    notes = list(move.notes)
     for fresh in (False, True):
         attempts = backing.attempts(move, pmd, options, places, posts, fresh)
         prepared = _choose(attempts, notes, verified)
@@ -160,7 +161,7 @@ def _choose(attempts: Iterable[backing.Attempt], notes: list[str], verified: boo
             if huge == best.wanted:
                 break
     if best is None:
-        raise NotMoved("no backing gave huge pages", notes)
+        raise NotMoved(NO_BACKING, notes)
     return best
 
 

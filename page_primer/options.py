@@ -30,7 +30,8 @@ if TYPE_CHECKING:
         image_dir: str | os.PathLike[str] | None
 
 
-BACKINGS = ("auto", "image", "memfd", "anonymous", "hugetlb")
+IN_PLACE = "in_place"
+BACKINGS = ("auto", IN_PLACE, "image", "memfd", "anonymous", "hugetlb")
 
 # Room for an interpreter, OpenSSL, a database driver and an array library or two. What a web
 # worker touches is far less; what exceeds this is one framework of hundreds of megabytes, whose

@@ -13,11 +13,11 @@ from itertools import pairwise
 
 from page_primer.elf import PF_R, PF_X
 from page_primer.memory import WORKING, Memory
-from page_primer.options import Options
+from page_primer.options import IN_PLACE, Options
 from page_primer.record import Record, replace
 from page_primer.report import OVER_LIMIT, OVER_MEMORY
 from page_primer.smaps import Mapping, overlapping
-from page_primer.survey import Object, Segment, Survey, page_size
+from page_primer.survey import FILE_GONE, SEALED, Object, Segment, Survey, page_size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,6 +33,9 @@ NO_CODE = "no code"
 NO_CHUNK = "no whole huge page"
 PROFILERS_HEAD = "kept for profilers"
 WRITABLE = "writable"
+NOT_CONGRUENT = "address and file offset differ modulo a huge page"
+# These forbid replacing a mapping, but not huge pages where it is.
+_NOT_REPLACEABLE = (FILE_GONE, SEALED)
 
 # Where a signpost goes: above every program that is linked for one address, with room for its heap
 # to grow, and within what the smallest address space has (arm64, 39 bits).
@@ -59,7 +62,9 @@ class Move(Record):
 
     An image describes itself to profilers, so the whole span can go there, edges included; memory
     without a name takes only whole chunks, and none that a profiler needs to see on the file,
-    unless there are signposts to it (signpost.py).
+    unless there are signposts to it (signpost.py). Where the loader's own mappings can have huge
+    pages (in_place.py), that is tried first if they cover as much as a copy (`aligned`), and last
+    otherwise. `image` is empty where nothing can be replaced.
     """
 
     object: Object
@@ -68,11 +73,14 @@ class Move(Record):
     signed: tuple[Region, ...] = ()  # in memory's place, with both signposts put up
     near: int = 0  # addresses for signposts; 0: it is not needed, or there is no room
     far: int = 0
+    in_place: tuple[Region, ...] = ()  # whole mappings
+    aligned: bool = False
+    notes: tuple[str, ...] = ()  # attempts so far
 
     @property
     def bytes(self) -> int:
-        """What the move copies at most."""
-        return sum(region.end - region.start for region in self.image)
+        """What the move copies or brings into memory at most."""
+        return sum(region.end - region.start for region in self.image or self.in_place)
 
 
 class Left(Record):
@@ -88,6 +96,7 @@ class Left(Record):
 class Plan(Record):
     moves: tuple[Move, ...]
     left: tuple[Left, ...]
+    already: tuple[Move, ...] = ()  # on huge pages where they are: nothing is to be done
 
 
 class Lock(Record):
@@ -110,6 +119,7 @@ def make(survey: Survey, options: Options, used: int = 0, held: Iterable[Range] 
         held: what this process has copied or locked before.
     """
     moves: list[Move] = []
+    already: list[Move] = []
     left: list[Left] = []
     room = options.limit - used
     held = _disjoint(held)
@@ -118,18 +128,29 @@ def make(survey: Survey, options: Options, used: int = 0, held: Iterable[Range] 
     for obj in sorted(survey.objects, key=_heat):
         reason = _refusal(obj, survey, options)
         move = None if reason else _move(obj, survey, options)
+        if reason is None or reason in _NOT_REPLACEABLE:
+            move = _in_place(move, obj, survey)
         if move is None:
             reason = reason or NO_CHUNK
+        elif move.aligned and is_huge(move.in_place, survey):
+            already.append(move)
+            left += explain(obj, move.in_place, survey.pmd_size)
+            memory -= min(memory, _lock_size(obj, options, held, code_only=False))
+            continue
+        elif options.backing == IN_PLACE and not move.in_place:
+            reason = NOT_CONGRUENT
         elif not obj.interpreter and move.bytes > room:
             reason = OVER_LIMIT
         elif size_of(obj) > memory or 2 * size_of(obj) > spare:
             # Twice: of the object that moves there may be two copies, the best and the one tried.
             reason = OVER_MEMORY
+        else:
+            reason = None
         if move is not None and not reason:
             moves.append(move)
             room -= 0 if obj.interpreter else move.bytes
             size = size_of(obj)
-            left += explain(obj, move.image, survey.pmd_size)
+            left += explain(obj, move.image or move.in_place, survey.pmd_size)
         else:
             # It will be locked where it is; if it must be less than all, then the code.
             size = _lock_size(obj, options, held, code_only=reason == OVER_MEMORY)
@@ -137,7 +158,7 @@ def make(survey: Survey, options: Options, used: int = 0, held: Iterable[Range] 
         if size <= memory:
             memory -= size
             spare -= size
-    return Plan(tuple(moves), tuple(left))
+    return Plan(tuple(moves), tuple(left), tuple(already))
 
 
 def memory_room(memory: Memory | None, options: Options, held: Iterable[Range]) -> int:
@@ -200,7 +221,7 @@ def explain(obj: Object, regions: Sequence[Region], pmd: int) -> list[Left]:
             for low, high in pairwise(sorted(cuts)):
                 if _inside(low, high, moved):
                     continue
-                reason = NO_CHUNK if has_code else NO_CODE
+                reason = obj.problem or NO_CHUNK if has_code else NO_CODE
                 if _inside(low, high, kept) and _inside(low, high, [reachable]):
                     reason = PROFILERS_HEAD
                 last = left[-1] if left else None
@@ -345,6 +366,39 @@ def _move(obj: Object, survey: Survey, options: Options) -> Move | None:
         for at in (max(0, obj.start - page_size()), FAR)
     )
     return replace(move, signed=tuple(signed) if near and far else (), near=near, far=far)
+
+
+def _in_place(move: Move | None, obj: Object, survey: Survey) -> Move | None:
+    """A move with the mappings that can have huge pages as they are, if there are any: those of one
+    file's whole chunks, at an address that equals the file offset modulo the huge page size."""
+    pmd = survey.pmd_size
+    found = [
+        Region(m.start, m.end, PF_R | PF_X if m.executable else PF_R)
+        for m in overlapping(survey.mappings, obj.start, obj.end)
+        if m.inode
+        and m.permissions.startswith("r-")
+        and obj.start <= m.start
+        and m.end <= obj.end
+        and (m.start - m.offset) % pmd == 0
+        and Region(m.start, m.end, 0).huge(pmd)[1] > m.start
+    ]
+    if not any(region.flags & PF_X for region in found):
+        return move
+    if move is None:
+        return Move(obj, (), (), in_place=tuple(found), aligned=True)
+    covered = [region.huge(pmd) for region in found]
+    copied = [region.huge(pmd) for region in move.image if region.flags & PF_X]
+    aligned = all(_inside(low, high, covered) for low, high in copied)
+    return replace(move, in_place=tuple(found), aligned=aligned)
+
+
+def is_huge(regions: Iterable[Region], survey: Survey) -> bool:
+    """Whether all that whole huge pages can cover of some mappings is on them."""
+    huge = {mapping.start: mapping.huge for mapping in survey.mappings}
+    return all(
+        huge.get(region.start, 0) >= high - low
+        for region, (low, high) in ((r, r.huge(survey.pmd_size)) for r in regions)
+    )
 
 
 def _head(obj: Object, pmd: int) -> list[tuple[int, int]]:

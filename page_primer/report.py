@@ -43,7 +43,9 @@ class ObjectReport(Record):
 
     path: str
     interpreter: bool
-    backing: str | None  # where its code lies now; None: on its own file
+    # Where its code lies now: "already" and "in_place" are huge pages of its own file, None is its
+    # own file without them.
+    backing: str | None
     where: str | None  # the image's path, for one
     code_bytes: int
     code_huge_bytes: int
@@ -53,6 +55,7 @@ class ObjectReport(Record):
     written_bytes: int  # what this process wrote for that; 0 where an image was there
     segments: tuple[SegmentReport, ...]
     notes: tuple[str, ...]  # attempts that failed, in order
+    aligned: bool = False  # its own mappings can have huge pages, without a copy
 
     @property
     def name(self) -> str:
@@ -63,7 +66,18 @@ class ObjectReport(Record):
         """The backing, for people: an image's store rather than its long path."""
         if self.backing == "image" and self.where:
             return image_place(self.where)
-        return self.backing or "its own file"
+        return {"already": "huge already", "in_place": "in place"}.get(
+            self.backing or "", self.backing or "its own file"
+        )
+
+    @property
+    def remedy(self) -> str:
+        """What spares a copy, where there is one."""
+        if self.backing in (None, "already", "in_place"):
+            return ""
+        if self.aligned:
+            return ", aligned but in memory on small pages: `page-primer warm` before it starts"
+        return ", no copy with `page-primer align`"
 
 
 class Report(Record):
@@ -167,7 +181,7 @@ class Report(Record):
             parts.append(
                 f"{percent(core.code_huge_bytes, core.code_bytes)} of {core.name}'s "
                 f"{mib(core.code_bytes)} of code on huge pages"
-                + (f" ({core.place})" if core.backing else "")
+                + (f" ({core.place}{core.remedy})" if core.backing else "")
             )
         parts.append(
             f"{mib(self.code_huge_bytes)} of {mib(self.code_bytes)} in {len(self.objects)} objects"

@@ -131,6 +131,83 @@ def test_pie_main_program_keeps_the_huge_page_of_its_first_code():
     assert move.image[0].start == base
 
 
+def aligned_python(base=0x7F0000000000, huge=0, **more):
+    """libpython3.12 after alignment, and its mappings in smaps."""
+    aligned = obj(
+        segment(base, 0x4CC0C8, PF_R | PF_X, offset=0),
+        segment(base + 0x4CD6D0, 0x1E7598, PF_R | PF_W, offset=0x4CD000),
+        path="/opt/lib/libpython3.12.so.1.0", interpreter=True, **more,
+    )  # fmt: skip
+    text, data = aligned.segments
+    counters = f"\nFilePmdMapped: {huge >> 10} kB\n"
+    return aligned, [
+        Mapping(text.start, text.end, "r-xp", 0, "08:01", 7, aligned.path, counters),
+        Mapping(data.start, data.end, "rw-p", 0x4CD000, "08:01", 7, aligned.path),
+    ]
+
+
+def test_what_is_huge_already_is_not_moved():
+    aligned, mappings = aligned_python(huge=2 * PMD)
+    planned = make(aligned, mappings=mappings, limit=0)
+    assert planned.moves == ()
+    (move,) = planned.already
+    assert ranges(move.in_place) == [(aligned.start, aligned.start + 0x4CD000, "x")]
+    # What a huge page cannot cover is told all the same.
+    left = {(part.kind, part.reason) for part in planned.left}
+    assert left == {("code", plan.NO_CHUNK), ("data", plan.WRITABLE)}
+
+
+def test_an_aligned_file_on_small_pages_is_tried_in_place_first():
+    aligned, mappings = aligned_python(huge=PMD)
+    planned = make(aligned, mappings=mappings)
+    (move,) = planned.moves
+    assert planned.already == ()
+    assert move.aligned
+    assert move.image
+
+
+@pytest.mark.parametrize("problem", ["sealed", "file deleted or replaced on disk"])
+def test_what_cannot_be_replaced_can_be_huge_in_place(problem):
+    aligned, mappings = aligned_python(problem=problem)
+    (move,) = make(aligned, mappings=mappings).moves
+    assert move.aligned
+    assert move.image == move.memory == ()
+    # What was moved is not the object's own file any longer.
+    aligned, mappings = aligned_python(problem="already remapped")
+    assert make(aligned, mappings=mappings).moves == ()
+
+
+def test_a_load_address_that_is_not_congruent_has_nothing_in_place():
+    aligned, mappings = aligned_python(base=0x7F0000123000)
+    (move,) = make(aligned, mappings=mappings).moves
+    assert not move.in_place
+    assert not move.aligned
+    planned = make(aligned, mappings=mappings, backing="in_place")
+    assert planned.moves == ()
+    assert {p.reason for p in planned.left if p.kind == "code"} == {plan.NOT_CONGRUENT}
+
+
+def test_separate_segments_are_congruent_in_part():
+    """As linkers lay out stock Pythons: chunks of code alone can be huge in place."""
+    base = 0x7F0000000000
+    library = libpython(base)
+    mappings = [
+        Mapping(s.start, s.end, "r-xp" if s.code else "r--p", s.start - base, "08:01", 7, "/l")
+        for s in library.segments[:3]
+    ]
+    (move,) = make(library, mappings=mappings).moves
+    assert not move.in_place  # 0x106000 to 0x379000 has no whole huge page
+    wide = obj(
+        segment(base, MIB, PF_R, offset=0),
+        segment(base + MIB, 6 * MIB, PF_R | PF_X, offset=MIB),
+        segment(base + 8 * MIB, MIB, PF_R | PF_W),
+    )
+    mapping = Mapping(base + MIB, base + 7 * MIB, "r-xp", MIB, "08:01", 7, "/lib/x.so")
+    (move,) = make(wide, mappings=[mapping]).moves
+    assert move.in_place
+    assert not move.aligned  # its first chunk holds code too
+
+
 def test_strict_protections_move_only_what_one_segment_covers():
     big = obj(
         segment(0x10000000, 0x1000, PF_R),
