@@ -8,7 +8,7 @@
  */
 
 #define _GNU_SOURCE
-#include <pyconfig.h>           /* says whether this is a free-threaded build */
+#include <pyconfig.h> /* says whether this is a free-threaded build */
 #ifndef Py_GIL_DISABLED
 #define Py_LIMITED_API 0x030A0000
 #endif
@@ -53,7 +53,7 @@
 #endif
 
 typedef struct {
-    PyObject *error;            /* page_primer._core.Error */
+    PyObject *error; /* page_primer._core.Error */
 } core_state;
 
 /* The headers of 3.12 and newer leave the reference out of Py_RETURN_NONE, and
@@ -105,32 +105,82 @@ done:
     return NULL;
 }
 
+/* ---------------------------------------------------------- arguments --- */
+
+/* "O&" converter for addresses, lengths and file offsets, to a uint64_t: what
+ * is negative or too large is an OverflowError, what is no integer a
+ * TypeError.  ("K" would take the low 64 bits of anything.)
+ */
+static int
+to_uint64(PyObject *value, void *result)
+{
+    PyObject *number = PyNumber_Index(value);
+    unsigned long long converted;
+
+    if (number == NULL)
+        return 0;
+    converted = PyLong_AsUnsignedLongLong(number);
+    Py_DECREF(number);
+    if (converted == (unsigned long long)-1 && PyErr_Occurred())
+        return 0;
+    *(uint64_t *)result = converted;
+    return 1;
+}
+
+/* 0, or -1 with OverflowError set where a range wraps around. */
+static int
+check_range(uint64_t address, uint64_t length)
+{
+    if (length <= UINTPTR_MAX - address)
+        return 0;
+    PyErr_SetString(PyExc_OverflowError,
+                    "range ends beyond the address space");
+    return -1;
+}
+
+/* Parse (address, length) for a function that takes nothing else; 0, or -1
+ * with an exception set.  `format` is "O&O&:name".
+ */
+static int
+parse_range(PyObject *args, const char *format, uint64_t *address,
+            uint64_t *length)
+{
+    if (!PyArg_ParseTuple(args, format, to_uint64, address, to_uint64, length))
+        return -1;
+    return check_range(*address, *length);
+}
+
 /* --------------------------------------------- what the loader has mapped */
 
 typedef struct {
-    char *name;
+    const char *name; /* in survey.names */
     uintptr_t base;
-    ElfW(Phdr) *headers;
+    const ElfW(Phdr) *headers; /* in survey.headers */
     size_t count;
 } found_object;
 
+/* Counted in a first pass, so that memory can be allocated without the
+ * loader's lock, and filled in a second one, if that still fits.
+ */
 typedef struct {
     found_object *objects;
-    size_t count, room;
+    ElfW(Phdr) *headers;
+    char *names;
+    size_t objects_room, headers_room, names_room;
+    size_t objects_size, headers_size, names_size;
     unsigned long long adds, subs;
     uintptr_t vdso;
-    int failed;                 /* out of memory */
 } survey;
 
-/* Called with the loader's lock held: plain C, no Python, no allocation
- * that could call back.  (malloc is what glibc itself calls there.)
+/* Called with the loader's lock held: plain C, no Python, no allocation.
+ * Counts everything, and stores what there is room for.
  */
 static int
 collect(struct dl_phdr_info *info, size_t size, void *data)
 {
     survey *all = data;
-    found_object *object;
-    size_t bytes = info->dlpi_phnum * sizeof(ElfW(Phdr));
+    const char *name = info->dlpi_name ? info->dlpi_name : "";
+    size_t length = strlen(name) + 1, count = info->dlpi_phnum;
 
     (void)size;
     all->adds = info->dlpi_adds;
@@ -140,76 +190,99 @@ collect(struct dl_phdr_info *info, size_t size, void *data)
     if (all->vdso != 0 && (uintptr_t)info->dlpi_phdr >= all->vdso
         && (uintptr_t)info->dlpi_phdr < all->vdso + 4096)
         return 0;
-    if (all->count == all->room) {
-        size_t room = all->room ? 2 * all->room : 64;
-        found_object *more = realloc(all->objects, room * sizeof(*more));
-        if (more == NULL) {
-            all->failed = 1;
-            return 1;
-        }
-        all->objects = more;
-        all->room = room;
+    if (all->objects_size < all->objects_room
+        && all->headers_size + count <= all->headers_room
+        && all->names_size + length <= all->names_room) {
+        found_object *object = &all->objects[all->objects_size];
+        object->base = info->dlpi_addr;
+        object->count = count;
+        object->name = memcpy(all->names + all->names_size, name, length);
+        object->headers = memcpy(all->headers + all->headers_size,
+                                 info->dlpi_phdr, count * sizeof(ElfW(Phdr)));
     }
-    object = &all->objects[all->count];
-    object->base = info->dlpi_addr;
-    object->count = info->dlpi_phnum;
-    object->name = strdup(info->dlpi_name ? info->dlpi_name : "");
-    object->headers = malloc(bytes ? bytes : 1);
-    all->count++;
-    if (object->name == NULL || object->headers == NULL) {
-        all->failed = 1;
-        return 1;
-    }
-    memcpy(object->headers, info->dlpi_phdr, bytes);
+    all->objects_size++;
+    all->headers_size += count;
+    all->names_size += length;
     return 0;
 }
 
-PyDoc_STRVAR(objects_doc,
-"objects() -> (adds, subs, [(name, base, headers), ...])\n\n"
-"List the ELF objects the dynamic loader has mapped, in its order, the\n"
-"main program first and the vdso left out: the name it was loaded by\n"
-"(bytes, empty for the main program), its load bias, and its program header\n"
-"table as bytes.  adds and subs count the loads and unloads so far\n"
-"(dl_iterate_phdr(3)).");
+static void
+forget(survey *all)
+{
+    free(all->objects);
+    free(all->headers);
+    free(all->names);
+}
+
+/* Survey into memory of the right size; 0, or -1 where there is none.  What
+ * was loaded between the passes makes it count once more.
+ */
+static int
+take_survey(survey *all)
+{
+    dl_iterate_phdr(collect, all);
+    while (all->objects_size > all->objects_room
+           || all->headers_size > all->headers_room
+           || all->names_size > all->names_room) {
+        forget(all);
+        /* Some more of each: others may be loading libraries. */
+        all->objects_room = all->objects_size + 8;
+        all->headers_room = all->headers_size + 128;
+        all->names_room = all->names_size + 1024;
+        all->objects = calloc(all->objects_room, sizeof(*all->objects));
+        all->headers = calloc(all->headers_room, sizeof(*all->headers));
+        all->names = malloc(all->names_room);
+        if (all->objects == NULL || all->headers == NULL || all->names == NULL)
+            return -1;
+        all->objects_size = all->headers_size = all->names_size = 0;
+        dl_iterate_phdr(collect, all);
+    }
+    return 0;
+}
+
+PyDoc_STRVAR(
+    objects_doc,
+    "objects() -> (adds, subs, [(name, base, headers), ...])\n\n"
+    "List the ELF objects the dynamic loader has mapped, in its order, the\n"
+    "main program first and the vdso left out: the name it was loaded by\n"
+    "(bytes, empty for the main program), its load bias, and its program header\n"
+    "table as bytes.  adds and subs count the loads and unloads so far\n"
+    "(dl_iterate_phdr(3)).");
 
 static PyObject *
 core_objects(PyObject *module, PyObject *Py_UNUSED(ignored))
 {
     survey all = {.vdso = getauxval(AT_SYSINFO_EHDR)};
     PyObject *list = NULL, *result = NULL;
+    int failed;
 
     (void)module;
     Py_BEGIN_ALLOW_THREADS
-    dl_iterate_phdr(collect, &all);
+    failed = take_survey(&all);
     Py_END_ALLOW_THREADS
-    if (all.failed) {
+    if (failed) {
         PyErr_NoMemory();
         goto done;
     }
     list = PyList_New(0);
     if (list == NULL)
         goto done;
-    for (size_t i = 0; i < all.count; i++) {
-        found_object *o = &all.objects[i];
-        PyObject *item = Py_BuildValue(
-            "(yKN)", o->name, (unsigned long long)o->base,
-            PyBytes_FromStringAndSize(
-                (const char *)o->headers,
-                (Py_ssize_t)(o->count * sizeof(ElfW(Phdr)))));
-        if (item == NULL || PyList_Append(list, item) < 0) {
-            Py_XDECREF(item);
+    for (size_t i = 0; i < all.objects_size; i++) {
+        const found_object *o = &all.objects[i];
+        PyObject *item =
+            Py_BuildValue("(yKN)", o->name, (unsigned long long)o->base,
+                          PyBytes_FromStringAndSize(
+                              (const char *)o->headers,
+                              (Py_ssize_t)(o->count * sizeof(ElfW(Phdr)))));
+        int appended = item == NULL ? -1 : PyList_Append(list, item);
+        Py_XDECREF(item);
+        if (appended < 0)
             goto done;
-        }
-        Py_DECREF(item);
     }
     result = Py_BuildValue("(KKO)", all.adds, all.subs, list);
 done:
     Py_XDECREF(list);
-    for (size_t i = 0; i < all.count; i++) {
-        free(all.objects[i].name);
-        free(all.objects[i].headers);
-    }
-    free(all.objects);
+    forget(&all);
     return result;
 }
 
@@ -224,10 +297,11 @@ count_loads(struct dl_phdr_info *info, size_t size, void *data)
     return 1;
 }
 
-PyDoc_STRVAR(loads_doc,
-"loads() -> (adds, subs)\n\n"
-"The dynamic loader's counters of loads and unloads, the cheap way to know\n"
-"that no library came or went.");
+PyDoc_STRVAR(
+    loads_doc,
+    "loads() -> (adds, subs)\n\n"
+    "The dynamic loader's counters of loads and unloads, the cheap way to know\n"
+    "that no library came or went.");
 
 static PyObject *
 core_loads(PyObject *module, PyObject *Py_UNUSED(ignored))
@@ -241,10 +315,11 @@ core_loads(PyObject *module, PyObject *Py_UNUSED(ignored))
     return Py_BuildValue("(KK)", counts[0], counts[1]);
 }
 
-PyDoc_STRVAR(interpreter_doc,
-"interpreter_address() -> int\n\n"
-"An address inside the code of the running interpreter: that of a C-API\n"
-"function, wherever it was linked.");
+PyDoc_STRVAR(
+    interpreter_doc,
+    "interpreter_address() -> int\n\n"
+    "An address inside the code of the running interpreter: that of a C-API\n"
+    "function, wherever it was linked.");
 
 static PyObject *
 core_interpreter_address(PyObject *module, PyObject *Py_UNUSED(ignored))
@@ -253,10 +328,11 @@ core_interpreter_address(PyObject *module, PyObject *Py_UNUSED(ignored))
     return PyLong_FromUnsignedLongLong((uintptr_t)&PyObject_GetAttr);
 }
 
-PyDoc_STRVAR(threads_doc,
-"threads() -> int\n\n"
-"The number of threads of this process: the link count of /proc/self/task\n"
-"less \".\" and \"..\" (proc(5)).");
+PyDoc_STRVAR(
+    threads_doc,
+    "threads() -> int\n\n"
+    "The number of threads of this process: the link count of /proc/self/task\n"
+    "less \".\" and \"..\" (proc(5)).");
 
 static PyObject *
 core_threads(PyObject *module, PyObject *Py_UNUSED(ignored))
@@ -271,20 +347,29 @@ core_threads(PyObject *module, PyObject *Py_UNUSED(ignored))
 
 /* -------------------------------------------- preparing memory elsewhere */
 
-PyDoc_STRVAR(reserve_doc,
-"reserve(length, alignment, like) -> address\n\n"
-"Reserve address space that nothing uses, PROT_NONE, at an address equal to\n"
-"`like` modulo `alignment` (a power of two).");
+PyDoc_STRVAR(
+    reserve_doc,
+    "reserve(length, alignment, like) -> address\n\n"
+    "Reserve address space that nothing uses, PROT_NONE, at an address equal to\n"
+    "`like` modulo `alignment`, a power of two and at least a page.");
 
 static PyObject *
 core_reserve(PyObject *module, PyObject *args)
 {
-    unsigned long long length, alignment, like;
+    uint64_t length, alignment, like;
     uintptr_t area, start;
     void *got;
 
-    if (!PyArg_ParseTuple(args, "KKK:reserve", &length, &alignment, &like))
+    if (!PyArg_ParseTuple(args, "O&O&O&:reserve", to_uint64, &length,
+                          to_uint64, &alignment, to_uint64, &like)
+        || check_range(alignment, length) < 0)
         return NULL;
+    if (alignment < (uint64_t)sysconf(_SC_PAGESIZE)
+        || (alignment & (alignment - 1)) != 0) {
+        PyErr_SetString(PyExc_ValueError,
+                        "alignment must be a power of two, at least a page");
+        return NULL;
+    }
     got = mmap(NULL, length + alignment, PROT_NONE,
                MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (got == MAP_FAILED)
@@ -298,22 +383,25 @@ core_reserve(PyObject *module, PyObject *args)
     return PyLong_FromUnsignedLongLong(start);
 }
 
-PyDoc_STRVAR(map_doc,
-"map(address, length, protection, flags, fd, offset) -> None\n\n"
-"mmap(2) with MAP_FIXED at an address that reserve() gave, or, with\n"
-"MAP_FIXED_NOREPLACE, at one that nothing uses (EEXIST).  When the former fails,\n"
-"the range may be nobody's any more (Linux before 6.12 unmaps before its last\n"
-"checks), and soon somebody else's: never unmap it then.");
+PyDoc_STRVAR(
+    map_doc,
+    "map(address, length, protection, flags, fd, offset) -> None\n\n"
+    "mmap(2) with MAP_FIXED at an address that reserve() gave, or, with\n"
+    "MAP_FIXED_NOREPLACE, at one that nothing uses (EEXIST).  When the former fails,\n"
+    "the range may be nobody's any more (Linux before 6.12 unmaps before its last\n"
+    "checks), and soon somebody else's: never unmap it then.");
 
 static PyObject *
 core_map(PyObject *module, PyObject *args)
 {
-    unsigned long long address, length, offset;
+    uint64_t address, length, offset;
     int protection, flags, fd, number = 0;
     void *wanted, *got;
 
-    if (!PyArg_ParseTuple(args, "KKiiiK:map", &address, &length, &protection,
-                          &flags, &fd, &offset))
+    if (!PyArg_ParseTuple(args, "O&O&iiiO&:map", to_uint64, &address,
+                          to_uint64, &length, &protection, &flags, &fd,
+                          to_uint64, &offset)
+        || check_range(address, length) < 0)
         return NULL;
     wanted = (void *)(uintptr_t)address;
     if (!(flags & MAP_FIXED_NOREPLACE))
@@ -322,7 +410,7 @@ core_map(PyObject *module, PyObject *args)
     got = mmap(wanted, length, protection, flags, fd, (off_t)offset);
     if (got == MAP_FAILED)
         number = errno;
-    else if (got != wanted) {   /* Linux before 4.17: no more than a hint */
+    else if (got != wanted) { /* Linux before 4.17: no more than a hint */
         munmap(got, length);
         number = EEXIST;
     }
@@ -332,25 +420,27 @@ core_map(PyObject *module, PyObject *args)
     return none();
 }
 
-PyDoc_STRVAR(fill_doc,
-"fill(address, length, fd, offset) -> None\n\n"
-"Read `length` bytes of a file into memory that map() made writable; what\n"
-"lies beyond the end of the file stays as it is.");
+PyDoc_STRVAR(
+    fill_doc,
+    "fill(address, length, fd, offset) -> None\n\n"
+    "Read `length` bytes of a file into memory that map() made writable; what\n"
+    "lies beyond the end of the file stays as it is.");
 
 static PyObject *
 core_fill(PyObject *module, PyObject *args)
 {
-    unsigned long long address, length, offset;
+    uint64_t address, length, offset;
     size_t done = 0;
     int fd, number = 0;
 
-    if (!PyArg_ParseTuple(args, "KKiK:fill", &address, &length, &fd,
-                          &offset))
+    if (!PyArg_ParseTuple(args, "O&O&iO&:fill", to_uint64, &address, to_uint64,
+                          &length, &fd, to_uint64, &offset)
+        || check_range(address, length) < 0)
         return NULL;
     Py_BEGIN_ALLOW_THREADS
     while (done < length) {
-        ssize_t n = pread(fd, (char *)(uintptr_t)address + done,
-                          length - done, (off_t)(offset + done));
+        ssize_t n = pread(fd, (char *)(uintptr_t)address + done, length - done,
+                          (off_t)(offset + done));
         if (n < 0 && errno == EINTR)
             continue;
         if (n < 0)
@@ -365,26 +455,32 @@ core_fill(PyObject *module, PyObject *args)
     return none();
 }
 
-PyDoc_STRVAR(view_doc,
-"view(address, length) -> memoryview\n\n"
-"Memory that map() made readable, as a read-only buffer for system calls.  It\n"
-"must be released before the range is unmapped.");
+PyDoc_STRVAR(
+    view_doc,
+    "view(address, length) -> memoryview\n\n"
+    "Memory that map() made readable, as a read-only buffer for system calls.  It\n"
+    "must be released before the range is unmapped.");
 
 static PyObject *
 core_view(PyObject *module, PyObject *args)
 {
-    unsigned long long address, length;
+    uint64_t address, length;
 
     (void)module;
-    if (!PyArg_ParseTuple(args, "KK:view", &address, &length))
+    if (parse_range(args, "O&O&:view", &address, &length) < 0)
         return NULL;
+    if (length > PY_SSIZE_T_MAX) {
+        PyErr_SetString(PyExc_OverflowError, "too long for a buffer");
+        return NULL;
+    }
     return PyMemoryView_FromMemory((char *)(uintptr_t)address,
                                    (Py_ssize_t)length, PyBUF_READ);
 }
 
-PyDoc_STRVAR(memfd_doc,
-"memfd(name, flags) -> fd\n\n"
-"memfd_create(2), which Pythons built for an old C library lack in os.");
+PyDoc_STRVAR(
+    memfd_doc,
+    "memfd(name, flags) -> fd\n\n"
+    "memfd_create(2), which Pythons built for an old C library lack in os.");
 
 static PyObject *
 core_memfd(PyObject *module, PyObject *args)
@@ -400,27 +496,6 @@ core_memfd(PyObject *module, PyObject *args)
         return fail(module, errno, "memfd_create", 0, 0);
     return PyLong_FromLong(fd);
 }
-
-/* The calls that take a range and answer 0 or -1 differ only in the call. */
-#define RANGE_CALL(name, step, call)                                        \
-static PyObject *                                                           \
-name(PyObject *module, PyObject *args)                                      \
-{                                                                           \
-    unsigned long long address, length;                                     \
-    int option = 0, number = 0;                                             \
-                                                                            \
-    if (!PyArg_ParseTuple(args, "KK|i:" step, &address, &length, &option))  \
-        return NULL;                                                        \
-    Py_BEGIN_ALLOW_THREADS                                                  \
-    if ((call) != 0)                                                        \
-        number = errno;                                                     \
-    Py_END_ALLOW_THREADS                                                    \
-    (void)option;                                                           \
-    if (number)                                                             \
-        return fail(module, number, step, address, address + length);       \
-    return none();                                                          \
-}
-#define RANGE (void *)(uintptr_t)address, length
 
 /* MADV_POPULATE_READ answers with an error where a plain read would end in
  * SIGBUS (a file cut short, a bad disk, a huge page refused by a cgroup).
@@ -445,37 +520,152 @@ populate(void *address, size_t length)
 }
 
 PyDoc_STRVAR(unmap_doc, "unmap(address, length) -> None: munmap(2).");
-RANGE_CALL(core_unmap, "unmap", munmap(RANGE))
+
+static PyObject *
+core_unmap(PyObject *module, PyObject *args)
+{
+    uint64_t address, length;
+    int number = 0;
+
+    if (parse_range(args, "O&O&:unmap", &address, &length) < 0)
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    if (munmap((void *)address, length) != 0)
+        number = errno;
+    Py_END_ALLOW_THREADS
+    if (number)
+        return fail(module, number, "unmap", address, address + length);
+    return none();
+}
+
 PyDoc_STRVAR(protect_doc,
-"protect(address, length, protection) -> None: mprotect(2).");
-RANGE_CALL(core_protect, "protect", mprotect(RANGE, option))
+             "protect(address, length, protection) -> None: mprotect(2).");
+
+static PyObject *
+core_protect(PyObject *module, PyObject *args)
+{
+    uint64_t address, length;
+    int protection, number = 0;
+
+    if (!PyArg_ParseTuple(args, "O&O&i:protect", to_uint64, &address,
+                          to_uint64, &length, &protection)
+        || check_range(address, length) < 0)
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    if (mprotect((void *)address, length, protection) != 0)
+        number = errno;
+    Py_END_ALLOW_THREADS
+    if (number)
+        return fail(module, number, "protect", address, address + length);
+    return none();
+}
+
 PyDoc_STRVAR(advise_doc,
-"advise(address, length, advice) -> None: madvise(2).");
-RANGE_CALL(core_advise, "advise", madvise(RANGE, option))
-PyDoc_STRVAR(populate_doc,
-"populate(address, length) -> None\n\n"
-"Fault the pages in for reading: MADV_POPULATE_READ, or a read of every page\n"
-"before Linux 5.14.");
-RANGE_CALL(core_populate, "populate", populate(RANGE))
+             "advise(address, length, advice) -> None: madvise(2).");
+
+static PyObject *
+core_advise(PyObject *module, PyObject *args)
+{
+    uint64_t address, length;
+    int advice, number = 0;
+
+    if (!PyArg_ParseTuple(args, "O&O&i:advise", to_uint64, &address, to_uint64,
+                          &length, &advice)
+        || check_range(address, length) < 0)
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    if (madvise((void *)address, length, advice) != 0)
+        number = errno;
+    Py_END_ALLOW_THREADS
+    if (number)
+        return fail(module, number, "advise", address, address + length);
+    return none();
+}
+
+PyDoc_STRVAR(
+    populate_doc,
+    "populate(address, length) -> None\n\n"
+    "Fault the pages in for reading: MADV_POPULATE_READ, or a read of every page\n"
+    "before Linux 5.14.");
+
+static PyObject *
+core_populate(PyObject *module, PyObject *args)
+{
+    uint64_t address, length;
+    int number = 0;
+
+    if (parse_range(args, "O&O&:populate", &address, &length) < 0)
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    if (populate((void *)address, length) != 0)
+        number = errno;
+    Py_END_ALLOW_THREADS
+    if (number)
+        return fail(module, number, "populate", address, address + length);
+    return none();
+}
+
+/* System calls, since AddressSanitizer makes the C library's functions do
+ * nothing. */
+static long
+lock_pages(uint64_t address, uint64_t length, int flags)
+{
+    if (flags)
+        return syscall(SYS_mlock2, address, length, flags);
+    return syscall(SYS_mlock, address, length);
+}
+
 PyDoc_STRVAR(lock_doc,
-"lock(address, length, flags=0) -> None\n\n"
-"mlock(2), or mlock2(2) with flags (MLOCK_ONFAULT).");
-RANGE_CALL(core_lock, "lock",
-           option ? syscall(SYS_mlock2, (void *)(uintptr_t)address,
-                            (size_t)length, option)
-                  : mlock(RANGE))
+             "lock(address, length, flags=0) -> None\n\n"
+             "mlock(2), or mlock2(2) with flags (MLOCK_ONFAULT).");
+
+static PyObject *
+core_lock(PyObject *module, PyObject *args)
+{
+    uint64_t address, length;
+    int flags = 0, number = 0;
+
+    if (!PyArg_ParseTuple(args, "O&O&|i:lock", to_uint64, &address, to_uint64,
+                          &length, &flags)
+        || check_range(address, length) < 0)
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    if (lock_pages(address, length, flags) != 0)
+        number = errno;
+    Py_END_ALLOW_THREADS
+    if (number)
+        return fail(module, number, "lock", address, address + length);
+    return none();
+}
+
 PyDoc_STRVAR(unlock_doc, "unlock(address, length) -> None: munlock(2).");
-RANGE_CALL(core_unlock, "unlock", munlock(RANGE))
+
+static PyObject *
+core_unlock(PyObject *module, PyObject *args)
+{
+    uint64_t address, length;
+    int number = 0;
+
+    if (parse_range(args, "O&O&:unlock", &address, &length) < 0)
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    if (syscall(SYS_munlock, address, length) != 0)
+        number = errno;
+    Py_END_ALLOW_THREADS
+    if (number)
+        return fail(module, number, "unlock", address, address + length);
+    return none();
+}
 
 /* ------------------------------------------------------------- the swap --- */
 
 /* One contiguous range with one protection. */
 typedef struct {
-    uintptr_t target;           /* the live range */
+    uintptr_t target; /* the live range */
     size_t length;
     int protection;
-    uintptr_t source;           /* where the replacement is mapped already */
-    int fd;                     /* map this file, or -1: move the source */
+    uintptr_t source; /* where the replacement is mapped already */
+    int fd;           /* map this file, or -1: move the source */
     off_t offset;
 } piece;
 
@@ -518,8 +708,10 @@ swap_failed(swap *s, int number, const char *step, uintptr_t start,
     s->end = end;
 }
 
-/* Map everything as it was again.  A hole in running code is the one thing that cannot be left behind, so
- * this tries for as long as memory for a mapping may still turn up.
+/* Map everything as it was again.  A hole in running code is the one thing
+ * that cannot be left behind, so this tries for as long as memory for a
+ * mapping may still turn up: the one place that sleeps under the loader's
+ * lock, where the alternative is a crash.
  */
 static int
 put_back(swap *s)
@@ -528,7 +720,8 @@ put_back(swap *s)
         piece *u = &s->undo[i];
         int tries = 0;
         while (mmap((void *)u->target, u->length, u->protection,
-                    MAP_PRIVATE | MAP_FIXED, u->fd, u->offset) == MAP_FAILED)
+                    MAP_PRIVATE | MAP_FIXED, u->fd, u->offset)
+               == MAP_FAILED)
             if (++tries == 1000)
                 return errno;
             else
@@ -551,8 +744,11 @@ swap_object(struct dl_phdr_info *info, size_t size, void *data)
     s->found = 1;
 
     /* 2. The replacement is what is in memory, byte for byte.  Both sides
-     * are faulted in first, so that an unreadable page is an error here and
-     * not a signal. */
+     * are faulted in first (as the caller has done already, so that this
+     * does not wait for a disk): an unreadable page is an error here and not
+     * a signal.  A file that is cut short from here on is a SIGBUS: for the
+     * object's own file that is so at any time, and whoever may write to an
+     * image may send us signals. */
     for (size_t i = 0; i < s->count; i++) {
         piece *p = &s->pieces[i];
         ssize_t at;
@@ -585,8 +781,7 @@ swap_object(struct dl_phdr_info *info, size_t size, void *data)
             got = mremap((void *)p->source, p->length, p->length,
                          MREMAP_MAYMOVE | MREMAP_FIXED, (void *)p->target);
         if (got == MAP_FAILED) {
-            swap_failed(s, errno, "replace", p->target,
-                        p->target + p->length);
+            swap_failed(s, errno, "replace", p->target, p->target + p->length);
             s->broken = put_back(s);
             return 1;
         }
@@ -612,46 +807,51 @@ parse_pieces(PyObject *sequence, piece **pieces, size_t *count)
     }
     *count = (size_t)n;
     for (Py_ssize_t i = 0; i < n; i++) {
-        unsigned long long target, length, source, offset;
+        uint64_t target, length, source, offset;
         int protection, fd, ok;
         PyObject *item = PySequence_GetItem(sequence, i);
         if (item == NULL)
             return -1;
-        ok = PyArg_ParseTuple(item, "KKiKiK", &target, &length, &protection,
-                              &source, &fd, &offset);
+        ok = PyArg_ParseTuple(item, "O&O&iO&iO&", to_uint64, &target,
+                              to_uint64, &length, &protection, to_uint64,
+                              &source, &fd, to_uint64, &offset)
+            && check_range(target, length) == 0
+            && check_range(source, length) == 0;
         Py_DECREF(item);
         if (!ok)
             return -1;
-        (*pieces)[i] = (piece){target, length, protection, source, fd,
-                               (off_t)offset};
+        (*pieces)[i] =
+            (piece){target, length, protection, source, fd, (off_t)offset};
     }
     return 0;
 }
 
-PyDoc_STRVAR(swap_doc,
-"swap(base, headers, pieces, undo) -> None\n\n"
-"Replace ranges of one loaded object by identical memory, inside\n"
-"dl_iterate_phdr's callback, so that nobody can unload the object meanwhile.\n"
-"base and headers are what objects() said of it.  A piece is (target, length,\n"
-"protection, source, fd, offset): the live range, and where its replacement\n"
-"is mapped for comparison; it is then mapped from fd at offset (MAP_PRIVATE),\n"
-"or with fd -1 the source itself is moved.  undo has the same form (source is\n"
-"not used): mappings that put the object back as it was, made should a\n"
-"replacement fail.\n\n"
-"Error.step says how far it came: 'check' (object gone or another), 'populate'\n"
-"(unreadable), 'compare' (differs at Error.start), 'replace' (put back), in\n"
-"all of which the object is as it was; 'undo' (could not be put back).");
+PyDoc_STRVAR(
+    swap_doc,
+    "swap(base, headers, pieces, undo) -> None\n\n"
+    "Replace ranges of one loaded object by identical memory, inside\n"
+    "dl_iterate_phdr's callback, so that nobody can unload the object meanwhile.\n"
+    "base and headers are what objects() said of it.  A piece is (target, length,\n"
+    "protection, source, fd, offset): the live range, and where its replacement\n"
+    "is mapped for comparison; it is then mapped from fd at offset (MAP_PRIVATE),\n"
+    "or with fd -1 the source itself is moved.  undo has the same form (source is\n"
+    "not used): mappings that put the object back as it was, made should a\n"
+    "replacement fail.\n\n"
+    "Error.step says how far it came: 'check' (object gone or another), 'populate'\n"
+    "(unreadable), 'compare' (differs at Error.start), 'replace' (put back), in\n"
+    "all of which the object is as it was; 'undo' (could not be put back).");
 
 static PyObject *
 core_swap(PyObject *module, PyObject *args)
 {
     swap s = {0};
-    unsigned long long base;
+    uint64_t base;
     Py_ssize_t headers_size;
     char *data;
     PyObject *headers, *pieces, *undo, *result = NULL;
 
-    if (!PyArg_ParseTuple(args, "KSOO:swap", &base, &headers, &pieces, &undo)
+    if (!PyArg_ParseTuple(args, "O&SOO:swap", to_uint64, &base, &headers,
+                          &pieces, &undo)
         || PyBytes_AsStringAndSize(headers, &data, &headers_size) < 0)
         return NULL;
     s.base = base;
@@ -683,11 +883,12 @@ done:
 
 /* ----------------------------------------------------------- questions --- */
 
-PyDoc_STRVAR(thp_disabled_doc,
-"thp_disabled() -> bool\n\n"
-"Whether PR_SET_THP_DISABLE is in force (prctl(2)).  With the flag\n"
-"PR_THP_DISABLE_EXCEPT_ADVISED (Linux 6.18) it does not concern us, who\n"
-"advise.");
+PyDoc_STRVAR(
+    thp_disabled_doc,
+    "thp_disabled() -> bool\n\n"
+    "Whether PR_SET_THP_DISABLE is in force (prctl(2)).  With the flag\n"
+    "PR_THP_DISABLE_EXCEPT_ADVISED (Linux 6.18) it does not concern us, who\n"
+    "advise.");
 
 static PyObject *
 core_thp_disabled(PyObject *module, PyObject *Py_UNUSED(ignored))
@@ -699,9 +900,10 @@ core_thp_disabled(PyObject *module, PyObject *Py_UNUSED(ignored))
     return PyBool_FromLong(got == 1);
 }
 
-PyDoc_STRVAR(mdwe_doc,
-"mdwe() -> int\n\n"
-"PR_GET_MDWE: the memory-deny-write-execute flags in force (Linux 6.3).");
+PyDoc_STRVAR(
+    mdwe_doc,
+    "mdwe() -> int\n\n"
+    "PR_GET_MDWE: the memory-deny-write-execute flags in force (Linux 6.3).");
 
 static PyObject *
 core_mdwe(PyObject *module, PyObject *Py_UNUSED(ignored))
@@ -713,10 +915,11 @@ core_mdwe(PyObject *module, PyObject *Py_UNUSED(ignored))
     return PyLong_FromLong(got);
 }
 
-PyDoc_STRVAR(limit_doc,
-"limit(resource) -> int or None\n\n"
-"The soft limit of getrlimit(2), None where there is none.  (The module\n"
-"resource would be one more library to load, to survey and to lock.)");
+PyDoc_STRVAR(
+    limit_doc,
+    "limit(resource) -> int or None\n\n"
+    "The soft limit of getrlimit(2), None where there is none.  (The module\n"
+    "resource would be one more library to load, to survey and to lock.)");
 
 static PyObject *
 core_limit(PyObject *module, PyObject *args)
@@ -764,8 +967,8 @@ core_exec(PyObject *module)
 {
     core_state *state = PyModule_GetState(module);
 
-    state->error = PyErr_NewException("page_primer._core.Error",
-                                      PyExc_OSError, NULL);
+    state->error =
+        PyErr_NewException("page_primer._core.Error", PyExc_OSError, NULL);
     if (state->error == NULL)
         return -1;
     Py_INCREF(state->error);
@@ -815,38 +1018,57 @@ core_clear(PyObject *module)
 }
 
 /* No state but the exception class, and every function is one system call
- * or takes the loader's lock: nothing needs the GIL.  A sub-interpreter may
- * load the module, one with a GIL of its own only where the headers can say so
- * (not under the stable ABI of 3.10).  What is primed is the process's:
- * apply.py keeps that book in the interpreter that primed. */
+ * or takes the loader's lock: nothing needs the GIL, or the main interpreter.
+ * What is primed is the process's: apply.py keeps that book in the interpreter
+ * that primed.
+ *
+ * Numbers and values of slots that the headers for the stable ABI of 3.10 do
+ * not have; interpreters before these versions refuse slots they do not know,
+ * so which ones count is decided when the module is loaded.
+ */
+#define SLOT_MULTIPLE_INTERPRETERS 3 /* 3.12 */
+#define PER_INTERPRETER_GIL_SUPPORTED ((void *)2)
+#define SLOT_GIL 4 /* 3.13 */
+#define GIL_NOT_USED ((void *)1)
+
 static PyModuleDef_Slot core_slots[] = {
     {Py_mod_exec, core_exec},
-#ifdef Py_mod_multiple_interpreters
-    {Py_mod_multiple_interpreters, Py_MOD_PER_INTERPRETER_GIL_SUPPORTED},
-#endif
-#ifdef Py_mod_gil
-    {Py_mod_gil, Py_MOD_GIL_NOT_USED},
-#endif
+    {0, NULL}, /* 3.12 and newer: own GIL */
+    {0, NULL}, /* 3.13 and newer: no GIL */
     {0, NULL},
 };
 
-PyDoc_STRVAR(core_doc,
-"Mechanism of page_primer: ELF objects, mappings, the swap, locking.\n"
-"Private: addresses are not checked.");
+PyDoc_STRVAR(
+    core_doc,
+    "Mechanism of page_primer: ELF objects, mappings, the swap, locking.\n"
+    "Private: addresses are not checked.");
 
 static struct PyModuleDef core_module = {
-    PyModuleDef_HEAD_INIT,
-    .m_name = "page_primer._core",
-    .m_doc = core_doc,
-    .m_size = sizeof(core_state),
-    .m_methods = core_methods,
-    .m_slots = core_slots,
-    .m_traverse = core_traverse,
-    .m_clear = core_clear,
+    PyModuleDef_HEAD_INIT,       .m_name = "page_primer._core",
+    .m_doc = core_doc,           .m_size = sizeof(core_state),
+    .m_methods = core_methods,   .m_slots = core_slots,
+    .m_traverse = core_traverse, .m_clear = core_clear,
 };
+
+/* Whether the running interpreter is 3.`minor` or newer. */
+static int
+is_since(long minor)
+{
+    char *rest;
+    long major = strtol(Py_GetVersion(), &rest, 10);
+
+    return major > 3 || (*rest == '.' && strtol(rest + 1, NULL, 10) >= minor);
+}
 
 PyMODINIT_FUNC
 PyInit__core(void)
 {
+    /* The same values whoever comes first: every interpreter of a process is
+     * of one version. */
+    if (is_since(12))
+        core_slots[1] = (PyModuleDef_Slot){SLOT_MULTIPLE_INTERPRETERS,
+                                           PER_INTERPRETER_GIL_SUPPORTED};
+    if (is_since(13))
+        core_slots[2] = (PyModuleDef_Slot){SLOT_GIL, GIL_NOT_USED};
     return PyModuleDef_Init(&core_module);
 }

@@ -8,6 +8,7 @@
 #include <stdarg.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <sys/types.h>
 
 static const char *armed;
@@ -54,7 +55,7 @@ static void *(*real_mremap)(void *, size_t, size_t, int, ...);
 static __typeof__(&madvise) real_madvise;
 static __typeof__(&mprotect) real_mprotect;
 static __typeof__(&munmap) real_munmap;
-static __typeof__(&mlock) real_mlock;
+static long (*real_syscall)(long, ...);
 static ssize_t (*real_pread)(int, void *, size_t, off_t);
 
 __attribute__((constructor)) static void
@@ -65,12 +66,13 @@ resolve(void)
     real_madvise = dlsym(RTLD_NEXT, "madvise");
     real_mprotect = dlsym(RTLD_NEXT, "mprotect");
     real_munmap = dlsym(RTLD_NEXT, "munmap");
-    real_mlock = dlsym(RTLD_NEXT, "mlock");
+    real_syscall = dlsym(RTLD_NEXT, "syscall");
     real_pread = dlsym(RTLD_NEXT, "pread");
 }
 
 void *
-mmap(void *address, size_t length, int protection, int flags, int fd, off_t offset)
+mmap(void *address, size_t length, int protection, int flags, int fd,
+     off_t offset)
 {
     if (fails("mmap", CALLER))
         return MAP_FAILED;
@@ -83,7 +85,8 @@ mmap(void *address, size_t length, int protection, int flags, int fd, off_t offs
     return real_mmap(address, length, protection, flags, fd, offset);
 }
 
-void *mmap64(void *, size_t, int, int, int, off_t) __attribute__((alias("mmap")));
+void *
+mmap64(void *, size_t, int, int, int, off_t) __attribute__((alias("mmap")));
 
 void *
 mremap(void *old, size_t old_size, size_t new_size, int flags, ...)
@@ -107,13 +110,16 @@ mremap(void *old, size_t old_size, size_t new_size, int flags, ...)
 int
 madvise(void *address, size_t length, int advice)
 {
-    return fails("madvise", CALLER) ? -1 : real_madvise(address, length, advice);
+    return fails("madvise", CALLER) ? -1
+                                    : real_madvise(address, length, advice);
 }
 
 int
 mprotect(void *address, size_t length, int protection)
 {
-    return fails("mprotect", CALLER) ? -1 : real_mprotect(address, length, protection);
+    return fails("mprotect", CALLER)
+        ? -1
+        : real_mprotect(address, length, protection);
 }
 
 int
@@ -122,13 +128,25 @@ munmap(void *address, size_t length)
     return fails("munmap", CALLER) ? -1 : real_munmap(address, length);
 }
 
-int
-mlock(const void *address, size_t length)
+/* mlock(2) and mlock2(2) are made by number. */
+long
+syscall(long call, ...)
 {
-    return fails("mlock", CALLER) ? -1 : real_mlock(address, length);
+    long arguments[6];
+    va_list rest;
+
+    va_start(rest, call);
+    for (int i = 0; i < 6; i++)
+        arguments[i] = va_arg(rest, long);
+    va_end(rest);
+    if ((call == SYS_mlock || call == SYS_mlock2) && fails("mlock", CALLER))
+        return -1;
+    return real_syscall(call, arguments[0], arguments[1], arguments[2],
+                        arguments[3], arguments[4], arguments[5]);
 }
 
-extern ssize_t pread(int, void *, size_t, off_t);
+extern ssize_t
+pread(int, void *, size_t, off_t);
 
 ssize_t
 pread(int fd, void *buffer, size_t count, off_t offset)
@@ -136,4 +154,5 @@ pread(int fd, void *buffer, size_t count, off_t offset)
     return fails("pread", CALLER) ? -1 : real_pread(fd, buffer, count, offset);
 }
 
-ssize_t pread64(int, void *, size_t, off_t) __attribute__((alias("pread")));
+ssize_t
+pread64(int, void *, size_t, off_t) __attribute__((alias("pread")));

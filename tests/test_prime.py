@@ -738,24 +738,31 @@ def test_daemon_that_closes_its_descriptors(python, images):
         assert process.run(textwrap.dedent(source) % str(images)) is True
 
 
-def test_sub_interpreter(images):
-    """The moves are the process's: another interpreter finds them done."""
-    source = f"""
+SUB_INTERPRETER = """
 import sys
-sys.path[:0] = {sys.path!r}
+sys.path[:0] = {path!r}
 import page_primer
-first = page_primer.prime(image_dir={str(images)!r})
+first = page_primer.prime(image_dir={images!r})
 try:
     import _interpreters as interpreters
 except ImportError:
     import _xxsubinterpreters as interpreters
-other = interpreters.create()
+if {isolated}:
+    try:
+        other = interpreters.create("isolated")  # 3.13
+    except TypeError:
+        other = interpreters.create(isolated=True)
+else:
+    try:
+        other = interpreters.create("legacy")
+    except TypeError:
+        other = interpreters.create(isolated=False)
 try:
     code = '''
 import sys
-sys.path[:0] = {sys.path!r}
+sys.path[:0] = {path!r}
 import page_primer
-report = page_primer.prime(image_dir={str(images)!r})
+report = page_primer.prime(image_dir={images!r})
 assert report.reason is None and not report.moved, report
 assert report.interpreter.code_huge_bytes == %d, report
 ''' % first.interpreter.code_huge_bytes
@@ -765,7 +772,15 @@ finally:
     interpreters.destroy(other)
 print("fine")
 """
-    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("isolated", [False, True], ids=["legacy", "own GIL"])
+def test_sub_interpreter(every_python, images, isolated):
+    """The moves are the process's: another interpreter finds them done. With a GIL of its own (3.12
+    and newer) it loads the core too."""
+    packages = Path(page_primer.__file__).parents[1]
+    source = SUB_INTERPRETER.format(path=[str(packages)], images=str(images), isolated=isolated)
+    done = subprocess.run([every_python, "-c", source], capture_output=True, text=True)
     assert done.stdout == "fine\n", done.stderr
 
 

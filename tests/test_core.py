@@ -1,0 +1,111 @@
+"""The C core's arguments: what is not an address, a length or a power of two is refused before any
+system call sees it."""
+
+import mmap
+import os
+
+import pytest
+
+from page_primer import _core
+
+TOP = (1 << 64) - 1
+PAGE = mmap.PAGESIZE
+
+RANGES = {
+    "unmap": lambda start, size: _core.unmap(start, size),
+    "protect": lambda start, size: _core.protect(start, size, _core.PROT_READ),
+    "advise": lambda start, size: _core.advise(start, size, _core.MADV_POPULATE_READ),
+    "populate": lambda start, size: _core.populate(start, size),
+    "lock": lambda start, size: _core.lock(start, size),
+    "unlock": lambda start, size: _core.unlock(start, size),
+    "view": lambda start, size: _core.view(start, size),
+    "map": lambda start, size: _core.map(start, size, 0, _core.MAP_ANONYMOUS, -1, 0),
+    "fill": lambda start, size: _core.fill(start, size, 0, 0),
+    "swap": lambda start, size: _core.swap(0, b"", [(start, size, 0, 0, -1, 0)], []),
+    "undo": lambda start, size: _core.swap(0, b"", [], [(start, size, 0, 0, -1, 0)]),
+}
+
+
+@pytest.mark.parametrize("call", RANGES.values(), ids=RANGES)
+@pytest.mark.parametrize(
+    ("start", "size"),
+    [(1 << 70, PAGE), (-PAGE, PAGE), (0, 1 << 64), (0, -1), (TOP, PAGE), (PAGE, TOP)],
+)
+def test_what_no_address_space_has_is_an_overflow(call, start, size):
+    with pytest.raises(OverflowError):
+        call(start, size)
+
+
+@pytest.mark.parametrize("call", RANGES.values(), ids=RANGES)
+@pytest.mark.parametrize("wrong", [1.5, "4096", None])
+def test_an_address_is_an_integer(call, wrong):
+    with pytest.raises(TypeError):
+        call(wrong, PAGE)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: _core.protect(0, PAGE),
+        lambda: _core.advise(0, PAGE),
+        lambda: _core.lock(0),
+        lambda: _core.unlock(0, PAGE, 0),
+        lambda: _core.unmap(0, PAGE, 0),
+        lambda: _core.reserve(PAGE, PAGE),
+        lambda: _core.swap(0, b"", [(0, PAGE, 0)], []),
+        lambda: _core.swap(0, "", [], []),
+    ],
+)
+def test_arguments_are_neither_forgotten_nor_too_many(call):
+    with pytest.raises(TypeError):
+        call()
+
+
+@pytest.mark.parametrize("alignment", [0, 1, PAGE // 2, 3 * PAGE, PAGE + 1])
+def test_an_alignment_is_a_power_of_two_and_a_page_at_least(alignment):
+    with pytest.raises(ValueError, match="power of two"):
+        _core.reserve(PAGE, alignment, 0)
+
+
+def test_a_reservation_that_wraps_around_is_an_overflow():
+    with pytest.raises(OverflowError):
+        _core.reserve(TOP - PAGE, 1 << 21, 0)
+
+
+@pytest.mark.parametrize("like", [0, 0x123000, 0x7FFF_FFFF_F000])
+def test_a_reservation_is_congruent(like):
+    alignment = 1 << 21
+    address = _core.reserve(PAGE, alignment, like)
+    try:
+        assert address % alignment == like % alignment
+        with open("/proc/self/maps") as maps:
+            assert f"{address:x}-{address + PAGE:x} ---p" in maps.read()
+    finally:
+        _core.unmap(address, PAGE)
+
+
+def test_an_error_tells_step_range_and_number():
+    address = _core.reserve(PAGE, PAGE, 0)
+    _core.unmap(address, PAGE)
+    with pytest.raises(_core.Error) as caught:
+        _core.lock(address, PAGE)
+    error = caught.value
+    assert (error.errno, error.step, error.start, error.end) == (
+        12,
+        "lock",
+        address,
+        address + PAGE,
+    )
+
+
+def test_objects_are_those_of_the_process():
+    """Checked against the mappings, which the kernel tells."""
+    adds, subs, found = _core.objects()
+    assert (adds, subs) == _core.loads()
+    with open("/proc/self/maps") as maps:
+        mapped = {line.split()[5] for line in maps if len(line.split()) > 5}
+    names = [name.decode() for name, _, _ in found]
+    assert names[0] == ""
+    assert {os.path.realpath(name) for name in names[1:] if name.startswith("/")} <= mapped
+    assert any("libc.so" in name for name in names)
+    assert all(headers and len(headers) % 56 == 0 for _, _, headers in found)
