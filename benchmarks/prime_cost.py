@@ -62,7 +62,7 @@ def fork(image_dir: str) -> Result:
     """fork and wait before and after priming, and priming in a forked child."""
     bare = [_fork() for _ in range(FORKS)]
     # What the modules' objects cost a fork is not what huge pages and locks cost it.
-    import page_primer.apply  # noqa: F401
+    import page_primer.apply.process  # noqa: F401
 
     before = [_fork() for _ in range(FORKS)]
     result = _prime(image_dir)
@@ -186,7 +186,7 @@ def _in_child(image_dir: str) -> Result:
 
 def _locked() -> list[tuple[str, int, int, bool]]:
     """(path, offset, bytes, executable) of this process's locked mappings that are not writable."""
-    from page_primer import smaps
+    from page_primer.kernel import smaps
 
     return [
         (m.path, m.offset, m.size, m.executable)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Unpack
 
-    from page_primer.apply import Process
+    from page_primer.apply.process import Process
     from page_primer.options import OptionValues
 
 __all__ = ["Options", "Report", "prime", "restore"]
@@ -44,7 +44,7 @@ def prime(options: Options | None = None, /, **values: Unpack[OptionValues]) -> 
         merge: let read-only data share a huge page with code, and so become executable. Without it,
             only ranges of one protection are moved.
         keep_profilers: leave on the original file what profilers need to see there, or map
-            signposts to it (small files beside the images) where that will do.
+            anchors to it (small files beside the images) where that will do.
         perf_map: write /tmp/perf-PID.map with the symbols of code in memory without a file's name.
         include: only objects whose path or file name matches one of these fnmatch patterns.
         exclude: no objects whose path or file name matches one of these fnmatch patterns.
@@ -95,24 +95,30 @@ def on_process(action: Callable[[Process], Report]) -> Report:
 
 
 def _alone(action: Callable[[Process], Report]) -> Report:
-    from page_primer import apply
+    from _thread import get_ident  # threading takes 2 ms to import
 
-    with apply.lock:
-        if apply.process.busy:
+    from page_primer.apply import fork
+    from page_primer.apply.process import process
+
+    fork.enter()
+    try:
+        if process.owner == get_ident():
             reason = "called by a signal handler while it was under way"
             return Report(pid=os.getpid(), reason=reason)
-        apply.process.busy = True
+        process.owner = get_ident()
         try:
-            return action(apply.process)
+            return action(process)
         finally:
-            apply.process.busy = False
+            process.owner = 0
+    finally:
+        fork.mutex.release()
 
 
 def _too_little_memory() -> str | None:
     """The modules that prime take a few megabytes themselves, which may be the last ones."""
-    if "page_primer.apply" in sys.modules:
+    if "page_primer.apply.process" in sys.modules:
         return None
-    from page_primer import memory
+    from page_primer.kernel import memory
 
     found = memory.read()
     if found is None or found.available >= memory.WORKING:

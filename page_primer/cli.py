@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = _plainly_run(words)
         return _execute(command, {}) if command else _parse_and_run(words)
     except ValueError as error:
-        from page_primer.started import say
+        from page_primer.launcher.child import say
 
         say(f"page-primer: {error}")
         return 2
@@ -110,7 +110,7 @@ def _run(given: argparse.Namespace) -> int:
 
 
 def _execute(command: Sequence[str], settings: Mapping[str, str]) -> int:
-    from page_primer import launch
+    from page_primer.launcher import run as launch
 
     return launch.run(command, settings)
 

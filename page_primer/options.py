@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 
-from page_primer.record import Record
-from page_primer.suppress import suppress
+from page_primer._lean import Record, suppress
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -11,13 +11,15 @@ import os
 import sys
 from itertools import pairwise
 
-from page_primer.elf import PF_R, PF_X
-from page_primer.memory import WORKING, Memory
+from page_primer._lean import Record, replace
+from page_primer.elf.file import PF_R, PF_X
+from page_primer.elf.objects import Object, Range, Region, Segment
+from page_primer.kernel.memory import WORKING, Memory
+from page_primer.kernel.smaps import Mapping, overlapping
+from page_primer.kernel.thp import page_size
 from page_primer.options import IN_PLACE, Options
-from page_primer.record import Record, replace
 from page_primer.report import OVER_LIMIT, OVER_MEMORY
-from page_primer.smaps import Mapping, overlapping
-from page_primer.survey import FILE_GONE, SEALED, Object, Segment, Survey, page_size
+from page_primer.survey import FILE_GONE, SEALED, Survey
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -37,24 +39,9 @@ NOT_CONGRUENT = "address and file offset differ modulo a huge page"
 # These forbid replacing a mapping, but not huge pages where it is.
 _NOT_REPLACEABLE = (FILE_GONE, SEALED)
 
-# Where a signpost goes: above every program that is linked for one address, with room for its heap
+# Where an anchor goes: above every program that is linked for one address, with room for its heap
 # to grow, and within what the smallest address space has (arm64, 39 bits).
 FAR = 256 << 30
-
-Range = tuple[int, int]  # addresses
-
-
-class Region(Record):
-    """A contiguous range with one protection (PF_R, perhaps with PF_X)."""
-
-    start: int
-    end: int
-    flags: int
-
-    def huge(self, pmd: int) -> tuple[int, int]:
-        """The part that whole huge pages can cover; empty (start == end) where none fits."""
-        start, end = -(-self.start // pmd) * pmd, self.end // pmd * pmd
-        return (start, end) if start < end else (self.start, self.start)
 
 
 class Move(Record):
@@ -62,7 +49,7 @@ class Move(Record):
 
     An image describes itself to profilers, so the whole span can go there, edges included; memory
     without a name takes only whole chunks, and none that a profiler needs to see on the file,
-    unless there are signposts to it (signpost.py). Where the loader's own mappings can have huge
+    unless there are anchors to it (anchor.py). Where the loader's own mappings can have huge
     pages (in_place.py), that is tried first if they cover as much as a copy (`aligned`), and last
     otherwise. `image` is empty where nothing can be replaced.
     """
@@ -70,8 +57,8 @@ class Move(Record):
     object: Object
     image: tuple[Region, ...]
     memory: tuple[Region, ...]
-    signed: tuple[Region, ...] = ()  # in memory's place, with both signposts put up
-    near: int = 0  # addresses for signposts; 0: it is not needed, or there is no room
+    signed: tuple[Region, ...] = ()  # in memory's place, with both anchors put up
+    near: int = 0  # addresses for anchors; 0: it is not needed, or there is no room
     far: int = 0
     in_place: tuple[Region, ...] = ()  # whole mappings
     aligned: bool = False
@@ -83,7 +70,7 @@ class Move(Record):
         return sum(region.end - region.start for region in self.image or self.in_place)
 
 
-class Left(Record):
+class Remainder(Record):
     """A range that stays as it is, or stays on small pages, and why."""
 
     object: Object
@@ -95,7 +82,7 @@ class Left(Record):
 
 class Plan(Record):
     moves: tuple[Move, ...]
-    left: tuple[Left, ...]
+    remainders: tuple[Remainder, ...]
     already: tuple[Move, ...] = ()  # on huge pages where they are: nothing is to be done
 
 
@@ -107,6 +94,10 @@ class Lock(Record):
     end: int
     kind: str
     on_fault: bool
+
+    @property
+    def range(self) -> Range:
+        return Range(self.start, self.end)
 
 
 def make(survey: Survey, options: Options, used: int = 0, held: Iterable[Range] = ()) -> Plan:
@@ -120,7 +111,7 @@ def make(survey: Survey, options: Options, used: int = 0, held: Iterable[Range] 
     """
     moves: list[Move] = []
     already: list[Move] = []
-    left: list[Left] = []
+    left: list[Remainder] = []
     room = options.limit - used
     held = _disjoint(held)
     memory = memory_room(survey.memory, options, held)
@@ -154,7 +145,7 @@ def make(survey: Survey, options: Options, used: int = 0, held: Iterable[Range] 
         else:
             # It will be locked where it is; if it must be less than all, then the code.
             size = _lock_size(obj, options, held, code_only=reason == OVER_MEMORY)
-            left += [Left(obj, s.start, s.end, s.kind, _why(s, reason)) for s in obj.segments]
+            left += [Remainder(obj, s.start, s.end, s.kind, _why(s, reason)) for s in obj.segments]
         if size <= memory:
             memory -= size
             spare -= size
@@ -171,7 +162,7 @@ def memory_room(memory: Memory | None, options: Options, held: Iterable[Range]) 
     """
     if memory is None:
         return sys.maxsize
-    taken = sum(end - start for start, end in _disjoint(held))
+    taken = sum(part.length for part in _disjoint(held))
     return int(options.memory_share * (memory.available + taken)) - taken
 
 
@@ -184,34 +175,33 @@ def _lock_size(obj: Object, options: Options, held: Sequence[Range], code_only: 
     if not options.mlock or not selects(options, obj.path):
         return 0
     code_only |= options.mlock == "code"
-    wanted = [(s.start, s.end) for s in obj.segments if s.kind == "code" or not code_only]
-    return sum(_outside(start, end, held) for start, end in wanted)
+    wanted = [s for s in obj.segments if s.kind == "code" or not code_only]
+    return sum(_outside(Range(s.start, s.end), held) for s in wanted)
 
 
 def _disjoint(ranges: Iterable[Range]) -> list[Range]:
     """The same addresses in ascending ranges, none of which overlap or touch."""
     found: list[Range] = []
-    for start, end in sorted(ranges):
-        if found and start <= found[-1][1]:
+    for start, end in sorted(map(tuple, ranges)):
+        if found and start <= found[-1].end:
             start, last = found.pop()
             end = max(end, last)
-        found.append((start, end))
+        found.append(Range(start, end))
     return found
 
 
-def _outside(start: int, end: int, disjoint: Iterable[Range]) -> int:
+def _outside(whole: Range, disjoint: Iterable[Range]) -> int:
     """Bytes of a range that none of `disjoint` covers."""
-    covered = (min(end, high) - max(start, low) for low, high in disjoint)
-    return end - start - sum(size for size in covered if size > 0)
+    return whole.length - sum(whole.clip(part).length for part in disjoint)
 
 
-def explain(obj: Object, regions: Sequence[Region], pmd: int) -> list[Left]:
+def explain(obj: Object, regions: Sequence[Region], pmd: int) -> list[Remainder]:
     """Every byte of an object that does not go onto a huge page when `regions` move, and why."""
     moved = [region.huge(pmd) for region in regions]
-    kept = [(low, high) for low, high in _head(obj, pmd) if high <= regions[0].start]
-    left: list[Left] = []
+    kept = [page for page in _head(obj, pmd) if page.end <= regions[0].start]
+    left: list[Remainder] = []
     for span in obj.spans():
-        reachable = (-(-span[0].start // pmd) * pmd, span[-1].end // pmd * pmd)
+        reachable = Range(span[0].start, span[-1].end).huge(pmd)
         has_code = any(segment.code for segment in span)
         for segment in span:
             cuts = {edge for pair in (*moved, *kept) for edge in pair}
@@ -219,21 +209,22 @@ def explain(obj: Object, regions: Sequence[Region], pmd: int) -> list[Left]:
                 cut for cut in cuts if segment.start < cut < segment.end
             }
             for low, high in pairwise(sorted(cuts)):
-                if _inside(low, high, moved):
+                part = Range(low, high)
+                if _inside(part, moved):
                     continue
                 reason = obj.problem or NO_CHUNK if has_code else NO_CODE
-                if _inside(low, high, kept) and _inside(low, high, [reachable]):
+                if _inside(part, kept) and reachable.contains(part):
                     reason = PROFILERS_HEAD
                 last = left[-1] if left else None
                 if last and (last.end, last.kind, last.reason) == (low, segment.kind, reason):
                     low = left.pop().start
-                left.append(Left(obj, low, high, segment.kind, reason))
-    left += [Left(obj, s.start, s.end, s.kind, WRITABLE) for s in obj.segments if s.writable]
+                left.append(Remainder(obj, low, high, segment.kind, reason))
+    left += [Remainder(obj, s.start, s.end, s.kind, WRITABLE) for s in obj.segments if s.writable]
     return left
 
 
-def _inside(low: int, high: int, ranges: Iterable[Range]) -> bool:
-    return any(start <= low and high <= end for start, end in ranges)
+def _inside(part: Range, ranges: Iterable[Range]) -> bool:
+    return any(whole.contains(part) for whole in ranges)
 
 
 def _why(segment: Segment, reason: str | None) -> str:
@@ -288,7 +279,7 @@ def affordable(
     allowed: list[Lock] = []
     withheld: list[Lock] = []
     for lock in wanted:
-        cost = _outside(lock.start, lock.end, held)
+        cost = _outside(lock.range, held)
         if cost > max(room, 0):
             withheld.append(lock)
             continue
@@ -345,11 +336,12 @@ def _move(obj: Object, survey: Survey, options: Options) -> Move | None:
         # A tool finds a PIE main program through /proc/PID/exe, so the mapping of its first code
         # must stay on that file.
         if options.keep_profilers and obj.main and not obj.fixed:
-            start = max(start, *(end for _, end in head))
+            start = max(start, *(page.end for page in head))
         if start >= span[-1].end:
             continue
         regions = _regions(span, start, pmd, options.merge)
-        chunks = [Region(*r.huge(pmd), r.flags) for r in regions if r.huge(pmd)[1] > r.start]
+        whole = [(region.huge(pmd), region.flags) for region in regions]
+        chunks = [Region(low, high, flags) for (low, high), flags in whole if low < high]
         if any(chunk.flags & PF_X for chunk in chunks):
             image += regions
             keep = head if options.keep_profilers and (obj.main or obj.interpreter) else []
@@ -380,7 +372,7 @@ def _in_place(move: Move | None, obj: Object, survey: Survey) -> Move | None:
         and obj.start <= m.start
         and m.end <= obj.end
         and (m.start - m.offset) % pmd == 0
-        and Region(m.start, m.end, 0).huge(pmd)[1] > m.start
+        and Range(m.start, m.end).huge(pmd).length
     ]
     if not any(region.flags & PF_X for region in found):
         return move
@@ -388,7 +380,7 @@ def _in_place(move: Move | None, obj: Object, survey: Survey) -> Move | None:
         return Move(obj, (), (), in_place=tuple(found), aligned=True)
     covered = [region.huge(pmd) for region in found]
     copied = [region.huge(pmd) for region in move.image if region.flags & PF_X]
-    aligned = all(_inside(low, high, covered) for low, high in copied)
+    aligned = all(_inside(part, covered) for part in copied)
     return replace(move, in_place=tuple(found), aligned=aligned)
 
 
@@ -396,18 +388,18 @@ def is_huge(regions: Iterable[Region], survey: Survey) -> bool:
     """Whether all that whole huge pages can cover of some mappings is on them."""
     huge = {mapping.start: mapping.huge for mapping in survey.mappings}
     return all(
-        huge.get(region.start, 0) >= high - low
-        for region, (low, high) in ((r, r.huge(survey.pmd_size)) for r in regions)
+        huge.get(region.start, 0) >= region.huge(survey.pmd_size).length for region in regions
     )
 
 
-def _head(obj: Object, pmd: int) -> list[tuple[int, int]]:
+def _head(obj: Object, pmd: int) -> list[Range]:
     """The huge pages of the ELF header and of the first code: where tools look for the object."""
     code = next(segment for segment in obj.segments if segment.code)
-    return [(page // pmd * pmd, page // pmd * pmd + pmd) for page in (obj.start, code.start)]
+    starts = (at // pmd * pmd for at in (obj.start, code.start))
+    return [Range(start, start + pmd) for start in starts]
 
 
-def _without(chunk: Region, keep: Iterable[tuple[int, int]]) -> list[Region]:
+def _without(chunk: Region, keep: Iterable[Range]) -> list[Region]:
     parts = [chunk]
     for start, end in keep:
         parts = [
@@ -425,19 +417,16 @@ def _without(chunk: Region, keep: Iterable[tuple[int, int]]) -> list[Region]:
 def _regions(span: Sequence[Segment], start: int, pmd: int, merge: bool) -> list[Region]:
     """Cut [start, end of span) into ranges of one protection each, merging what chunks need."""
     end = span[-1].end
-    code = [(s.start, s.end) for s in span if s.code]
+    code = [Range(s.start, s.end) for s in span if s.code]
     first, last = -(-start // pmd) * pmd, end // pmd * pmd
     cuts = {start, end} | {s.start for s in span if start < s.start}
     if merge and first < last:
         cuts |= set(range(first, last + 1, pmd))
-        code += [
-            (chunk, chunk + pmd)
-            for chunk in range(first, last, pmd)
-            if any(low < chunk + pmd and chunk < high for low, high in code)
-        ]
+        chunks = [Range(chunk, chunk + pmd) for chunk in range(first, last, pmd)]
+        code += [chunk for chunk in chunks if any(chunk.overlaps(part) for part in code)]
     regions: list[Region] = []
     for low, high in pairwise(sorted(cuts)):
-        flags = PF_R | PF_X if _inside(low, high, code) else PF_R
+        flags = PF_R | PF_X if _inside(Range(low, high), code) else PF_R
         if regions and regions[-1].flags == flags:
             low = regions.pop().start
         regions.append(Region(low, high, flags))

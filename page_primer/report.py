@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 
-from page_primer.record import Record, asdict
+from page_primer._lean import Record, asdict
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import logging
     from typing import Any, Protocol
 
-    from page_primer.memory import Memory
+    from page_primer.kernel.memory import Memory
 
     class Logger(Protocol):
         """What `Report.log()` needs: logging.Logger has it, and so has gunicorn's logger."""

@@ -13,12 +13,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from page_primer import elf
-from page_primer.elf import PROGRAM_HEADER, PT_LOAD
-from page_primer.measure import measure
+from page_primer.elf import file as elf
+from page_primer.elf.file import PROGRAM_HEADER, PT_LOAD
+from page_primer.elf.objects import Segment, segments_of
+from page_primer.kernel.smaps import Mapping, overlapping, read_smaps, total
+from page_primer.kernel.thp import page_size, pmd_size
 from page_primer.report import memlock_remedy, mib
-from page_primer.smaps import Mapping, overlapping, read_smaps, total
-from page_primer.survey import Segment, page_size, pmd_size, segments_of
+from page_primer.verify import measure
 
 CAP_IPC_LOCK = 14  # linux/capability.h
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import os
-from itertools import pairwise
 
-from page_primer import _core, elf, memory
-from page_primer.elf import PF_R, PF_W, PF_X, PROGRAM_HEADER, PT_LOAD
-from page_primer.memory import Memory
-from page_primer.record import Record, replace
-from page_primer.scratch import map_new
-from page_primer.smaps import Mapping, overlapping, read_maps, read_smaps
+from page_primer import _core
+from page_primer._lean import Record, replace
+from page_primer.elf import file as elf
+from page_primer.elf.file import PF_R, PROGRAM_HEADER
+from page_primer.elf.objects import Object, Segment, Source, segments_of
+from page_primer.kernel import memory
+from page_primer.kernel.address_space import map_new
+from page_primer.kernel.memory import Memory
+from page_primer.kernel.smaps import Mapping, overlapping, read_maps, read_smaps
+from page_primer.kernel.thp import page_size, pmd_size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
-
-_PMD_SIZE_FILE = "/sys/kernel/mm/transparent_hugepage/hpage_pmd_size"
 
 # Why an object cannot be moved at all, in the report's words.
 FILE_GONE = "file deleted or replaced on disk"
@@ -25,98 +26,6 @@ EXECUTE_ONLY = "execute-only code"
 SEALED = "sealed"
 REMAPPED = "already remapped"
 MAPPED_OTHERWISE = "not mapped as its program headers say"
-
-
-class Source(Record):
-    """The identity of a file's content: whoever changes the content changes one of these."""
-
-    path: str
-    device: int
-    inode: int
-    size: int
-    mtime_ns: int
-    ctime_ns: int
-
-    @classmethod
-    def of(cls, path: str, status: os.stat_result) -> Source:
-        return cls(
-            path, status.st_dev, status.st_ino, status.st_size,
-            status.st_mtime_ns, status.st_ctime_ns,
-        )  # fmt: skip
-
-
-class Segment(Record):
-    """A PT_LOAD in memory, rounded out to the pages that the loader maps for it."""
-
-    start: int
-    end: int
-    file_end: int  # the end of what comes from the file; beyond are zeroes (.bss)
-    offset: int  # of `start` in the file
-    flags: int  # PF_R | PF_W | PF_X
-    address: int  # load bias + p_vaddr, not rounded
-    size: int  # p_memsz, bytes, not rounded
-
-    @property
-    def code(self) -> bool:
-        return bool(self.flags & PF_X)
-
-    @property
-    def writable(self) -> bool:
-        return bool(self.flags & PF_W)
-
-    @property
-    def kind(self) -> str:
-        if self.writable:
-            return "data"
-        return "code" if self.code else "rodata"
-
-
-class Object(Record):
-    """A loaded ELF object.
-
-    `path` is the file it was loaded from; `problem` says why it must be left alone, if it must.
-    """
-
-    name: str
-    path: str
-    base: int  # load bias: address = base + p_vaddr
-    headers: bytes  # the program header table in memory
-    segments: tuple[Segment, ...]
-    main: bool = False
-    interpreter: bool = False
-    source: Source | None = None
-    problem: str | None = None
-    bti: bool = False  # arm64: code is mapped PROT_BTI
-    resident_code: int = 0  # bytes
-
-    @property
-    def start(self) -> int:
-        return self.segments[0].start
-
-    @property
-    def end(self) -> int:
-        return self.segments[-1].end
-
-    @property
-    def fixed(self) -> bool:
-        """Whether this is an ET_EXEC: linked for one address, so never a load bias."""
-        return self.main and self.base == 0
-
-    @property
-    def code_bytes(self) -> int:
-        return sum(segment.size for segment in self.segments if segment.code)
-
-    def spans(self) -> list[tuple[Segment, ...]]:
-        """The runs of PT_LOADs without PF_W that are contiguous in memory."""
-        runs: list[list[Segment]] = []
-        for segment in self.segments:
-            if segment.writable:
-                continue
-            if runs and runs[-1][-1].end == segment.start:
-                runs[-1].append(segment)
-            else:
-                runs.append([segment])
-        return [tuple(run) for run in runs]
 
 
 class Survey(Record, aside=("mappings",)):
@@ -129,19 +38,6 @@ class Survey(Record, aside=("mappings",)):
     loads: tuple[int, int]  # the loader's counters
     memory: Memory | None = None  # what is to be had, where known
     mappings: Sequence[Mapping] = ()
-
-
-def page_size() -> int:
-    return os.sysconf("SC_PAGESIZE")
-
-
-def pmd_size() -> int:
-    """The size of a huge page in bytes: 2 MiB on x86-64, up to 512 MiB on arm64; 0 without THP."""
-    try:
-        with open(_PMD_SIZE_FILE) as file:
-            return int(file.read())
-    except (OSError, ValueError):
-        return 0
 
 
 def take(
@@ -181,33 +77,6 @@ def take(
         None if as_known else memory.read(),
         mappings,
     )
-
-
-def segments_of(headers: bytes, base: int, page: int) -> tuple[Segment, ...]:
-    """The PT_LOADs of a program header table, in the order of their addresses."""
-    segments = []
-    for kind, flags, offset, vaddr, _, filesz, memsz, _ in PROGRAM_HEADER.iter_unpack(headers):
-        if kind != PT_LOAD or not memsz:
-            continue
-        start = (base + vaddr) & -page
-        segments.append(
-            Segment(
-                start=start,
-                end=(base + vaddr + memsz + page - 1) & -page,
-                file_end=(base + vaddr + filesz + page - 1) & -page if filesz else start,
-                offset=offset & -page,
-                flags=flags,
-                address=base + vaddr,
-                size=memsz,
-            )
-        )
-    segments.sort(key=lambda segment: segment.start)
-    # Where two share a page, the loader's later mapping is the one that is there.
-    for index, (this, following) in enumerate(pairwise(segments)):
-        if this.end > following.start:
-            file_end = min(this.file_end, following.start)
-            segments[index] = replace(this, end=following.start, file_end=file_end)
-    return tuple(segments)
 
 
 def _object(

@@ -260,7 +260,7 @@ def test_namespace(tmp_path, broker, images):
 def test_a_client_is_never_primed(tmp_path, broker, images):
     source = (
         "import work, page_primer.integrations.celery, sys; work.app.conf; "
-        "print('page_primer.apply' in sys.modules)"
+        "print('page_primer.apply.process' in sys.modules)"
     )
     (tmp_path / "work.py").write_text(TASKS)
     env = {**os.environ, "BROKER": broker, "CONFIGURE": BY_IMPORT}

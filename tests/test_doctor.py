@@ -18,10 +18,13 @@ import pytest
 if sys.platform != "linux":
     pytest.skip("page-primer's doctor examines Linux", allow_module_level=True)
 
-from page_primer import doctor, plan, record
+from page_primer import _lean as record
+from page_primer import doctor, plan
 from page_primer.doctor import Coverage, Directory, Mount, Process, Settings, Trial
+from page_primer.elf.file import PF_R, PF_W, PF_X
+from page_primer.elf.objects import Object, Segment
 from page_primer.options import Options
-from page_primer.survey import PF_R, PF_W, PF_X, Object, Segment, Survey
+from page_primer.survey import Survey
 
 ROOT = os.geteuid() == 0
 MIB = 1 << 20
@@ -668,7 +671,7 @@ def made_up(phase: int, *, fixed: bool = False) -> Object:
                   main=fixed, interpreter=True)  # fmt: skip
 
 
-def test_signposts_need_a_directory_that_is_ours_alone(tmp_path: Path) -> None:
+def test_anchors_need_a_directory_that_is_ours_alone(tmp_path: Path) -> None:
     directory = tmp_path / "store"
     options = Options(image_dir=str(directory))
     assert doctor._has_directory(options)  # it can be made

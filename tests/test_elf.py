@@ -11,9 +11,10 @@ from elftools.elf.elffile import ELFFile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from page_primer import _core, elf, image
-from page_primer.plan import Region
-from page_primer.survey import Object, Source, segments_of
+from page_primer import _core
+from page_primer.elf import file as elf
+from page_primer.elf.objects import Object, Region, Source, segments_of
+from page_primer.images import layout as image
 
 FILES = sorted({outside.interpreter_file(os.getpid()), _core.__file__, os.path.realpath("/bin/sh")})
 SMALL = open(_core.__file__, "rb").read()

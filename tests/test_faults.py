@@ -117,7 +117,7 @@ def test_every_call_may_fail(python, images, preload, backing, function, number)
 
 
 @pytest.mark.parametrize("backing", ["image", "memfd", "anonymous"])
-def test_a_signpost_may_fail(images, tmp_path, preload, backing):
+def test_a_anchor_may_fail(images, tmp_path, preload, backing):
     """Then a program's head stays on its file in memory without a name."""
     if "static" not in KINDS:
         pytest.skip("no static interpreter here")
@@ -136,7 +136,7 @@ def test_a_signpost_may_fail(images, tmp_path, preload, backing):
                 break
             whole(process, before)
             text = outside.text_of(process.pid, core["path"])
-            posts = sum("-signpost/" in m[4] for m in outside.file_mappings(process.pid))
+            posts = sum("-anchor/" in m[4] for m in outside.file_mappings(process.pid))
             seen.add((posts, text.huge == text.attainable, text.huge > 0))
             process.restore()
             assert not any(str(images) in m[4] for m in outside.file_mappings(process.pid))

@@ -99,7 +99,7 @@ def test_file_size_limit_with_its_signal_on(python, images, backing):
 def test_interrupts_at_any_moment_lose_nothing(python, images):
     """Ctrl-C in the midst of prime(): afterwards restore() puts everything back."""
     source = f"""
-        import os, signal, time, page_primer, page_primer.apply
+        import os, signal, time, page_primer, page_primer.apply.process
         class Stop(BaseException): pass
         def stop(*_): raise Stop
         signal.signal(signal.SIGALRM, stop)
@@ -135,7 +135,7 @@ def test_interrupts_at_any_moment_lose_nothing(python, images):
 def test_an_unforeseen_failure_around_the_swap(python, images, error, when):
     """Whatever happens there, the book says what is so: the next call does what is left to do."""
     source = f"""
-        import page_primer, page_primer.apply, page_primer.move as move
+        import page_primer, page_primer.apply.process, page_primer.apply.swap as move
         swap_in = move._swap_in
         def fails(obj, prepared):
             if {when!r} == "after":
@@ -147,7 +147,7 @@ def test_an_unforeseen_failure_around_the_swap(python, images, error, when):
         except KeyboardInterrupt:
             pass
         move._swap_in = swap_in
-        page_primer.apply.process.loads = (0, 0)
+        page_primer.apply.process.process.loads = (0, 0)
         first = page_primer.prime(image_dir={str(images)!r})
         result = [first.as_dict(), page_primer.restore().as_dict()]
     """
@@ -165,7 +165,7 @@ def test_an_object_without_writable_data(python, images, tmp_path):
     """Nothing of it stays on its own file, so only the book knows that it was moved."""
     library = build_library(tmp_path, "libbig.so")
     source = f"""
-        import ctypes, page_primer, page_primer.apply, page_primer.survey as survey
+        import ctypes, page_primer, page_primer.apply.process, page_primer.survey as survey
         lib = ctypes.CDLL({str(library)!r})
         take = survey.take
         def without_data(*read):  # a survey that cannot tell by the writable segment's file
@@ -177,7 +177,7 @@ def test_an_object_without_writable_data(python, images, tmp_path):
             return survey.replace(found, objects=objects)
         survey.take = without_data
         first = page_primer.prime(image_dir={str(images)!r})
-        page_primer.apply.process.loads = (0, 0)
+        page_primer.apply.process.process.loads = (0, 0)
         again = page_primer.prime(image_dir={str(images)!r})
         result = [first.reason, again.reason, {str(library)!r} in first.moved, list(again.moved),
                   lib.answer()]
@@ -199,7 +199,7 @@ def test_locks_of_the_host_are_kept(python, images):
 
     for mlock in (True, False):
         with Process(python) as process:
-            process.run("import page_primer.apply, random, ctypes")
+            process.run("import page_primer.apply.process, random, ctypes")
             if process.run("result = ctypes.CDLL(None).mlockall(1)"):
                 pytest.skip("mlockall() is not allowed here")
             assert unlocked(process) == []
@@ -214,7 +214,7 @@ def test_locks_of_the_host_are_kept(python, images):
 def test_a_failed_call_does_not_spoil_the_next(python, images, tmp_path):
     library = build_library(tmp_path, "libbig.so")
     source = f"""
-        import ctypes, errno, page_primer, page_primer.apply as apply
+        import ctypes, errno, page_primer, page_primer.apply.process as apply
         page_primer.prime(image_dir={str(images)!r})
         ctypes.CDLL({str(library)!r})
         read = apply.smaps.read_maps
@@ -279,7 +279,7 @@ def test_the_file_is_replaced_in_the_midst_of_a_failing_swap(python, images, tmp
     wrong = tmp_path / "wrong.so"
     subprocess.run(["cp", "/bin/true", str(wrong)], check=True)
     source = f"""
-        import ctypes, os, page_primer, page_primer.move as move
+        import ctypes, os, page_primer, page_primer.apply.swap as move
         lib = ctypes.CDLL({str(library)!r})
         fault = ctypes.CDLL(None)
         swap_in = move._swap_in
@@ -299,7 +299,7 @@ def test_the_file_is_replaced_in_the_midst_of_a_failing_swap(python, images, tmp
 
 def test_no_descriptors_are_left_open(python, images, tmp_path):
     with Process(python) as process:
-        process.run("import page_primer.apply, random, os")
+        process.run("import page_primer.apply.process, random, os")
         process.prime(image_dir=str(images))
         process.restore()
         count = "result = len(os.listdir('/proc/self/fd'))"

@@ -11,8 +11,8 @@ from cgroup import Cgroup
 from process import Process, interpreter
 from test_gunicorn import Gunicorn, require_no_failure
 
-from page_primer import memory
-from page_primer.memory import Memory
+from page_primer.kernel import memory
+from page_primer.kernel.memory import Memory
 
 MIB = 1 << 20
 

@@ -7,10 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from page_primer import plan
-from page_primer.memory import WORKING, Memory
+from page_primer.elf.file import PF_R, PF_W, PF_X
+from page_primer.elf.objects import Object, Segment, Source
+from page_primer.kernel.memory import WORKING, Memory
+from page_primer.kernel.smaps import Mapping
 from page_primer.options import Options
-from page_primer.smaps import Mapping
-from page_primer.survey import PF_R, PF_W, PF_X, Object, Segment, Source, Survey
+from page_primer.survey import Survey
 
 MIB = 1 << 20
 PMD = 2 * MIB
@@ -69,7 +71,7 @@ def test_fixed_main_program_is_covered_whole():
     (move,) = make(debian_python()).moves
     assert ranges(move.image) == [(0x400000, 0x800000, "x"), (0x800000, 0x945000, "r")]
     # Memory without a name leaves the chunk of the ELF header and the first code to profilers, or
-    # there are signposts.
+    # there are anchors.
     assert ranges(move.memory) == [(0x600000, 0x800000, "x")]
     assert ranges(move.signed) == [(0x400000, 0x800000, "x")]
     assert (move.near, move.far) == (0x3FF000, plan.FAR)
@@ -82,7 +84,7 @@ def test_without_profilers_memory_takes_every_chunk():
 
 
 @pytest.mark.parametrize("start", [0x3F0000, plan.FAR])
-def test_there_is_no_room_for_a_signpost(start):
+def test_there_is_no_room_for_a_anchor(start):
     taken = Mapping(start, start + 0x10000, "r--p", 0, "00:00", 0, "")
     (move,) = make(debian_python(), mappings=[taken]).moves
     assert ranges(move.memory) == [(0x600000, 0x800000, "x")]
@@ -91,7 +93,7 @@ def test_there_is_no_room_for_a_signpost(start):
     assert (move.near, move.far) == ((0, plan.FAR) if start == 0x3F0000 else (0x3FF000, 0))
 
 
-def test_what_has_a_random_address_has_no_signposts():
+def test_what_has_a_random_address_has_no_anchors():
     for made in (libpython(0x7F0000000000), libpython(0x555555400000, main=True)):
         (move,) = make(made).moves
         assert not move.signed and not move.near and not move.far
@@ -116,7 +118,7 @@ def test_shared_interpreter_at_a_random_address_keeps_its_edges_on_small_pages()
         (first, base + 0x379000, "x"),
         (base + 0x379000, base + 0x4CD000, "r"),
     ]
-    left = {(part.kind, part.reason) for part in planned.left}
+    left = {(part.kind, part.reason) for part in planned.remainders}
     assert ("code", plan.NO_CHUNK) in left
 
 
@@ -125,7 +127,7 @@ def test_pie_main_program_keeps_the_huge_page_of_its_first_code():
     pie = libpython(base, main=True, path="/opt/python3.12")
     (move,) = make(pie).moves
     assert move.image[0].start == base + PMD
-    kept = [part for part in make(pie).left if part.reason == plan.PROFILERS_HEAD]
+    kept = [part for part in make(pie).remainders if part.reason == plan.PROFILERS_HEAD]
     assert sum(part.end - part.start for part in kept) == PMD
     (move,) = make(pie, keep_profilers=False).moves
     assert move.image[0].start == base
@@ -153,7 +155,7 @@ def test_what_is_huge_already_is_not_moved():
     (move,) = planned.already
     assert ranges(move.in_place) == [(aligned.start, aligned.start + 0x4CD000, "x")]
     # What a huge page cannot cover is told all the same.
-    left = {(part.kind, part.reason) for part in planned.left}
+    left = {(part.kind, part.reason) for part in planned.remainders}
     assert left == {("code", plan.NO_CHUNK), ("data", plan.WRITABLE)}
 
 
@@ -184,7 +186,7 @@ def test_a_load_address_that_is_not_congruent_has_nothing_in_place():
     assert not move.aligned
     planned = make(aligned, mappings=mappings, backing="in_place")
     assert planned.moves == ()
-    assert {p.reason for p in planned.left if p.kind == "code"} == {plan.NOT_CONGRUENT}
+    assert {p.reason for p in planned.remainders if p.kind == "code"} == {plan.NOT_CONGRUENT}
 
 
 def test_separate_segments_are_congruent_in_part():
@@ -253,7 +255,7 @@ def test_a_gap_in_memory_ends_the_span():
     )
     (move,) = make(gap).moves
     assert ranges(move.image) == [(base + 2 * MIB, base + 5 * MIB, "x")]
-    reasons = {(part.start, part.reason) for part in make(gap).left}
+    reasons = {(part.start, part.reason) for part in make(gap).remainders}
     assert (base + 8 * MIB, plan.NO_CODE) in reasons
     assert (base, plan.NO_CODE) in reasons
 
@@ -297,8 +299,8 @@ def test_writable_code_is_never_moved():
 def test_reasons(made, reason):
     planned = made()
     assert planned.moves == ()
-    assert {part.reason for part in planned.left if part.kind != "data"} == {reason}
-    assert {part.reason for part in planned.left if part.kind == "data"} <= {plan.WRITABLE}
+    assert {part.reason for part in planned.remainders if part.kind != "data"} == {reason}
+    assert {part.reason for part in planned.remainders if part.kind == "data"} <= {plan.WRITABLE}
 
 
 def test_disabled_thp_does_not_concern_hugetlb():
@@ -359,7 +361,7 @@ def test_memory_goes_to_the_hottest_first():
     assert moved(4 * (python + 9 * MIB) - 4) == paths[:1]
     assert moved(4 * python - 4) == []
     assert moved(4 * python) == paths[:1]
-    left = make(*objects, available=4 * python).left
+    left = make(*objects, available=4 * python).remainders
     assert {(p.kind, p.reason) for p in left if p.object.path == "/lib/4.so"} == {
         ("code", plan.OVER_MEMORY), ("data", plan.WRITABLE),
     }  # fmt: skip
@@ -433,7 +435,7 @@ def test_every_byte_is_moved_or_explained(made, merge, keep):
     if planned.moves:
         (move,) = planned.moves
         assert all(r.start % PMD == 0 and r.end % PMD == 0 for r in move.memory)
-        assert any(r.flags & PF_X and r.huge(PMD)[0] < r.huge(PMD)[1] for r in move.image)
+        assert any(r.flags & PF_X and r.huge(PMD).length for r in move.image)
         if keep and (made.main or made.interpreter):
             code = next(s for s in made.segments if s.code)
             for page in (made.start, code.start):
@@ -443,9 +445,9 @@ def test_every_byte_is_moved_or_explained(made, merge, keep):
         for kind in (move.image, move.memory, move.signed):
             if kind:
                 check_partition(made, kind, plan.explain(made, kind, PMD))
-        check_partition(made, move.image, planned.left)
+        check_partition(made, move.image, planned.remainders)
     else:
-        check_partition(made, (), planned.left)
+        check_partition(made, (), planned.remainders)
 
 
 def check_regions(made, regions, merge):
@@ -473,7 +475,7 @@ def check_regions(made, regions, merge):
 
 
 def check_partition(made, regions, left):
-    pieces = [(r.huge(PMD)) for r in regions] + [(part.start, part.end) for part in left]
+    pieces = [tuple(r.huge(PMD)) for r in regions] + [(part.start, part.end) for part in left]
     pieces = sorted(piece for piece in pieces if piece[0] < piece[1])
     merged = []
     for low, high in pieces:

@@ -102,7 +102,7 @@ def test_memory_backings(every_python, images, backing, keep_profilers):
         )
         core = interpreter(report)
         text = outside.text_of(process.pid, core["path"])
-        if keep_profilers and not text.fixed:  # which has signposts
+        if keep_profilers and not text.fixed:  # which has anchors
             # Header and first code stay on the file; the rest is huge.
             assert any(v.path == core["path"] and "x" in v.perms for v in text.span_vmas)
             left = left_of(report, os.path.basename(core["path"]))
@@ -113,17 +113,17 @@ def test_memory_backings(every_python, images, backing, keep_profilers):
         assert core["backing"] == (backing if text.huge else None)
         # Running code, garbage collection, imports and exceptions, on what was moved.
         assert process.run("import decimal, gc; gc.collect(); result = str(decimal.Decimal(1) / 3)")
-        assert len(signposts(process, images)) == (2 if keep_profilers and text.fixed else 0)
+        assert len(anchors(process, images)) == (2 if keep_profilers and text.fixed else 0)
         process.restore()
         after = outside.file_mappings(process.pid)
         assert [m for m in before if m not in after] == []
-        assert not signposts(process, images)
+        assert not anchors(process, images)
 
 
-def signposts(process, images):
-    """The mappings of signposts in a process: address and path."""
+def anchors(process, images):
+    """The mappings of anchors in a process: address and path."""
     mapped = outside.file_mappings(process.pid)
-    return [(m[0], m[4]) for m in mapped if m[4].startswith(f"{images}/") and "-signpost/" in m[4]]
+    return [(m[0], m[4]) for m in mapped if m[4].startswith(f"{images}/") and "-anchor/" in m[4]]
 
 
 @pytest.fixture
@@ -133,37 +133,37 @@ def static(tmp_path):
     return python_of(tmp_path, KINDS["static"])
 
 
-def test_signposts_are_shared_and_go_with_the_move(static, images):
+def test_anchors_are_shared_and_go_with_the_move(static, images):
     options = {"backing": "memfd", "image_dir": str(images)}
     with Process(static) as one, Process(static) as two:
         one.prime(**options)
-        assert len(signposts(one, images)) == 2
+        assert len(anchors(one, images)) == 2
         two.prime(**options)
-        assert signposts(one, images) == signposts(two, images)
+        assert anchors(one, images) == anchors(two, images)
         two.restore()
         # Where an image describes the program, one is enough.
         assert interpreter(two.prime(image_dir=str(images)))["backing"] == "image"
-        assert signposts(two, images) == signposts(one, images)[1:]
+        assert anchors(two, images) == anchors(one, images)[1:]
         # A child has them too, and again they go.
         assert (
             two.run(
                 "import os\npid = os.fork()\n"
                 "if not pid:\n"
                 "    page_primer.restore()\n"
-                "    os._exit('signpost' in open('/proc/self/maps').read())\n"
+                "    os._exit('anchor' in open('/proc/self/maps').read())\n"
                 "result = os.waitpid(pid, 0)[1]"
             )
             == 0
         )
-        assert len(signposts(two, images)) == 1
+        assert len(anchors(two, images)) == 1
 
 
-def test_signposts_of_an_interrupted_move_go(static, images):
+def test_anchors_of_an_interrupted_move_go(static, images):
     """An exception of the host's, at the swap: what was put up is in the book."""
     options = {"backing": "memfd", "image_dir": str(images)}
     with Process(static) as process:
         process.run(
-            "import page_primer, page_primer.move as move\n"
+            "import page_primer, page_primer.apply.swap as move\n"
             "swap_in = move._swap_in\n"
             "def interrupted(*_): raise KeyboardInterrupt\n"
             "move._swap_in = interrupted\n"
@@ -174,12 +174,12 @@ def test_signposts_of_an_interrupted_move_go(static, images):
         report = process.prime(**options)
         assert interpreter(report)["notes"] == []
         check_all_huge(process.pid)
-        assert len(signposts(process, images)) == 2
+        assert len(anchors(process, images)) == 2
         process.restore()
-        assert not signposts(process, images)
+        assert not anchors(process, images)
 
 
-def test_what_took_a_signposts_place_stays(static, images):
+def test_what_took_a_anchors_place_stays(static, images):
     with Process(static) as process:
         process.prime(backing="memfd", image_dir=str(images))
         process.run(
@@ -191,11 +191,11 @@ def test_what_took_a_signposts_place_stays(static, images):
 
 
 @pytest.mark.parametrize("harm", ["cut short", "zeroes"])
-def test_a_broken_signpost_is_written_again(static, images, harm):
+def test_a_broken_anchor_is_written_again(static, images, harm):
     options = {"backing": "memfd", "image_dir": str(images)}
     with Process(static) as process:
         process.prime(**options)
-        paths = [Path(path) for _, path in signposts(process, images)]
+        paths = [Path(path) for _, path in anchors(process, images)]
         process.restore()
         sound = [path.read_bytes() for path in paths]
         for path in paths:
@@ -227,7 +227,7 @@ def test_nothing_stays_mapped(every_python, images):
         return [v for v in outside.smaps(process.pid) if v.perms == "---p" and not v.path]
 
     with Process(every_python) as process:
-        process.run("import page_primer.apply")
+        process.run("import page_primer.apply.process")
         before = len(unnamed())
         process.prime(image_dir=str(images))
         assert len(unnamed()) == before
@@ -236,7 +236,7 @@ def test_nothing_stays_mapped(every_python, images):
 
 
 @pytest.mark.parametrize("why", ["no directory", "no room"])
-def test_without_signposts_profilers_keep_the_head(static, images, why):
+def test_without_anchors_profilers_keep_the_head(static, images, why):
     with Process(static) as process:
         if why == "no room":
             process.run(
@@ -251,8 +251,8 @@ def test_without_signposts_profilers_keep_the_head(static, images, why):
         assert 0 < text.huge < text.attainable
         assert "kept for profilers" in left_of(report, os.path.basename(core["path"]))
         if why == "no directory":
-            assert core["notes"] == [f"no signpost: {images}: Not a directory"]
-        assert not (images.is_dir() and signposts(process, images))
+            assert core["notes"] == [f"no anchor: {images}: Not a directory"]
+        assert not (images.is_dir() and anchors(process, images))
         images.unlink(missing_ok=True)
 
 
@@ -410,7 +410,7 @@ def test_unlimited_memlock_locks_everything(python, images):
 def test_locking_writable_segments_copies_nothing(python, images):
     """MLOCK_ONFAULT: a plain mlock of a private writable mapping would copy each of its pages."""
     with Process(python) as process:
-        process.run("import page_primer.apply, ssl, gc; gc.disable()")
+        process.run("import page_primer.apply.process, ssl, gc; gc.disable()")
         process.prime(image_dir=str(images), mlock=False)
 
         def dirty():
@@ -702,7 +702,7 @@ def test_fork_while_another_thread_primes(python, images):
     """A child forked in the middle must find a book that is whole and a lock that is free."""
     source = """
         import os, threading, time, page_primer
-        import page_primer.apply
+        import page_primer.apply.process
         stop = False
         def loop():
             while not stop:
@@ -727,7 +727,7 @@ def test_daemon_that_closes_its_descriptors(python, images):
     source = """
         import os, page_primer
         page_primer.prime(image_dir=%r)
-        image = page_primer.apply.process.primed.copy().popitem()[1].prepared.image
+        image = page_primer.apply.process.process.registry.primed.copy().popitem()[1].prepared.image
         os.closerange(3, 256)
         mine = [os.open("/dev/null", os.O_RDONLY) for _ in range(20)]
         page_primer.restore()
@@ -807,7 +807,7 @@ def test_report_reads_well(python, images):
 def test_a_signal_handler_in_the_midst_of_prime(python, images, action):
     """It may fork, and it may even call prime(): neither may hang."""
     source = """
-        import os, signal, page_primer, page_primer.apply, page_primer.survey as survey
+        import os, signal, page_primer, page_primer.apply.process, page_primer.survey as survey
         take = survey.take
         def interrupted(*read):
             os.kill(os.getpid(), signal.SIGUSR1)

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 
-from page_primer.record import Record, asdict, replace
+from page_primer._lean import Record, asdict, replace
 
 
 class Point(Record, aside=("name",)):

@@ -333,7 +333,9 @@ def test_the_environment_of_children(kind, images, tmp_path):
     for before in ([], RUN):
         command = [*before, kind, "-c", "import os; os.system('echo $PYTHONPATH')"]
         done = run(command, images, env={"PYTHONPATH": "/one:/two"})
-        assert re.fullmatch(r"[^:]*/page_primer/site:/one:/two\n", done.stdout), done.stderr
+        assert re.fullmatch(r"[^:]*/page_primer/launcher/site:/one:/two\n", done.stdout), (
+            done.stderr
+        )
 
 
 @pytest.mark.parametrize("form", ["env", "direct", "option"])
@@ -569,7 +571,7 @@ def test_no_directory_for_images(kind):
 def test_an_interpreter_that_does_not_import_ours(base, images, options):
     """It runs as without page-primer, late libraries included."""
     code = (
-        "import sys, zlib; path = [p for p in sys.path if not p.endswith('/page_primer/site')];"
+        "import sys, zlib; path = [p for p in sys.path if not p.endswith('/page_primer/launcher/site')];"
         "print(path, sorted(sys.modules), sys.flags);"
         "print(open('/proc/self/maps').read().count('page'))"
     )

@@ -86,7 +86,7 @@ def test_the_first_in_path_is_executed(run, tmp_path):
 def test_two_installations_prime_once(run, python, tmp_path):
     other = tmp_path / "other" / "page_primer"
     shutil.copytree(ROOT / "page_primer", other)
-    env = {"PYTHONPATH": str(other / "site"), "PAGE_PRIMER_VERBOSE": "1"}
+    env = {"PYTHONPATH": str(other / "launcher" / "site"), "PAGE_PRIMER_VERBOSE": "1"}
     done = run(python, "-c", "print(1)", env=env)
     # One line from the launcher's own start, by the other installation, and one from the program.
     lines = done.stderr.splitlines()
@@ -97,8 +97,8 @@ def test_a_package_without_its_core(python, tmp_path):
     """A free-threaded interpreter cannot import it: the program runs as it would."""
     package = tmp_path / "page_primer"
     shutil.copytree(ROOT / "page_primer", package, ignore=shutil.ignore_patterns("*.so"))
-    source = "import sys, zlib; print('page_primer.late' in sys.modules)"
-    environment = {"PYTHONPATH": str(package / "site"), "PAGE_PRIMER_VERBOSE": "1"}
+    source = "import sys, zlib; print('page_primer.launcher.imports' in sys.modules)"
+    environment = {"PYTHONPATH": str(package / "launcher" / "site"), "PAGE_PRIMER_VERBOSE": "1"}
     done = execute(python, "-c", source, env=environment)
     assert (done.returncode, done.stdout) == (0, "False\n")
     (line,) = done.stderr.splitlines()
@@ -209,13 +209,13 @@ def test_what_memory_forbids_is_not_loaded_after_all(python):
     imports what that would have taken."""
     source = (
         "import sys\n"
-        "import page_primer.memory\n"
-        "page_primer.memory.WORKING = 1 << 60\n"
-        "from page_primer import started\n"
+        "import page_primer.kernel.memory\n"
+        "page_primer.kernel.memory.WORKING = 1 << 60\n"
+        "from page_primer.launcher import child as started\n"
         "started.start()\n"
         "print(sorted(name for name in sys.modules if name.startswith('page_primer.')))"
     )
     done = execute(python, "-c", source, env={"PAGE_PRIMER_VERBOSE": "1"})
     assert "nothing done: too little memory" in done.stderr
-    assert "page_primer.memory" in done.stdout
-    assert "page_primer.apply" not in done.stdout and "_core" not in done.stdout
+    assert "page_primer.kernel.memory" in done.stdout
+    assert "page_primer.apply.process" not in done.stdout and "_core" not in done.stdout

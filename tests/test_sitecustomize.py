@@ -16,7 +16,7 @@ from test_prime import require_huge_files
 
 import page_primer
 
-SITE = str(Path(page_primer.__file__).with_name("site"))
+SITE = str(Path(page_primer.__file__).parent / "launcher" / "site")
 
 
 @pytest.fixture(autouse=True)
@@ -280,7 +280,7 @@ def test_without_a_directory_of_ours(python, tmp_path, images):
     for path in package.glob("*.py"):
         path.unlink()
     plain = execute(python, "-c", TELL, env=environment(images))
-    env = environment(images, PYTHONPATH=str(package / "site"))
+    env = environment(images, PYTHONPATH=str(package / "launcher" / "site"))
     done = execute(python, "-c", TELL, env=env)
     assert (done.returncode, done.stdout, done.stderr) == (0, plain.stdout, "")
     done = execute(python, "-c", TELL, env={**env, "PAGE_PRIMER_VERBOSE": "1"})

@@ -199,7 +199,7 @@ def test_processes_that_start_together_write_one_image(python, images):
 
 def test_a_writer_killed_half_way_is_no_obstacle(python, images):
     code = textwrap.dedent(f"""
-        import os, signal, page_primer, page_primer.image as image
+        import os, signal, page_primer, page_primer.images.layout as image
         copy, calls = image._copy, []
         def half(*arguments):
             if calls:
@@ -219,7 +219,7 @@ def test_a_writer_killed_half_way_is_no_obstacle(python, images):
         assert time.monotonic() - began < 20
         assert draft.exists()  # in a folder in use; it goes when the folder is pruned
         process.restore()
-        process.run(f"import page_primer.store; s = page_primer.store.Store({str(images)!r})")
+        process.run(f"from page_primer.images.store import Store; s = Store({str(images)!r})")
         process.run(f"s._remove({draft.parent.name!r})")
         assert not draft.parent.exists()
 
@@ -249,7 +249,7 @@ def test_pruning_removes_what_nobody_uses(python, images):
         (foreign / "origin").symlink_to("upstream.tar")
         with open(used / ".users", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH)
-            process.run(f"import page_primer.store; s = page_primer.store.Store({str(images)!r})")
+            process.run(f"from page_primer.images.store import Store; s = Store({str(images)!r})")
             process.run("s.prune()")
             assert not stale.exists()
             assert used.exists()
@@ -275,7 +275,7 @@ def test_a_forked_child_holds_the_image_too(python, images):
         try:
             process.restore()
             folder = Path(core["where"]).parent
-            process.run(f"import page_primer.store; s = page_primer.store.Store({str(images)!r})")
+            process.run(f"from page_primer.images.store import Store; s = Store({str(images)!r})")
             process.run(f"s._remove({folder.name!r})")
             assert folder.exists()
         finally:
@@ -286,7 +286,7 @@ def test_a_forked_child_holds_the_image_too(python, images):
 
 def test_default_directory(python, tmp_path):
     env = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "HOME": str(tmp_path)}
-    source = "import page_primer.store; result = page_primer.store.candidates()"
+    source = "from page_primer.images import store; result = store.candidates()"
     with Process(python, env=env) as process:
         found = process.run(source)
     assert f"{tmp_path}/cache/page-primer" in found
@@ -303,7 +303,7 @@ def test_what_others_do_to_the_system_is_not_ours_to_repair(python, tmp_path):
     os.chown(home, 65534, 65534)
     env = {"HOME": str(home), "XDG_CACHE_HOME": ""}
     with Process(python, env=env) as process:
-        found = process.run("import page_primer.store; result = page_primer.store.candidates()")
+        found = process.run("from page_primer.images import store; result = store.candidates()")
         assert not any(path.startswith(str(home)) for path in found)
     with Process(python, env={"HOME": str(tmp_path), "XDG_CACHE_HOME": ""}) as process:
         directory = tmp_path / ".cache" / "page-primer"

@@ -22,9 +22,9 @@ from celery import current_app, signals
 from celery.utils.log import get_logger
 
 import page_primer
+from page_primer._lean import replace
 from page_primer.integrations import announce, prime_and_log
 from page_primer.options import NAMES, Options
-from page_primer.record import replace
 from page_primer.report import Report
 
 _LOGGER = get_logger("celery.worker.page_primer")

@@ -10,9 +10,9 @@ import errno
 import os
 import signal
 
+from page_primer._lean import suppress
+from page_primer.launcher.child import LATE, SITE, VERBOSE, say
 from page_primer.options import Options, flag
-from page_primer.started import LATE, SITE, VERBOSE, say
-from page_primer.suppress import suppress
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

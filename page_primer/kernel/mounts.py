@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from page_primer.record import Record
+from page_primer._lean import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -20,17 +20,19 @@ so that section numbers keep their meaning.
 
 from __future__ import annotations
 
-import errno
 import os
 import struct
 import sys
 
-from page_primer import _core, elf, memory
-from page_primer.elf import PF_R, PF_W, PF_X, PROGRAM_HEADER, PT_LOAD
-from page_primer.plan import Region
-from page_primer.record import Record
-from page_primer.scratch import Window
-from page_primer.survey import Object, Source, page_size
+from page_primer import _core
+from page_primer._lean import Record
+from page_primer.elf import file as elf
+from page_primer.elf.file import PF_R, PF_W, PF_X, PROGRAM_HEADER, PT_LOAD
+from page_primer.elf.objects import Object, Region, Source
+from page_primer.kernel import memory
+from page_primer.kernel.address_space import Window
+from page_primer.kernel.limits import check_file_size
+from page_primer.kernel.thp import page_size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -39,8 +41,8 @@ if TYPE_CHECKING:
     Part = tuple[int | None, int]  # an offset in the original, or None for zeroes, and a size
 
 # Part of an image's name in the store: raise it when what is written here changes.
-LAYOUT_VERSION = 2
-SIGNPOST = "signpost"  # ends the name of one (signpost.py)
+LAYOUT_VERSION = 3
+ANCHOR = "anchor"  # ends the name of one (anchors.py)
 # FNV-1a, 256 bits (RFC 9923): the first and the factor.
 _FNV = 0xDD268DBCAAC550362D98C384C4E576CCC8B1536847B6BBB31023B4C8CAEE0535, (1 << 168) + 0x163
 
@@ -154,17 +156,6 @@ def as_libpython(name: str) -> str:
 def _plain(name: str) -> str:
     """What as_libpython() was given, if it was."""
     return name.partition(".so-")[2] if name.startswith("libpython") else name
-
-
-def check_file_size(size: int) -> None:
-    """RLIMIT_FSIZE is enforced by a signal, which a host that embeds Python may not ignore: so ask.
-
-    Raises:
-        OSError: EFBIG, as write(2) would say where SIGXFSZ is ignored.
-    """
-    limit = _core.limit(_core.RLIMIT_FSIZE)
-    if limit is not None and size > limit:
-        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
 
 
 def _build_ids(layout: Layout, file: elf.File) -> list[int]:
@@ -351,7 +342,7 @@ def is_name(name: str) -> bool:
     version, *numbers = _plain(name).split("-")
     if not version.isascii() or not version.isdigit():
         return False
-    if numbers[-1:] == [SIGNPOST]:
+    if numbers[-1:] == [ANCHOR]:
         numbers[-1:] = "0", "r"
     return (
         len(numbers) == 8

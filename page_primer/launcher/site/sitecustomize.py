@@ -14,16 +14,16 @@ def _start(directory):
         # importlib.util's, which takes 3 ms to import.
         import importlib
 
-        home = directory.rpartition("/")[0]
+        home = directory.rpartition("/")[0].rpartition("/")[0]
         spec = importlib._bootstrap_external.spec_from_file_location(
             "page_primer", home + "/__init__.py", submodule_search_locations=[home]
         )
         package = importlib._bootstrap.module_from_spec(spec)
         sys.modules["page_primer"] = package
         spec.loader.exec_module(package)
-    from page_primer import started
+    from page_primer.launcher import child
 
-    started.start()
+    child.start()
 
 
 def _is_import_statement():

@@ -30,7 +30,7 @@ def start() -> None:
     report = prime(options)
     os.register_at_fork(after_in_child=_lock_in_child)
     if report.reason is None and _wants(LATE, True):
-        from page_primer import late
+        from page_primer.launcher import imports as late
 
         late.watch(options)
     if _wants(VERBOSE, False):

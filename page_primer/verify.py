@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from page_primer.plan import Left, Region
+from page_primer.elf.objects import Region, Segment
+from page_primer.kernel.smaps import Mapping, overlapping
+from page_primer.plan import Remainder
 from page_primer.report import SegmentReport
-from page_primer.smaps import Mapping, overlapping
-from page_primer.survey import Segment
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 
 def measure(
-    segments: Iterable[Segment], mappings: Sequence[Mapping], pmd: int, left: Iterable[Left] = ()
+    segments: Iterable[Segment],
+    mappings: Sequence[Mapping],
+    pmd: int,
+    left: Iterable[Remainder] = (),
 ) -> tuple[SegmentReport, ...]:
     """Measure an object's segments.
 
@@ -40,7 +43,7 @@ def _measure(
     segment: Segment,
     mappings: Sequence[Mapping],
     huge: Iterable[tuple[int, int, int]],
-    left: Iterable[Left],
+    left: Iterable[Remainder],
 ) -> SegmentReport:
     end = segment.address + segment.size
     huge_bytes = 0

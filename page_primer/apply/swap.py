@@ -6,15 +6,16 @@ import errno
 import os
 
 from page_primer import _core, backing, survey
-from page_primer.backing import Prepared, Refused
-from page_primer.elf import PF_X
+from page_primer._lean import Record, suppress
+from page_primer.backing import memory as memory_backing
+from page_primer.backing.pieces import PROT_BTI, Attempt, Place, Prepared, Refused, reason_of
+from page_primer.elf.file import PF_X
+from page_primer.elf.objects import Object, Region
+from page_primer.images.anchors import Anchors
+from page_primer.kernel.address_space import map_new
+from page_primer.kernel.thp import fault_in, page_size
 from page_primer.options import Options
-from page_primer.plan import Move, Region
-from page_primer.record import Record
-from page_primer.scratch import map_new
-from page_primer.signpost import Signposts
-from page_primer.suppress import suppress
-from page_primer.survey import Object
+from page_primer.plan import Move
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class Primed(Record):
     regions: tuple[Region, ...]
     prepared: Prepared
     notes: tuple[str, ...]
-    posts: Signposts
+    anchors: Anchors
 
     @property
     def bytes(self) -> int:
@@ -56,8 +57,8 @@ def carry_out(
     move: Move,
     pmd: int,
     options: Options,
-    places: Sequence[backing.Place],
-    book: dict[Key, Primed],
+    places: Sequence[Place],
+    registry: dict[Key, Primed],
     *,
     verified: bool,
 ) -> None:
@@ -68,20 +69,20 @@ def carry_out(
         pmd: the size of a huge page, bytes.
         options: what the caller wants.
         places: the directories for images.
-        book: where the move is entered, before it is made: an exception of the host's (Ctrl-C, a
-            signal handler's) may come at any moment, and what is in the book can be put back.
+        registry: where the move is entered before it is made: an exception of the host's (Ctrl-C,
+            a signal handler's) may come at any moment, and what is in it can be put back.
         verified: ask smaps of each backing. Otherwise the caller is to ask, after the move: smaps
             is slow, and once for all objects is enough where the first backing is good.
 
     Raises:
         NotMoved: no backing was good enough, or the swap was refused. The object is as it was.
     """
-    posts = Signposts(move, places)
+    anchors = Anchors(move.object, move.near, move.far, places)
     try:
-        _carry_out(move, pmd, options, places, posts, book, verified)
+        _carry_out(move, pmd, options, places, anchors, registry, verified)
     except BaseException:
-        if key_of(move.object) not in book:
-            posts.take_down()
+        if key_of(move.object) not in registry:
+            anchors.unmap()
         raise
 
 
@@ -89,34 +90,34 @@ def _carry_out(
     move: Move,
     pmd: int,
     options: Options,
-    places: Sequence[backing.Place],
-    posts: Signposts,
-    book: dict[Key, Primed],
+    places: Sequence[Place],
+    anchors: Anchors,
+    registry: dict[Key, Primed],
     verified: bool,
 ) -> None:
     notes = list(move.notes)
     for fresh in (False, True):
-        attempts = backing.attempts(move, pmd, options, places, posts, fresh)
+        attempts = backing.attempts(move, pmd, options, places, anchors, fresh)
         prepared = _choose(attempts, notes, verified)
         try:
-            posts.put_up(prepared.signs)
-            posts.take_down(but=prepared.signs)
+            anchors.map(prepared.anchors)
+            anchors.unmap(but=prepared.anchors)
         except BaseException:
             prepared.discard()
             raise
-        if posts.problem:
-            notes.append(posts.problem)
+        if anchors.problem:
+            notes.append(anchors.problem)
         regions = tuple(piece.region for piece in prepared.pieces)
         key = key_of(move.object)
-        book[key] = Primed(move.object, regions, prepared, tuple(notes), posts)
+        registry[key] = Primed(move.object, regions, prepared, tuple(notes), anchors)
         try:
             _swap_in(move.object, prepared)
         except OSError as error:
             step = getattr(error, "step", "")
             wrong = step == "compare" and _is_wrong(prepared, move.object, error)
-            if step == "undo":  # in the book it stays, to be put back another time
-                raise NotMoved(f"swap failed at {backing.reason_of(error)}", notes) from error
-            del book[key]
+            if step == "undo":  # it stays in the registry, to be put back another time
+                raise NotMoved(f"swap failed at {reason_of(error)}", notes) from error
+            del registry[key]
             # Pieces are replaced in order: those before the one that failed have been moved.
             failed_at = error.start if isinstance(error, _core.Error) else 0
             prepared.discard(moved_below=failed_at if step == "replace" else 0)
@@ -125,7 +126,7 @@ def _carry_out(
                     raise NotMoved(MODIFIED, notes) from error
                 notes.append(f"{prepared.where}: wrong content, written again")
                 continue
-            reason = backing.reason_of(error)
+            reason = reason_of(error)
             raise NotMoved(f"swap failed at {reason}" if step else reason, notes) from error
         fault_in(regions)
         prepared.unmap(moved_below=regions[-1].end)
@@ -134,7 +135,7 @@ def _carry_out(
         return
 
 
-def _choose(attempts: Iterable[backing.Attempt], notes: list[str], verified: bool) -> Prepared:
+def _choose(attempts: Iterable[Attempt], notes: list[str], verified: bool) -> Prepared:
     """The first attempt that is huge throughout, or else the one that came nearest; if that is not
     to be verified, the first that was not refused."""
     best: Prepared | None = None
@@ -202,7 +203,7 @@ def _original_mappings(obj: Object, regions: Iterable[Region]) -> list[tuple[int
             continue
         protection = _core.PROT_READ
         if segment.flags & PF_X:
-            protection |= _core.PROT_EXEC | (backing.PROT_BTI if obj.bti else 0)
+            protection |= _core.PROT_EXEC | (PROT_BTI if obj.bti else 0)
         found.append((segment.start, segment.file_end, protection, segment.offset))
     return found
 
@@ -218,14 +219,14 @@ def put_back(primed: Primed) -> None:
         originals = []
         for start, end, protection, offset in _original_mappings(obj, primed.regions):
             size, flags = end - start, _core.MAP_PRIVATE
-            source = map_new(size, survey.page_size(), 0, protection, flags, fd, offset)
+            source = map_new(size, page_size(), 0, protection, flags, fd, offset)
             areas.append((source, size))
             originals.append((start, end - start, protection, source, fd, offset))
         pieces = originals
         if primed.prepared.backing == "hugetlb":
             # Such a mapping can be cut at whole huge pages only (EINVAL): other memory takes its
             # place first, each region at once, and the file's mappings take that one's.
-            between = backing.small(obj, primed.regions, primed.prepared.pmd)
+            between = memory_backing.small(obj, primed.regions, primed.prepared.pmd)
             pieces = [piece.swap for piece in between.pieces] + originals
         _core.swap(obj.base, obj.headers, pieces, originals)
     finally:
@@ -245,19 +246,8 @@ def _is_wrong(prepared: Prepared, obj: Object, error: OSError) -> bool:
     address = error.start
     piece = next(p for p in prepared.pieces if p.region.start <= address < p.region.end)
     with suppress(OSError), open(obj.path, "rb") as original:
-        for _, _, offset in backing.originals(Region(address, address + 1, 0), obj):
+        for _, _, offset in memory_backing.originals(Region(address, address + 1, 0), obj):
             original.seek(offset)
             there = piece.offset + address - piece.region.start
             return os.pread(prepared.image.fd, 1, there) != original.read(1)
     return False
-
-
-def fault_in(regions: Sequence[Region]) -> None:
-    """Have the regions mapped, by huge entries where possible; smaps will tell."""
-    for region in regions:
-        with suppress(OSError):
-            _core.advise(region.start, region.end - region.start, _core.MADV_HUGEPAGE)
-        with suppress(OSError):
-            # Never by reading: the object may have been unloaded.
-            size = region.end - region.start
-            _core.advise(region.start, size, _core.MADV_POPULATE_READ)

@@ -10,10 +10,10 @@ from __future__ import annotations
 from importlib.machinery import ExtensionFileLoader
 
 from page_primer import _core, prime
+from page_primer._lean import suppress
+from page_primer.elf.objects import Object, Region, segments_of
+from page_primer.kernel.thp import page_size, pmd_size
 from page_primer.options import Options
-from page_primer.plan import Region
-from page_primer.suppress import suppress
-from page_primer.survey import Object, page_size, pmd_size, segments_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

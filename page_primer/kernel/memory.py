@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import sys
 
-from page_primer import mounts
-from page_primer.record import Record
-from page_primer.suppress import suppress
+from page_primer._lean import Record, suppress
+from page_primer.kernel import mounts
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -1,8 +1,8 @@
-"""Signposts: where a program was moved off its own file, they tell tools where it is.
+"""Anchors: where a program was moved off its own file, they tell tools where it is.
 
 A program that is linked for one address (ET_EXEC) needs no load bias, yet tools work one out, from
 the first mapping that they take for the program's. That one may lie beyond the code once this is
-elsewhere. A signpost is a small ELF file, one page of it mapped read-only, with the program's
+elsewhere. A anchor is a small ELF file, one page of it mapped read-only, with the program's
 dynamic symbols and a PT_LOAD at the address of that page, so that from it the bias comes out as
 none. Two are known:
 
@@ -19,28 +19,32 @@ from __future__ import annotations
 
 import os
 
-from page_primer import _core, elf, image, smaps, store
-from page_primer.elf import PF_R, PT_LOAD
-from page_primer.image import CannotLayOut, Layout
-from page_primer.plan import Move
-from page_primer.smaps import overlapping
-from page_primer.suppress import suppress
-from page_primer.survey import page_size
+from page_primer import _core
+from page_primer._lean import suppress
+from page_primer.elf import file as elf
+from page_primer.elf.file import PF_R, PT_LOAD
+from page_primer.elf.objects import Object
+from page_primer.images import layout as image
+from page_primer.images import store
+from page_primer.images.layout import CannotLayOut, Layout
+from page_primer.kernel import smaps
+from page_primer.kernel.limits import check_file_size
+from page_primer.kernel.smaps import overlapping
+from page_primer.kernel.thp import page_size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
-    from page_primer.backing import Place
-    from page_primer.store import Image
+    from page_primer.images.store import Image
 
 NEAR, FAR = "near", "far"
 # Sections of which tools want the address alone.
 _PLACES = (".bss", ".PyRuntime")
 
 
-class Signpost(Layout):
-    """A signpost's file."""
+class Anchor(Layout):
+    """A anchor's file."""
 
     address: int = 0  # where its page is mapped
 
@@ -50,7 +54,7 @@ class Signpost(Layout):
 
     def write(self, original: int, target: int) -> int:
         parts = self._parts(original)
-        image.check_file_size(max(offset + len(data) for offset, data in parts))
+        check_file_size(max(offset + len(data) for offset, data in parts))
         return sum(image.write_all(target, data, offset) for offset, data in parts)
 
     def is_in(self, target: int) -> bool:
@@ -103,35 +107,39 @@ class Signpost(Layout):
         return parts, b"".join(table)
 
 
-class Signposts:
-    """The signposts of one move: put up when a replacement asks for them, taken down with it."""
+class Anchors:
+    """The anchors of one move: put up when a replacement asks for them, taken down with it."""
 
-    def __init__(self, move: Move, places: Sequence[Place]) -> None:
+    def __init__(
+        self, obj: Object, near: int, far: int, places: Sequence[tuple[str, str | None]]
+    ) -> None:
         """
         Args:
-            move: the object, and where its signposts would be.
+            obj: the object.
+            near, far: the addresses of its anchors; 0 for none.
             places: directories for their files, those for images.
         """
-        self._move, self._places = move, places
-        self._standing: dict[str, tuple[int, Image]] = {}
+        self._object, self._places = obj, places
+        self._addresses = {NEAR: near, FAR: far}
+        self._mapped: dict[str, tuple[int, Image]] = {}
         self.problem: str | None = None  # why one could not be put up
 
-    def put_up(self, wanted: Collection[str]) -> bool:
-        """Have those that are wanted; returns whether all are there."""
+    def map(self, wanted: Collection[str]) -> bool:
+        """Map those that are wanted; returns whether all are there."""
         for which in wanted:
-            if which not in self._standing:
+            if which not in self._mapped:
                 try:
-                    self._put_up(which)
+                    self._map(which)
                 except (OSError, CannotLayOut) as error:
-                    self.problem = f"no signpost: {error}"
+                    self.problem = f"no anchor: {error}"
                     return False
                 self.problem = None
         return True
 
-    def take_down(self, but: Collection[str] = ()) -> None:
-        """Take down those that stand, but for some."""
-        for which in [which for which in self._standing if which not in but]:
-            address, file = self._standing[which]
+    def unmap(self, but: Collection[str] = ()) -> None:
+        """Unmap those that are mapped, but for some."""
+        for which in [which for which in self._mapped if which not in but]:
+            address, file = self._mapped[which]
             folder = f"/{os.path.basename(os.path.dirname(file.path))}/"
             # The host may have mapped something of its own there since.
             with suppress(OSError):
@@ -139,29 +147,29 @@ class Signposts:
                 if any(mapping.start == address and folder in mapping.path for mapping in here):
                     _core.unmap(address, page_size())
             file.close()
-            del self._standing[which]
+            del self._mapped[which]
 
-    def _put_up(self, which: str) -> None:
-        obj = self._move.object
+    def _map(self, which: str) -> None:
+        obj = self._object
         assert obj.source is not None, "only objects with a file are planned"
-        address = self._move.near if which == NEAR else self._move.far
+        address = self._addresses[which]
         parts = f"{image.LAYOUT_VERSION}", *image.identity(obj.source), f"{address:x}"
-        name = "-".join((*parts, image.SIGNPOST))
+        name = "-".join((*parts, image.ANCHOR))
         if which == FAR:
             name = image.as_libpython(name)
-        file = self._file(Signpost(obj, (), 0, name, address))
+        file = self._file(Anchor(obj, (), 0, name, address))
         # First of all: what a signal handler interrupts is taken down as well.
-        self._standing[which] = address, file
+        self._mapped[which] = address, file
         try:
             flags = _core.MAP_PRIVATE | _core.MAP_FIXED_NOREPLACE
             _core.map(address, page_size(), _core.PROT_READ, flags, file.fd, 0)
         except OSError:
-            del self._standing[which]
+            del self._mapped[which]
             file.close()
             raise
         file.close_file()
 
-    def _file(self, layout: Signpost) -> Image:
+    def _file(self, layout: Anchor) -> Image:
         """The file, in the first directory that takes it: it needs no huge pages."""
         why = "no directory for it"
         for path, _ in self._places:

@@ -11,7 +11,7 @@ A forked child inherits its parent's lock, and pruning removes only what it can 
 The lock files are ours alone (mode 0600), since whoever can open a file can lock it. Where locks
 cannot be had (no flock on that file system, a store mounted read-only) images are used without.
 Trust does not rest on any of this: an image is compared with live memory, byte for byte, before it
-is mapped over code, and a signpost with what it should be.
+is mapped over code, and an anchor with what it should be.
 """
 
 from __future__ import annotations
@@ -23,12 +23,11 @@ import stat
 import time
 from itertools import count
 
-from page_primer import image
-from page_primer.image import Layout
-from page_primer.record import Record
-from page_primer.suppress import suppress
+from page_primer._lean import Record, suppress
+from page_primer.images import layout as image
+from page_primer.images.layout import Layout
 
-# Unused images of one file that stay, and as many signposts to it: an address space laid out at
+# Unused images of one file that stay, and as many anchors to it: an address space laid out at
 # random asks for another load phase each time.
 _SPARE_IMAGES = 4
 _WAIT_FOR_WRITER = 1.0  # seconds
@@ -129,7 +128,7 @@ class Store:
                     origin = os.readlink(f"{name}/{_ORIGIN}", dir_fd=self._fd)
                     current = image.belongs_to(name, origin)
                     used = self._last_use(name, os.path.basename(origin))
-                    group = origin, name.endswith(image.SIGNPOST)
+                    group = origin, name.endswith(image.ANCHOR)
                     spare.setdefault(group, []).append((used if current else 0.0, name))
             for images in spare.values():
                 images.sort(reverse=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-from page_primer.record import Record, cached
+from page_primer._lean import Record, cached
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -8,13 +8,18 @@ import itertools
 import os
 from collections.abc import Iterable
 
-from page_primer import _core, backing, image, store, survey
-from page_primer.elf import PF_R, PF_X
+from page_primer import _core, backing
+from page_primer._lean import Record, replace
+from page_primer.backing import image as image_backing
+from page_primer.backing.pieces import Attempt, Refused, reason_of
+from page_primer.elf.file import PF_R, PF_X
+from page_primer.elf.objects import Object, Region, Segment
+from page_primer.images import layout as image
+from page_primer.images import store
+from page_primer.images.anchors import Anchors
+from page_primer.kernel.thp import page_size
 from page_primer.options import Options
-from page_primer.plan import Move, Region
-from page_primer.record import Record, replace
-from page_primer.signpost import Signposts
-from page_primer.survey import Object, Segment
+from page_primer.plan import Move
 
 _trials = itertools.count()
 
@@ -44,11 +49,11 @@ def _trial_move(pmd: int) -> Move:
     return Move(Object("", "/dev/zero", 0, b"", (segment,)), regions, regions)
 
 
-def _best(name: str, where: str, attempts: Iterable[backing.Attempt]) -> Trial:
-    """Go through the attempts as apply.py does, keeping nothing."""
+def _best(name: str, where: str, attempts: Iterable[Attempt]) -> Trial:
+    """Go through the attempts as swap.py does, keeping nothing."""
     best = Trial(name, where, refused="not tried")
     for attempt in attempts:
-        if isinstance(attempt, backing.Refused):
+        if isinstance(attempt, Refused):
             best = replace(best, refused=attempt.reason) if best.refused else best
             continue
         try:
@@ -65,7 +70,9 @@ def try_memory(name: str, pmd: int) -> Trial:
     """Try "memfd", "anonymous" or "hugetlb" at a scratch address."""
     options = Options(backing=name)
     move = _trial_move(pmd)
-    return _best(name, name, backing.attempts(move, pmd, options, (), Signposts(move, ())))
+    return _best(
+        name, name, backing.attempts(move, pmd, options, (), Anchors(move.object, 0, 0, ()))
+    )
 
 
 def try_directory(path: str, pmd: int) -> Trial:
@@ -80,13 +87,13 @@ def try_directory(path: str, pmd: int) -> Trial:
     layout = image.Layout(move.object, move.image, pmd, "trial")
     try:
         with _TrialStore(path) as directory:
-            return _best("image", path, backing.from_store(directory, layout))
+            return _best("image", path, image_backing.from_store(directory, layout))
     except store.Unusable as error:
         cause = error.__cause__
         number = cause.errno if isinstance(cause, OSError) else None
         return Trial("image", path, refused=str(error), number=number)
     except OSError as error:
-        return Trial("image", path, refused=backing.reason_of(error), number=error.errno)
+        return Trial("image", path, refused=reason_of(error), number=error.errno)
     finally:
         for created in missing:
             with contextlib.suppress(OSError):
@@ -154,7 +161,7 @@ def try_lock(size: int) -> str | None:
     """
     if not size:
         return None
-    page = survey.page_size()
+    page = page_size()
     address = 0
     try:
         address = _core.reserve(size, page, 0)

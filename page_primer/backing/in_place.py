@@ -8,17 +8,16 @@ page cache holds one copy for every process.
 
 from __future__ import annotations
 
-from page_primer import smaps
-from page_primer.backing import collapse
-from page_primer.move import fault_in
+from page_primer._lean import Record
+from page_primer.kernel import smaps
+from page_primer.kernel.thp import collapse, fault_in
 from page_primer.options import IN_PLACE
-from page_primer.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from page_primer.plan import Region
+    from page_primer.elf.objects import Region
 
 ALREADY = "already"  # the report's backing of what was on huge pages without us
 

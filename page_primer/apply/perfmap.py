@@ -15,12 +15,11 @@ import struct
 import sys
 from collections.abc import Iterable, Iterator
 
-from page_primer import elf
-from page_primer.backing import reason_of
-from page_primer.image import check_file_size
-from page_primer.move import Key, Primed
-from page_primer.plan import Region
-from page_primer.survey import Object
+from page_primer.apply.swap import Key, Primed
+from page_primer.backing.pieces import reason_of
+from page_primer.elf import file as elf
+from page_primer.elf.objects import Object, Region
+from page_primer.kernel.limits import check_file_size
 
 _STT_FUNC, _STT_GNU_IFUNC = 2, 10
 _SYMBOL = struct.Struct("=IBBHQQ")  # st_name, st_info, st_other, st_shndx, st_value, st_size

@@ -16,19 +16,26 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from page_primer import _unsupported, mounts
-from page_primer.mounts import Mount, mount_of
+from page_primer import _unsupported
+from page_primer.kernel import mounts
+from page_primer.kernel.mounts import Mount, mount_of
+from page_primer.kernel.release import release
 from page_primer.options import Options
 from page_primer.report import memlock_for, memlock_remedy, mib, percent, shortage
 
 try:
-    from page_primer import _core, backing, plan, store, survey
-    from page_primer.elf import PF_R, PF_X
-    from page_primer.memory import Memory
-    from page_primer.plan import Move, Plan, Region
+    from page_primer import _core, plan, survey
+    from page_primer.backing import image as image_backing
+    from page_primer.backing.pieces import reason_of
+    from page_primer.doctor.probes import Trial, try_directory, try_lock, try_memory
+    from page_primer.elf.file import PF_R, PF_X
+    from page_primer.elf.objects import Object, Region
+    from page_primer.images import store
+    from page_primer.kernel.memory import Memory
+    from page_primer.kernel.thp import pmd_size
+    from page_primer.plan import Move, Plan
     from page_primer.status import CAP_IPC_LOCK
-    from page_primer.survey import Object, Survey
-    from page_primer.trial import Trial, try_directory, try_lock, try_memory
+    from page_primer.survey import Survey
 except ImportError as error:  # not Linux, or built without the C core: examine() says so
     _missing: str | None = str(error)
 else:
@@ -223,7 +230,7 @@ class _Examination:
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        self.settings = read_settings(survey.pmd_size())
+        self.settings = read_settings(pmd_size())
         self.process = read_process()
         self.container = judge_container(*read_container())
         self.trials: list[Trial] = []
@@ -272,7 +279,7 @@ class _Examination:
             return
         named = self.options.image_dir is not None or self.options.backing == "image"
         needed = self.layout().copied_bytes
-        for path, reason in backing.directories(self.options):
+        for path, reason in image_backing.directories(self.options):
             name = f"image directory {path}"
             if reason:
                 yield Check(name, INFO, f"passed over: {reason}")
@@ -330,7 +337,7 @@ class _Examination:
 
 
 def _words(error: Exception) -> str:
-    return backing.reason_of(error) if isinstance(error, OSError) else f"{error!r}"
+    return reason_of(error) if isinstance(error, OSError) else f"{error!r}"
 
 
 # ---------------------------------------------------------------------- settings of the kernel ---
@@ -343,7 +350,7 @@ def read_settings(pmd: int) -> Settings:
     pages = _number(f"{pool}/nr_hugepages")
     free = (_number(f"{pool}/free_hugepages") or 0) - (_number(f"{pool}/resv_hugepages") or 0)
     return Settings(
-        kernel=backing.kernel(),
+        kernel=release(),
         pmd=pmd,
         thp=_chosen(f"{_THP}/enabled"),
         thp_of_size=_chosen(f"{of_size}/enabled"),
@@ -583,8 +590,8 @@ def judge_container(sign: str | None, root: str) -> Check:
 
 
 def _has_directory(options: Options) -> bool:
-    """Whether files can be written for signposts, as far as permissions tell."""
-    for path, _ in backing.directories(options):
+    """Whether files can be written for anchors, as far as permissions tell."""
+    for path, _ in image_backing.directories(options):
         there = path
         while not os.path.lexists(there):
             there = os.path.dirname(there)
@@ -595,14 +602,16 @@ def _has_directory(options: Options) -> bool:
     return False
 
 
-def _in_memory(move: Move, signposts: bool) -> Sequence[Region]:
-    return (move.signed if signposts else ()) or move.memory
+def _in_memory(move: Move, anchors: bool) -> Sequence[Region]:
+    return (move.signed if anchors else ()) or move.memory
 
 
-def _describe(found: Survey, planned: Plan, signposts: bool = False) -> Interpreter:
+def _describe(found: Survey, planned: Plan, anchors: bool = False) -> Interpreter:
     obj = next(obj for obj in found.objects if obj.interpreter)
     move = next((move for move in planned.moves if move.object is obj), None)
-    left = {part.reason: 0 for part in planned.left if part.object is obj and part.kind == "code"}
+    left = {
+        part.reason: 0 for part in planned.remainders if part.object is obj and part.kind == "code"
+    }
     nothing = Coverage(0, 0.0, dict.fromkeys(left, obj.code_bytes))
     code = next(segment for segment in obj.segments if segment.code)
     span = next((span for span in obj.spans() if code in span), (code,))
@@ -621,7 +630,7 @@ def _describe(found: Survey, planned: Plan, signposts: bool = False) -> Interpre
         code_bytes=obj.code_bytes,
         copied_bytes=move.bytes if move else 0,
         image=coverage(obj, move.image, pmd) if move else nothing,
-        memory=coverage(obj, _in_memory(move, signposts), pmd) if move else nothing,
+        memory=coverage(obj, _in_memory(move, anchors), pmd) if move else nothing,
         problem=obj.problem,
     )
 
@@ -799,7 +808,7 @@ def _not_huge(filesystem: str, settings: Settings) -> tuple[str, str | None]:
         fix = _shmem_fix(settings)
         if fix:
             return "shmem_enabled forbids it", fix
-    since = backing.GOOD_SINCE.get(filesystem)
+    since = image_backing.GOOD_SINCE.get(filesystem)
     if since and kernel < since:
         why = f"{filesystem} gives huge pages from Linux {since[0]}.{since[1]} on"
     elif since:

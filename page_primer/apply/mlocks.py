@@ -1,0 +1,95 @@
+"""Memory locks (mlock(2)): those that this package made, and those of the host, which it keeps."""
+
+from __future__ import annotations
+
+from page_primer import _core
+from page_primer._lean import suppress
+from page_primer.elf.objects import Object, Range, Region
+from page_primer.kernel.smaps import overlapping
+from page_primer.plan import Lock
+from page_primer.survey import Survey
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+class Mlocks:
+    """The locks of this process. A fork does not inherit them."""
+
+    def __init__(self) -> None:
+        self.made: dict[Range, Lock] = {}
+        self.refused: dict[Range, tuple[Lock, OSError]] = {}
+        self.withheld: list[Lock] = []  # not asked for, to leave memory to others
+        self._host: list[Range] = []  # made by the host, not by us
+
+    def forget(self) -> None:
+        """In a forked child, none is in force."""
+        self.made.clear()
+        self._host.clear()
+
+    def note_host(self, found: Survey) -> None:
+        """What the host has locked of its own, it keeps: over the swap, and over restore()."""
+        known = [*self._host, *self.made]
+        for obj in found.objects:
+            whole = Range(obj.start, obj.end)
+            for mapping in overlapping(found.mappings, obj.start, obj.end):
+                part = whole.clip(Range(mapping.start, mapping.end))
+                if mapping.is_locked and not any(part.overlaps(other) for other in known):
+                    self._host.append(part)
+
+    def make(self, wanted: Iterable[Lock]) -> None:
+        """Lock what is not locked yet; what the kernel refuses is noted."""
+        self.refused.clear()
+        for lock in wanted:
+            if lock.range in self.made:
+                continue
+            try:
+                flags = _core.MLOCK_ONFAULT if lock.on_fault else 0
+                _core.lock(lock.start, lock.range.length, flags)
+            except OSError as error:
+                self.refused[lock.range] = lock, error
+            else:
+                self.made[lock.range] = lock
+
+    def make_again(self) -> None:
+        """In a forked child: lock what the parent had locked."""
+        wanted = [*self.made.values(), *(lock for lock, _ in self.refused.values())]
+        self.made.clear()
+        self.make(wanted)
+
+    def relock_for_host(self, regions: Iterable[Region]) -> None:
+        """Mapping something else over a range loses its lock. Whole regions: a lock of a part would
+        split the mapping, and the huge page at its border."""
+        for region in regions:
+            if any(region.overlaps(other) for other in self._host):
+                _lock(region)
+
+    def put_back(self, obj: Object) -> None:
+        """After an object was put back, whose mappings are new: the host's locks on it."""
+        whole = Range(obj.start, obj.end)
+        for lost in [where for where in self.made if where.overlaps(whole)]:
+            del self.made[lost]
+        for where in self._host:
+            if where.overlaps(whole):
+                _lock(where)
+
+    def unlock(self) -> None:
+        """Unlock what was locked here."""
+        for start, end in self.made:
+            with suppress(OSError):
+                _core.unlock(start, end - start)
+        self.made.clear()
+        self.refused.clear()
+        self.withheld.clear()
+
+    def give_back_to_host(self) -> None:
+        """Lock what the host had locked, and forget about it."""
+        for where in self._host:
+            _lock(where)
+        self._host.clear()
+
+
+def _lock(where: Range) -> None:
+    with suppress(OSError):
+        _core.lock(where.start, where.length)

@@ -1,0 +1,301 @@
+"""The driver: survey, plan, move, lock and measure this process, and undo it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+
+from page_primer import _core, plan, survey
+from page_primer._lean import replace, suppress
+from page_primer.apply import fork
+from page_primer.apply.mlocks import Mlocks
+from page_primer.apply.registry import Registry
+from page_primer.apply.swap import NO_BACKING, Key, NotMoved, carry_out, key_of
+from page_primer.backing import image as image_backing
+from page_primer.backing import in_place
+from page_primer.backing.pieces import Place, reason_of
+from page_primer.elf.objects import Object, Range
+from page_primer.kernel import smaps
+from page_primer.kernel.memory import Memory
+from page_primer.kernel.smaps import Mapping
+from page_primer.kernel.thp import fault_in
+from page_primer.options import IN_PLACE, Options
+from page_primer.plan import Move
+from page_primer.report import Report
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from threading import get_ident
+
+    from page_primer.apply.perfmap import PerfMap
+else:
+    from _thread import get_ident  # threading takes 2 ms to import
+
+
+class Process:
+    """The primed state of this process. A forked child inherits it, but for the locks."""
+
+    def __init__(self) -> None:
+        self.pid = 0
+        self.loads = (0, 0)  # the loader's counters when it was surveyed last
+        self.options: Options | None = None
+        self.objects: tuple[Object, ...] = ()
+        self.registry = Registry()
+        self.mlocks = Mlocks()
+        self.memory: Memory | None = None  # what was available when the plan was made
+        self.perf_map: PerfMap | None = None
+        self.huge = 0  # bytes on huge pages of what is to be, when last measured
+        self.report: Report | None = None
+        self.owner = 0  # the thread whose call is under way; another of its is a signal handler's
+
+    def prime(self, options: Options) -> Report:
+        """Bring the process to the primed state; see page_primer.prime()."""
+        began = time.perf_counter()
+        child = self.pid != os.getpid()
+        self.pid = os.getpid()
+        last = self.report
+        if last is not None and self.options == options and self.loads == _core.loads():
+            if child and not self._inherit():
+                last = self._measure((), smaps.read_smaps(), began)
+            elif child or last.moved:
+                last = replace(last, pid=self.pid, moved=(), milliseconds=_since(began))
+            self.report = last  # from now on the same, which costs a frequent caller least
+            return last
+        self.report = None  # should this not come to its end
+        # By the parent too, so that locking it here takes no memory.
+        held = [*self.registry.ranges(), *self.mlocks.made]
+        if child:
+            self.mlocks.forget()
+        moved = self._move_new(options, held)
+        mappings = self._lock_and_look(moved, options, held)
+        # Of the first backing that could be prepared, smaps was not asked yet.
+        if self._move_small_again(moved, mappings, options):
+            mappings = self._lock_and_look(moved, options, held)
+            if self._take_back_small(moved, mappings):
+                mappings = self._lock_and_look(moved, options, held)
+        self.registry.enter_files(moved, mappings)
+        self._write_perf_map()
+        self.report = self._measure(moved, mappings, began)
+        return self.report
+
+    def restore(self) -> Report:
+        """Put everything back; see page_primer.restore()."""
+        began = time.perf_counter()
+        self.mlocks.unlock()
+        self.registry.put_back_all()
+        self.mlocks.give_back_to_host()
+        self.options = None
+        self.report = self._measure((), smaps.read_smaps(), began)
+        return self.report
+
+    def lock_in_child(self) -> Report:
+        """In a forked child: lock what the parent had locked, and nothing else."""
+        self.mlocks.make_again()
+        return self.report or Report(os.getpid(), None)
+
+    def after_fork(self) -> None:
+        """In a forked child: only the thread that forked is here."""
+        self.pid = 0  # in another PID namespace a child may have its parent's number
+        if self.owner != get_ident():
+            self.owner = 0
+
+    def _inherit(self) -> bool:
+        """In a forked child: lock what the parent had locked, which a fork does not inherit, and
+        have the moved code mapped. Returns whether everything is as it was in the parent, so that
+        the parent's measurements hold."""
+        before = set(self.mlocks.made), self.huge, self._perf_map_outcome()
+        self.lock_in_child()
+        for regions in self.registry.regions():
+            fault_in(regions)
+        self._write_perf_map()
+        self.huge = self.registry.huge(smaps.starting_at(self.registry.starts()))
+        return before == (set(self.mlocks.made), self.huge, self._perf_map_outcome())
+
+    # -------------------------------------------------------------------------------- moving ---
+
+    def _move_new(self, options: Options, held: Sequence[Range]) -> dict[Key, Move]:
+        """Survey the process and move what can be moved and is not yet; returns what was."""
+        registry = self.registry
+        known = len(registry.primed)
+        found = registry.reconcile(survey.take())
+        if len(registry.primed) < known:  # what was forgotten may have left something mapped
+            found = registry.reconcile(survey.take())
+        self.mlocks.note_host(found)
+        planned = plan.make(found, options, registry.copied, held)
+        registry.enter_plan(found, planned)
+        self.memory, self.objects = found.memory, found.objects
+        self.options, self.loads = options, found.loads
+        copies = self._bring_in_place(planned.moves, options)
+        places = image_backing.directories(options) if copies else []
+        moved = {
+            key_of(move.object): move
+            for move in copies
+            if self._move(move, options, places, verified=False)
+        }
+        # Better than nothing: a part of what a copy would have covered.
+        if options.backing == "auto":
+            unmoved = [move for move in copies if key_of(move.object) not in moved]
+            self._try_in_place([move for move in unmoved if move.in_place], partly=True)
+        return moved
+
+    def _bring_in_place(self, moves: Sequence[Move], options: Options) -> list[Move]:
+        """Have huge pages where the loader mapped the code, as the options say: of objects of which
+        that covers as much as a copy, or of all. Returns the moves that are still to be made."""
+        only = options.backing == IN_PLACE
+        if not only and options.backing != "auto":
+            return [move for move in moves if move.image]
+        failed = self._try_in_place([m for m in moves if m.aligned or only], partly=only)
+        for move in failed:
+            self.registry.leave(move.object, move.object.problem or NO_BACKING, move.notes)
+        if only:
+            return []
+        again = {key_of(move.object): move for move in failed}
+        rest = [again.get(key_of(m.object), m) for m in moves]
+        return [m for m in rest if m.image and key_of(m.object) not in self.registry.in_place]
+
+    def _try_in_place(self, moves: Sequence[Move], *, partly: bool) -> list[Move]:
+        """Returns the moves that did not come out huge throughout, or, if a part is good enough,
+        not at all; with what came of it in their notes."""
+        pmd = self.registry.pmd
+        outcomes = in_place.bring_in([move.in_place for move in moves], pmd) if moves else []
+        failed = []
+        for move, outcome in zip(moves, outcomes, strict=True):
+            if outcome.complete or (partly and outcome.huge):
+                self.registry.enter_in_place(move, outcome.backing)
+            else:
+                note = f"in place: {outcome.huge} of {outcome.wanted} bytes huge"
+                failed.append(replace(move, notes=(*move.notes, note)))
+        return failed
+
+    def _move(
+        self, move: Move, options: Options, places: Sequence[Place], *, verified: bool
+    ) -> bool:
+        """Move one object, or note why it is left. Returns whether it was moved."""
+        registry = self.registry
+        key = key_of(move.object)
+        try:
+            carry_out(move, registry.pmd, options, places, registry.primed, verified=verified)
+        except NotMoved as why:
+            registry.leave(move.object, str(why), why.notes)
+            return False
+        except OSError as error:  # whatever it is, it concerns this object alone
+            if key in registry.primed:
+                with suppress(OSError):
+                    self._put_back(key)
+            registry.leave(move.object, reason_of(error), ())
+            return False
+        registry.enter_moved(key)
+        return True
+
+    def _move_small_again(
+        self, moved: dict[Key, Move], mappings: Sequence[Mapping], options: Options
+    ) -> bool:
+        """Put back what is not on huge pages throughout, and move it to the first backing that
+        smaps confirms. Returns whether there was any."""
+        registry = self.registry
+        small = [
+            key
+            for key in moved
+            if registry.huge_of(key, mappings) < registry.primed[key].prepared.wanted
+        ]
+        places = image_backing.directories(options) if small else []
+        for key in small:
+            with suppress(OSError):
+                self._put_back(key)
+                if not self._move(moved[key], options, places, verified=True):
+                    del moved[key]
+        return bool(small)
+
+    def _take_back_small(self, moved: dict[Key, Move], mappings: Sequence[Mapping]) -> bool:
+        """Put back what was huge where it was prepared, but is not where it was moved to: that is
+        not what was asked for. Returns whether there was any."""
+        small = [key for key in moved if not self.registry.huge_of(key, mappings)]
+        for key in small:
+            with suppress(OSError):
+                primed = self.registry.primed[key]
+                self._put_back(key)
+                reason = f"no huge pages after the swap ({primed.prepared.where})"
+                self.registry.leave(primed.object, reason, primed.notes)
+                del moved[key]
+        return bool(small)
+
+    def _put_back(self, key: Key) -> None:
+        """Put one object back, with the host's locks on it. Raises OSError when that fails."""
+        self.mlocks.put_back(self.registry.put_back(key))
+
+    # ------------------------------------------------------------------- locking, measuring ---
+
+    def _lock_and_look(
+        self, moved: dict[Key, Move], options: Options, held: Sequence[Range]
+    ) -> Sequence[Mapping]:
+        """Lock what is there after the moves, as far as memory allows beside them, and read what
+        came of both. What was `held` before takes no more memory."""
+        primed = self.registry.primed
+        loaded = _core.loads() != self.loads
+        mappings = self._survey_again(moved) if loaded else smaps.read_maps()
+        self.mlocks.relock_for_host(r for key in moved for r in primed[key].regions)
+        wanted = plan.locks(self.objects, mappings, options)
+        room = plan.memory_room(self.memory, options, held)
+        objects = [primed[key].object for key in moved]
+        room -= sum(plan.size_of(obj) for obj in objects)
+        paid = [*held, *(Range(s.start, s.end) for obj in objects for s in obj.segments)]
+        allowed, self.mlocks.withheld = plan.affordable(wanted, room, paid)
+        self.mlocks.make(allowed)
+        return smaps.read_smaps()
+
+    def _survey_again(self, moved: dict[Key, Move]) -> Sequence[Mapping]:
+        """Writing an image loads modules, which are to be locked as well: find what was loaded
+        since the survey, and strike from `moved` what was unloaded. Returns the mappings, as maps
+        has them."""
+        known = [obj for obj in self.objects if key_of(obj) not in self.registry.primed]
+        found = self.registry.reconcile(survey.take(smaps.read_maps, known), moved)
+        self.objects, self.loads = found.objects, found.loads
+        for key in moved.keys() - self.registry.primed.keys():
+            del moved[key]
+        return found.mappings
+
+    def _measure(self, moved: Iterable[Key], mappings: Sequence[Mapping], began: float) -> Report:
+        self.huge = self.registry.huge(mappings)
+        _, refusal = next(iter(self.mlocks.refused.values()), (None, None))
+        over = refusal is not None and refusal.errno in (errno.ENOMEM, errno.EPERM, errno.EAGAIN)
+        refused = sum(where.length for where in self.mlocks.refused)
+        withheld = sum(lock.range.length for lock in self.mlocks.withheld)
+        made = sum(where.length for where in self.mlocks.made)
+        explicit = self.options.explicit if self.options else frozenset()
+        return Report(
+            pid=self.pid,
+            reason=None,
+            objects=tuple(self.registry.describe(obj, mappings) for obj in self.objects),
+            moved=tuple(self.registry.primed[key].object.path for key in moved),
+            lock_wanted_bytes=refused + withheld + made,
+            lock_refused_bytes=refused,
+            lock_withheld_bytes=withheld,
+            lock_refusal=reason_of(refusal) if refusal else None,
+            lock_limit=_core.limit(_core.RLIMIT_MEMLOCK) if over else None,
+            perf_map=self._perf_map_outcome(),
+            memory=self.memory,
+            memory_share=self.options.memory_share if self.options else None,
+            warn=tuple(sorted(explicit & {"remap", "mlock", "backing"})),
+            milliseconds=_since(began),
+            threads=_core.threads(),
+        )
+
+    def _write_perf_map(self) -> None:
+        if self.options is not None and self.options.perf_map:
+            from page_primer.apply.perfmap import PerfMap  # most processes have none
+
+            self.perf_map = self.perf_map or PerfMap()
+            self.perf_map.update(self.registry.primed)
+
+    def _perf_map_outcome(self) -> str | None:
+        return self.perf_map.outcome if self.perf_map else None
+
+
+def _since(began: float) -> float:
+    return (time.perf_counter() - began) * 1000
+
+
+process = Process()
+fork.watch(process.after_fork)

@@ -1,0 +1,199 @@
+"""What became of each loaded object: moved, huge in place, or left alone and why.
+
+An object is entered before it is moved, so that whatever interrupts the move can be undone.
+"""
+
+from __future__ import annotations
+
+from page_primer import plan
+from page_primer._lean import Record, replace, suppress
+from page_primer.apply.swap import Key, Primed, key_of, put_back
+from page_primer.backing.in_place import ALREADY
+from page_primer.backing.pieces import reason_of
+from page_primer.elf.objects import Object, Range, Region
+from page_primer.kernel.smaps import Mapping, overlapping
+from page_primer.plan import Move, Plan, Remainder
+from page_primer.report import ObjectReport
+from page_primer.survey import REMAPPED, Survey
+from page_primer.verify import measure
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Iterator, Sequence
+
+
+class InPlace(Record):
+    """An object whose own mappings have huge pages."""
+
+    mappings: tuple[Region, ...]
+    backing: str  # in_place.ALREADY or options.IN_PLACE
+
+
+class Registry:
+    """The objects of this process. A forked child inherits it."""
+
+    def __init__(self) -> None:
+        self.primed: dict[Key, Primed] = {}
+        self.in_place: dict[Key, InPlace] = {}
+        self.pmd = 0  # the size of a huge page, bytes
+        self._mapped: dict[Key, tuple[str, int]] = {}  # device and inode, as in smaps
+        self._aligned: set[Key] = set()  # objects that need no copy, if their pages were huge
+        self._remainders: dict[Key, list[Remainder]] = {}
+        self._notes: dict[Key, tuple[str, ...]] = {}
+
+    @property
+    def copied(self) -> int:
+        """Bytes that were copied of objects other than the interpreter."""
+        return sum(p.bytes for p in self.primed.values() if not p.object.interpreter)
+
+    def ranges(self) -> list[Range]:
+        """What was replaced."""
+        return [Range(r.start, r.end) for primed in self.primed.values() for r in primed.regions]
+
+    def regions(self) -> Iterator[Sequence[Region]]:
+        """What is to be on huge pages, of each object."""
+        for primed in self.primed.values():
+            yield primed.regions
+        for kept in self.in_place.values():
+            yield kept.mappings
+
+    def starts(self) -> set[int]:
+        """The addresses where smaps tells of those."""
+        return {region.start for regions in self.regions() for region in regions}
+
+    def huge(self, mappings: Iterable[Mapping]) -> int:
+        """Bytes of them that are on huge pages."""
+        starts = self.starts()
+        return sum(mapping.huge for mapping in mappings if mapping.start in starts)
+
+    def huge_of(self, key: Key, mappings: Iterable[Mapping]) -> int:
+        """Bytes of one moved object that are on huge pages."""
+        starts = {region.start for region in self.primed[key].regions}
+        return sum(mapping.huge for mapping in mappings if mapping.start in starts)
+
+    # ----------------------------------------------------------------------------- entering ---
+
+    def enter_plan(self, found: Survey, planned: Plan) -> None:
+        """Enter what a plan says of objects that are not moved."""
+        self.pmd = found.pmd_size or self.pmd
+        self._remainders, self._notes = {}, {}
+        for part in planned.remainders:
+            self._remainders.setdefault(key_of(part.object), []).append(part)
+        for key, primed in self.primed.items():
+            self._remainders[key] = plan.explain(primed.object, primed.regions, self.pmd)
+        loaded = {key_of(obj): obj for obj in found.objects}
+        self.in_place = {key: kept for key, kept in self.in_place.items() if key in loaded}
+        for move in planned.already:
+            self.in_place.setdefault(key_of(move.object), InPlace(move.in_place, ALREADY))
+        whole = {key_of(m.object) for m in (*planned.moves, *planned.already) if m.aligned}
+        self._aligned = (self._aligned | whole) & loaded.keys()
+        for key, kept in self.in_place.items():
+            self._remainders[key] = plan.explain(loaded[key], kept.mappings, self.pmd)
+
+    def enter_in_place(self, move: Move, backing: str) -> None:
+        """Enter an object that has huge pages where it is."""
+        key = key_of(move.object)
+        self.in_place[key] = InPlace(move.in_place, backing)
+        self._remainders[key] = plan.explain(move.object, move.in_place, self.pmd)
+
+    def enter_moved(self, key: Key) -> None:
+        """Say what is not on huge pages of an object that was moved."""
+        primed = self.primed[key]
+        self._remainders[key] = plan.explain(primed.object, primed.regions, self.pmd)
+
+    def leave(self, obj: Object, reason: str, notes: tuple[str, ...]) -> None:
+        """Enter why an object stays where it is."""
+        self._notes[key_of(obj)] = notes
+        self._remainders[key_of(obj)] = [
+            Remainder(obj, s.start, s.end, s.kind, plan.WRITABLE if s.writable else reason)
+            for s in obj.segments
+        ]
+
+    def enter_files(self, keys: Iterable[Key], mappings: Sequence[Mapping]) -> None:
+        """Remember which files moved objects are mapped from, to notice when others take their
+        place."""
+        for key in keys:
+            start = self.primed[key].regions[0].start
+            for mapping in overlapping(mappings, start, start + 1):
+                self._mapped[key] = mapping.device, mapping.inode
+
+    # --------------------------------------------------------------------------- forgetting ---
+
+    def reconcile(self, found: Survey, moved: Collection[Key] = ()) -> Survey:
+        """The survey with the objects that were moved as they were surveyed then: what can be seen
+        of them now is what was made of them. What was unloaded since, or unloaded and loaded again
+        at the same address, is forgotten."""
+        loaded = {key_of(obj): obj for obj in found.objects}
+        for key, primed in list(self.primed.items()):
+            start = primed.regions[0].start
+            here = next(overlapping(found.mappings, start, start + 1), None)
+            if key not in loaded or here is None:
+                self.forget(key)
+            elif key not in self._mapped:  # just moved, or interrupted: then moved or not
+                if key in moved or loaded[key].problem == REMAPPED:
+                    self._mapped[key] = here.device, here.inode
+                else:
+                    self.forget(key)
+            elif self._mapped[key] != (here.device, here.inode):
+                self.forget(key)
+        objects = tuple(
+            replace(self.primed[key_of(obj)].object, problem=REMAPPED)
+            if key_of(obj) in self.primed
+            else obj
+            for obj in found.objects
+        )
+        return replace(found, objects=objects)
+
+    def put_back(self, key: Key) -> Object:
+        """Map an object's own file over what it was moved to. Raises OSError when that fails."""
+        primed = self.primed[key]
+        put_back(primed)
+        self.forget(key)
+        return primed.object
+
+    def put_back_all(self) -> None:
+        """Put back what can be; of the rest the report says why."""
+        for key, primed in list(self.primed.items()):
+            try:
+                self.put_back(key)
+            except OSError as error:
+                note = f"not put back: {reason_of(error)}"
+                if note not in primed.notes:
+                    self.primed[key] = replace(primed, notes=(*primed.notes, note))
+        self._remainders.clear()
+        self._notes.clear()
+        self.in_place.clear()  # nothing was changed that could be put back
+
+    def forget(self, key: Key) -> None:
+        """Give up what a moved object holds: its image and its anchors."""
+        self._mapped.pop(key, None)
+        primed = self.primed.pop(key)
+        with suppress(OSError):
+            primed.anchors.unmap()
+        if primed.prepared.image is not None:
+            primed.prepared.image.close()
+
+    # ---------------------------------------------------------------------------- reporting ---
+
+    def describe(self, obj: Object, mappings: Sequence[Mapping]) -> ObjectReport:
+        """What became of one object, measured."""
+        key = key_of(obj)
+        here = list(overlapping(mappings, obj.start, obj.end))
+        primed, kept = self.primed.get(key), self.in_place.get(key)
+        segments = measure(obj.segments, here, self.pmd, self._remainders.get(key, ()))
+        code = [segment for segment in segments if segment.kind == "code"]
+        return ObjectReport(
+            path=obj.path,
+            interpreter=obj.interpreter,
+            backing=primed.prepared.backing if primed else kept.backing if kept else None,
+            where=primed.prepared.where if primed else None,
+            code_bytes=sum(segment.bytes for segment in code),
+            code_huge_bytes=sum(segment.huge_bytes for segment in code),
+            huge_bytes=sum(segment.huge_bytes for segment in segments),
+            locked_bytes=sum(segment.locked_bytes for segment in segments),
+            copied_bytes=primed.bytes if primed else 0,
+            written_bytes=primed.prepared.written if primed else 0,
+            segments=segments,
+            notes=primed.notes if primed else self._notes.get(key, ()),
+            aligned=key in self._aligned,
+        )

@@ -1,0 +1,127 @@
+"""A replacement in pieces: mapped at addresses of its own, described, measured, and given up."""
+
+from __future__ import annotations
+
+import os
+
+from page_primer import _core
+from page_primer._lean import Record, cached, suppress
+from page_primer.elf.file import PF_X
+from page_primer.elf.objects import Object, Region
+from page_primer.images import store
+from page_primer.kernel import smaps
+from page_primer.kernel.address_space import map_new
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+_READ_EXEC = _core.PROT_READ | _core.PROT_EXEC
+READ_WRITE = _core.PROT_READ | _core.PROT_WRITE
+PROT_BTI = 0x10  # arm64, <asm/mman.h>
+
+
+class Refused(Record):
+    """An attempt that came to nothing before smaps could be asked."""
+
+    where: str
+    reason: str
+
+
+class Piece(Record):
+    """A region and the place where its replacement is mapped; fd is -1 for memory to be moved."""
+
+    region: Region
+    protection: int
+    source: int
+    fd: int
+    offset: int
+
+    @property
+    def size(self) -> int:
+        return self.region.end - self.region.start
+
+    @property
+    def swap(self) -> tuple[int, int, int, int, int, int]:
+        """The piece as _core.swap() takes it."""
+        return self.region.start, self.size, self.protection, self.source, self.fd, self.offset
+
+
+class Prepared(Record):
+    """A replacement for one object's regions, mapped elsewhere."""
+
+    backing: str
+    where: str
+    pieces: tuple[Piece, ...]
+    pmd: int
+    image: store.Image | None = None
+    written: int = 0  # bytes copied for it
+    keep: tuple[int, ...] = ()  # descriptors to close in the end
+    anchors: tuple[str, ...] = ()  # the anchors that tools need with it
+
+    @property
+    def wanted(self) -> int:
+        """Bytes that whole huge pages can cover."""
+        return sum(high - low for low, high in (p.region.huge(self.pmd) for p in self.pieces))
+
+    @cached
+    def huge(self) -> int:
+        """Bytes that smaps shows on huge pages."""
+        return sum(m.huge for m in smaps.starting_at({p.source for p in self.pieces}))
+
+    def discard(self, *, moved_below: int = 0) -> None:
+        """Give the replacement up."""
+        self.unmap(moved_below=moved_below)
+        if self.image is not None:
+            self.image.close()
+
+    def unmap(self, *, moved_below: int = 0) -> None:
+        """Unmap what was mapped for comparison. What was moved to a target below `moved_below` is
+        no longer there, and its place may be somebody else's by now."""
+        for piece in self.pieces:
+            gone = piece.size if piece.fd < 0 and piece.region.start < moved_below else 0
+            with suppress(OSError):
+                _core.unmap(piece.source + gone, piece.size + GUARD - gone)
+        for fd in self.keep:
+            with suppress(OSError):
+                os.close(fd)
+
+
+Attempt = Prepared | Refused
+Place = tuple[str, str | None]  # a directory for images, and why it is passed over, if it is
+
+# A page behind every piece, so that the kernel does not merge it with what is mapped next to it
+# and smaps speaks of it alone.
+GUARD = os.sysconf("SC_PAGESIZE")
+
+
+def place(region: Region, obj: Object, pmd: int, fd: int, offset: int, flags: int) -> Piece:
+    """Map a file (or, with fd -1, writable anonymous memory) for a region, with its final
+    protection, at an address that is equal to the region's modulo the huge page size."""
+    final = _READ_EXEC if region.flags & PF_X else _core.PROT_READ
+    if region.flags & PF_X and obj.bti:
+        final |= PROT_BTI
+    size = region.end - region.start
+    now = final if fd >= 0 else READ_WRITE
+    source = map_new(size, pmd, region.start, now, flags, fd, offset, guard=GUARD)
+    return Piece(region, final, source, fd, offset)
+
+
+def place_all(regions: Sequence[Region], prepare: Callable[[Region], Piece]) -> tuple[Piece, ...]:
+    pieces: list[Piece] = []
+    try:
+        for region in regions:
+            pieces.append(prepare(region))
+    except BaseException:
+        for piece in pieces:
+            _core.unmap(piece.source, piece.size + GUARD)
+        raise
+    return tuple(pieces)
+
+
+def reason_of(error: OSError) -> str:
+    """An OSError in few words, with the step where the core says which."""
+    step = getattr(error, "step", None)
+    if step:
+        return f"{step}: {os.strerror(error.errno or 0)}"
+    return error.strerror or str(error)

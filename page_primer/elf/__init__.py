@@ -1,0 +1,1 @@
+"""ELF files and the objects loaded from them."""

@@ -1,0 +1,1 @@
+"""Files that this package writes: images, anchors, aligned files, and the store they are in."""

@@ -1,0 +1,1 @@
+"""What the kernel says of itself and of this process."""
