@@ -68,6 +68,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     doctor.add_argument("--json", action="store_true", help="as JSON, sizes in bytes")
     doctor.set_defaults(run=_doctor)
 
+    from page_primer.images import align_command
+
+    align_command.add_parser(commands).set_defaults(
+        run=lambda given: align_command.run(given, _show_table)
+    )
+
     given = parser.parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names are bytes
