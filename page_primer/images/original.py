@@ -23,6 +23,7 @@ _LARGEST_ALIGNMENT = 1 << 30
 # e_machine by the kernel's name for the machine.
 _MACHINES = {"x86_64": 62, "aarch64": 183}
 _DT_TEXTREL, _DT_FLAGS, _DF_TEXTREL = 22, 30, 4
+_DT_FLAGS_1, _DF_1_PIE = 0x6FFFFFFB, 0x08000000
 # No linker leaves more between segments than the largest page of its machine, so a file whose
 # addresses reach further than this does not come from one; what is written is bounded by it.
 _FARTHEST_FACTOR, _FARTHEST = 4, 64 << 20
@@ -127,11 +128,15 @@ def _read(fd: int) -> Original:
     )
     _check_loads(original)
     _check_sections(original)
-    for program in programs:
-        if program.p_type == PT_DYNAMIC:
-            for tag, value in file.dynamic(tuple(program)):
-                if tag == _DT_TEXTREL or (tag == _DT_FLAGS and value & _DF_TEXTREL):
-                    raise Refused("text relocations")
+    dynamic = [
+        entry for p in programs if p.p_type == PT_DYNAMIC for entry in file.dynamic(tuple(p))
+    ]
+    for tag, value in dynamic:
+        if tag == _DT_TEXTREL or (tag == _DT_FLAGS and value & _DF_TEXTREL):
+            raise Refused("text relocations")
+    pie = any(tag == _DT_FLAGS_1 and value & _DF_1_PIE for tag, value in dynamic)
+    if not interpreter and (pie or header.e_type == elf.ET_EXEC):
+        raise Refused("statically linked: it cannot be tried without being run")
     return original
 
 

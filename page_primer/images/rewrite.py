@@ -139,7 +139,7 @@ def _pack_record(original: Original, copies: list[Copy], patches: list[tuple[int
             data = os.pread(original.fd, min(_PIECE_SIZE, high - at), at)
             if sparse and not data.strip(b"\0"):
                 continue
-            if at >= original.contents_end:
+            if sparse and at + len(data.rstrip(b"\0")) > original.contents_end:
                 raise Refused("data is appended behind the ELF file: a program may look for it")
             parts.append(packed.compress(_PIECE.pack(at, len(data)) + data))
             pieces += 1

@@ -84,8 +84,6 @@ def run(original: Original, path: str, new: str, python: str | None) -> str | No
             [file, "-I", "-S", "-c", _IMPORTS, os.path.basename(file)]
         )
     elif original.is_program and not _LIBRARY.fullmatch(name):
-        if not original.interpreter:
-            return "not tried: statically linked"
         attempt = _relocate
     elif python is None:
         return "not tried: no interpreter to load it with"
