@@ -12,7 +12,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml setup.py page_primer/_core.c page_primer/launcher.c
+SOURCES := pyproject.toml setup.py page_primer/_core.c page_primer/launcher.c \
+    $(wildcard page_primer/launcher/*.[ch])
 
 .PHONY: demo demo-celery test lint bench bench-pressure tools-matrix kernels clean
 

@@ -17,12 +17,20 @@ from distutils.sysconfig import customize_compiler
 linux = sys.platform == "linux"
 stable_abi = not sysconfig.get_config_var("Py_GIL_DISABLED")
 
-LAUNCHER = "page_primer/launcher.c"
+# Executables in C: name -> sources.
+PROGRAMS = {
+    # An interpreter takes ten milliseconds to start; beside it lies `page-primer-cli`, the command
+    # in Python.
+    "page-primer": ["page_primer/launcher.c"],
+    "page-primer-warm": [
+        f"page_primer/launcher/{name}.c" for name in ("warm", "hold", "pages", "rewrite")
+    ],
+}
+SOURCES = [source for sources in PROGRAMS.values() for source in sources]
 
 
-class BuildLauncher(build_scripts):
-    """`page-primer` is an executable of its own, since an interpreter takes ten milliseconds to
-    start; beside it lies `page-primer-cli`, the command in Python."""
+class BuildPrograms(build_scripts):
+    """Compile PROGRAMS into the directory of scripts."""
 
     def run(self):
         compiler = new_compiler()
@@ -30,11 +38,12 @@ class BuildLauncher(build_scripts):
         os.makedirs(self.build_dir, exist_ok=True)
         work = self.get_finalized_command("build").build_temp
         arguments = ["-std=gnu11", "-O2", "-Wall", "-Wextra"]
-        objects = compiler.compile([LAUNCHER], output_dir=work, extra_postargs=arguments)
-        compiler.link_executable(objects, "page-primer", output_dir=self.build_dir)
+        for name, sources in PROGRAMS.items():
+            objects = compiler.compile(sources, output_dir=work, extra_postargs=arguments)
+            compiler.link_executable(objects, name, output_dir=self.build_dir)
 
     def get_source_files(self):
-        return [LAUNCHER]
+        return SOURCES
 
 
 command = "page-primer-cli" if linux else "page-primer"
@@ -53,7 +62,7 @@ setup(
     if linux
     else [],
     entry_points={"console_scripts": [f"{command} = page_primer.cli:main"]},
-    scripts=[LAUNCHER] if linux else [],
-    cmdclass={"build_scripts": BuildLauncher},
+    scripts=SOURCES if linux else [],
+    cmdclass={"build_scripts": BuildPrograms},
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if stable_abi else {},
 )

@@ -1,4 +1,4 @@
-"""The command: page-primer run | build | status | doctor."""
+"""The command: page-primer run | warm | build | status | doctor."""
 
 from __future__ import annotations
 
@@ -74,7 +74,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run=lambda given: align_command.run(given, _show_table)
     )
 
-    given = parser.parse_args(arguments)
+    # With a parser of its own, for argparse does not tell COMMAND from the paths before `--`.
+    commands.add_parser(
+        "warm", help="bring aligned files into memory on huge pages", add_help=False
+    )
+
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["warm"]:
+        return _warm(words[1:])
+    given = parser.parse_args(words)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names are bytes
     try:
@@ -86,6 +94,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of our output went away (`| head`): not our error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _warm(words: Sequence[str]) -> int:
+    from page_primer.launcher import warm
+
+    try:
+        return warm.main(words)
+    except ValueError as error:
+        print(f"page-primer: {error}", file=sys.stderr)
+        return 2
 
 
 def _run(given: argparse.Namespace) -> int:

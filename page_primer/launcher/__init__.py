@@ -1,0 +1,2 @@
+"""How processes are started: the C program that brings aligned files into memory (warm.c) and its
+callers."""

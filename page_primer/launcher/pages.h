@@ -1,0 +1,34 @@
+/* page-primer-warm: the pages of one file (pages.c), the file written anew
+ * (rewrite.c), and the process that holds files (hold.c). */
+#ifndef PAGE_PRIMER_PAGES_H
+#define PAGE_PRIMER_PAGES_H
+
+#include <stdbool.h>
+#include <sys/types.h>
+
+#define HOLDER "page-primer-hold"
+
+/* The whole huge pages of an aligned file's code. */
+struct span {
+    off_t offset;
+    size_t length;
+};
+
+/* What came of it: bytes on huge pages, what was done, and why that did not
+ * suffice (static strings or NULL). */
+struct outcome {
+    size_t huge;
+    bool held; /* other processes map small pages of it */
+    const char *done, *why;
+};
+
+extern size_t pmd; /* bytes of a huge page */
+
+int open_target(const char *path, struct span *span, const char **why);
+char *map_range(int fd, off_t offset, size_t length);
+struct outcome bring_in(int fd, const struct span *span);
+const char *rewrite(int old, const struct span *span, struct outcome *outcome);
+int hold(char **paths);
+bool leave_holder(char **arguments);
+
+#endif
