@@ -23,7 +23,7 @@ PROGRAMS = {
     # in Python.
     "page-primer": ["page_primer/launcher.c"],
     "page-primer-warm": [
-        f"page_primer/launcher/{name}.c" for name in ("warm", "hold", "pages", "rewrite")
+        f"page_primer/launcher/{name}.c" for name in ("warm", "lists", "pages", "rewrite", "hold")
     ],
 }
 SOURCES = [source for sources in PROGRAMS.values() for source in sources]

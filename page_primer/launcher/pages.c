@@ -18,19 +18,41 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "pages.h"
+#include "warm.h"
 
 #define POPULATE_READ 22 /* MADV_POPULATE_READ, Linux 5.14 */
 #define COLLAPSE 25      /* MADV_COLLAPSE, Linux 6.1 */
 enum { MOST_HEADERS = 65536 / sizeof(Elf64_Phdr) };
 
-/* What smaps says of a mapping: bytes that are on huge pages, and bytes that
- * other processes map too. */
+/* Bytes of a mapping on huge pages, and those that others map too (smaps). */
 struct view {
     size_t huge, shared;
 };
 
 size_t pmd = 2 << 20;
+
+/* Map a range as a loader does, at a boundary, and fault it in.  Nothing here
+ * touches it: a file truncated meanwhile is an error, not a SIGBUS. */
+char *
+map_range(int fd, off_t offset, size_t length)
+{
+    char *room = mmap(NULL, length + pmd, PROT_NONE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (room == MAP_FAILED)
+        return NULL;
+    size_t before = -(uintptr_t)room & (pmd - 1);
+    char *there = mmap(room + before, length, PROT_READ | PROT_EXEC,
+                       MAP_PRIVATE | MAP_FIXED, fd, offset);
+    munmap(room, there == MAP_FAILED ? length + pmd : before);
+    if (there == MAP_FAILED)
+        return NULL;
+    munmap(there + length, pmd - before);
+    madvise(there, length, MADV_HUGEPAGE);
+    if (madvise(there, length, POPULATE_READ) && errno == EINVAL &&
+        !syscall(SYS_mlock, there, length))
+        syscall(SYS_munlock, there, length);
+    return there;
+}
 
 /* Find the executable PT_LOAD that the loader puts at a huge page's boundary.
  * Returns NULL, or why there is none. */
@@ -45,9 +67,12 @@ find_span(int fd, struct span *span)
     span->length = 0;
     if (fstat(fd, &status) || !S_ISREG(status.st_mode))
         return "not a regular file";
+    /* To read the header must not bring the first pages in small pieces. */
+    char *first = map_range(fd, 0, pmd);
+    if (first)
+        munmap(first, pmd);
     if (pread(fd, &file, sizeof file, 0) != sizeof file ||
-        memcmp(file.e_ident, ELFMAG, SELFMAG) ||
-        file.e_ident[EI_CLASS] != ELFCLASS64 ||
+        memcmp(file.e_ident, ELFMAG "\2", EI_CLASS + 1) /* ELFCLASS64 */ ||
         file.e_phentsize != sizeof load)
         return "not a 64-bit ELF file";
     for (int i = 0; i < file.e_phnum && i < MOST_HEADERS; i++) {
@@ -79,29 +104,6 @@ open_target(const char *path, struct span *span, const char **why)
     if (fd >= 0 && *why)
         close(fd);
     return *why ? -1 : fd;
-}
-
-/* Map a range as a loader does, at a boundary, and fault it in.  Nothing here
- * touches it: a file truncated meanwhile is an error, not a SIGBUS. */
-char *
-map_range(int fd, off_t offset, size_t length)
-{
-    char *room = mmap(NULL, length + pmd, PROT_NONE,
-                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (room == MAP_FAILED)
-        return NULL;
-    size_t before = -(uintptr_t)room & (pmd - 1);
-    char *there = mmap(room + before, length, PROT_READ | PROT_EXEC,
-                       MAP_PRIVATE | MAP_FIXED, fd, offset);
-    munmap(room, there == MAP_FAILED ? length + pmd : before);
-    if (there == MAP_FAILED)
-        return NULL;
-    munmap(there + length, pmd - before);
-    madvise(there, length, MADV_HUGEPAGE);
-    if (madvise(there, length, POPULATE_READ) && errno == EINVAL &&
-        !syscall(SYS_mlock, there, length))
-        syscall(SYS_munlock, there, length);
-    return there;
 }
 
 static struct view
@@ -167,16 +169,14 @@ bring_in(int fd, const struct span *span)
 {
     struct outcome outcome = {0, false, NULL, NULL};
     bool drop = true;
-
-    if (prctl(PR_GET_THP_DISABLE, 0, 0, 0, 0) == 1) {
-        outcome.why = "huge pages are disabled here (PR_SET_THP_DISABLE)";
-        return outcome;
-    }
     char *there = map_range(fd, span->offset, span->length);
-    if (!there) {
+
+    if (!there)
         outcome.why = strerror(errno);
+    else if (prctl(PR_GET_THP_DISABLE, 0, 0, 0, 0) == 1)
+        outcome.why = "huge pages are disabled here (PR_SET_THP_DISABLE)";
+    if (outcome.why)
         return outcome;
-    }
     outcome.huge = look_at(there).huge;
     munmap(there, span->length);
     if (outcome.huge == span->length)

@@ -15,7 +15,7 @@
 #include <sys/xattr.h>
 #include <unistd.h>
 
-#include "pages.h"
+#include "warm.h"
 
 /* Open the directory where a file lies now; `path` becomes its resolved path,
  * `name` its last part.  Returns a descriptor or -1. */

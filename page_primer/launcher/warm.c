@@ -7,18 +7,16 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
-#include <limits.h>
 #include <signal.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
-#include "pages.h"
+#include "warm.h"
 
-enum { MOST_FILES = 4096 };
+enum { DEFAULT_PMD = 2 << 20 };
 
 static const char usage[] =
     "usage: page-primer-warm [-q | -v] [--hold] [--rewrite] [--list FILE]\n"
@@ -29,68 +27,13 @@ static const char usage[] =
     "$PAGE_PRIMER_ALIGNED, or else /var/lib/page-primer/aligned and\n"
     "${XDG_STATE_HOME:-~/.local/state}/page-primer/aligned.\n"
     "\n"
-    "  -q           print nothing of files\n"
-    "  -v           print what became of each, also before COMMAND\n"
+    "  -q           print nothing about files\n"
+    "  -v           print a line about each file before COMMAND, too\n"
     "  --hold       leave a process that keeps them in memory (mlock)\n"
     "  --rewrite    rewrite a file that others map in small pages\n"
     "  --list FILE  read absolute paths from FILE, one a line\n"
     "\n"
     "Exit status: 0 all on huge pages, 1 not all, 2 usage; or COMMAND's.\n";
-
-static char *paths[MOST_FILES + 2] = {HOLDER}; /* argv of the holder */
-static int count = 1;
-
-static void
-add(char *path)
-{
-    if (path && count <= MOST_FILES)
-        paths[count++] = path;
-}
-
-/* Add the absolute paths in a file; false where it cannot be read. */
-static bool
-add_list(const char *name)
-{
-    char line[PATH_MAX + 1];
-    struct stat status;
-    int fd = open(name, O_RDONLY | O_NONBLOCK | O_NOCTTY | O_CLOEXEC);
-    bool good = fd >= 0 && !fstat(fd, &status) && S_ISREG(status.st_mode);
-    FILE *file = good ? fdopen(fd, "r") : NULL;
-
-    for (int i = 0; file && i < MOST_FILES; i++) {
-        if (!fgets(line, sizeof line, file))
-            break;
-        line[strcspn(line, "\n")] = 0;
-        if (*line == '/')
-            add(strdup(line));
-    }
-    if (file)
-        fclose(file);
-    else if (fd >= 0)
-        close(fd);
-    return file != NULL;
-}
-
-/* Add what `page-primer align` has recorded for root and for this user. */
-static bool
-add_recorded(void)
-{
-    const char *named = getenv("PAGE_PRIMER_ALIGNED"), *home = getenv("HOME");
-    const char *state = getenv("XDG_STATE_HOME");
-    char path[PATH_MAX];
-
-    if (named && *named)
-        return add_list(named);
-    add_list("/var/lib/page-primer/aligned");
-    if (!state || *state != '/')
-        snprintf(path, sizeof path, "%s/.local/state/page-primer/aligned",
-                 home ? home : "");
-    else
-        snprintf(path, sizeof path, "%s/page-primer/aligned", state);
-    if (geteuid())
-        add_list(path);
-    return true;
-}
 
 /* Warm one file and print a line about it, unless that is not wanted. */
 static bool
@@ -125,14 +68,21 @@ warm(const char *path, bool may_rewrite, FILE *failures, FILE *successes)
 static void
 read_page_size(void)
 {
-    FILE *file =
-        fopen("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size", "re");
-    size_t size;
+    const char *name = "/sys/kernel/mm/transparent_hugepage/hpage_pmd_size";
+    FILE *file = fopen(name, "re");
 
-    if (file && fscanf(file, "%zu", &size) == 1 && size)
-        pmd = size;
+    if (file && (fscanf(file, "%zu", &pmd) != 1 || !pmd))
+        pmd = DEFAULT_PMD;
     if (file)
         fclose(file);
+}
+
+/* Returns false. */
+static bool
+complain(const char *name)
+{
+    fprintf(stderr, "page-primer-warm: %s: %s\n", name, strerror(errno));
+    return false;
 }
 
 /* Returns the exit status, as a shell's. */
@@ -141,7 +91,7 @@ execute(char **command)
 {
     execvp(*command, command);
     int error = errno;
-    fprintf(stderr, "page-primer-warm: %s: %s\n", *command, strerror(error));
+    complain(*command);
     return error == ENOENT || error == ENOTDIR ? 127 : 126;
 }
 
@@ -171,30 +121,31 @@ main(int argc, char **argv)
             may_rewrite = true;
         else if (!strcmp(word, "--list") && at + 1 < argc) {
             listed = true;
-            good &= add_list(argv[++at]);
+            good &= add_list(argv[++at]) || complain(argv[at]);
         } else if (!strcmp(word, "--help"))
             return fputs(usage, stdout) < 0;
         else if (*word == '-')
             return fputs(usage, stderr), 2;
         else
-            add(argv[at]);
+            add_file(argv[at]);
     }
     char **command = at + 1 < argc ? argv + at + 1 : NULL;
 
-    /* A closed pipe or a file's limit must not end what is in the way of a
-     * server's start; the command finds these signals as they were. */
+    /* A closed pipe or `ulimit -f` must not end it; COMMAND finds both signals
+     * as they were. */
     void (*pipe)(int) = signal(SIGPIPE, SIG_IGN);
     void (*limit)(int) = signal(SIGXFSZ, SIG_IGN);
-    if (!listed && count == 1)
-        good = add_recorded();
+    char **holder = arguments_of_holder();
+    if (!listed && !holder[1])
+        good = add_recorded() || complain(getenv("PAGE_PRIMER_ALIGNED"));
     FILE *failures = quiet ? NULL : command ? stderr : stdout;
-    for (int i = 1; i < count; i++)
-        good &= warm(paths[i], may_rewrite, failures,
+    for (char **file = holder + 1; *file; file++)
+        good &= warm(*file, may_rewrite, failures,
                      verbose || !command ? failures : NULL);
     if (failures)
         fflush(failures);
-    if (keep && count > 1)
-        good &= leave_holder(paths);
+    if (keep && holder[1])
+        good &= leave_holder(holder);
     signal(SIGPIPE, pipe);
     signal(SIGXFSZ, limit);
     return command ? execute(command) : !good;

@@ -1,7 +1,7 @@
-/* page-primer-warm: the pages of one file (pages.c), the file written anew
- * (rewrite.c), and the process that holds files (hold.c). */
-#ifndef PAGE_PRIMER_PAGES_H
-#define PAGE_PRIMER_PAGES_H
+/* page-primer-warm: which files (lists.c), the pages of one (pages.c), one
+ * written anew (rewrite.c), and the process that holds them (hold.c). */
+#ifndef PAGE_PRIMER_WARM_H
+#define PAGE_PRIMER_WARM_H
 
 #include <stdbool.h>
 #include <sys/types.h>
@@ -22,12 +22,18 @@ struct outcome {
     const char *done, *why;
 };
 
+void add_file(char *path);
+bool add_list(const char *name);
+bool add_recorded(void);
+char **arguments_of_holder(void);
+
 extern size_t pmd; /* bytes of a huge page */
 
 int open_target(const char *path, struct span *span, const char **why);
 char *map_range(int fd, off_t offset, size_t length);
 struct outcome bring_in(int fd, const struct span *span);
 const char *rewrite(int old, const struct span *span, struct outcome *outcome);
+
 int hold(char **paths);
 bool leave_holder(char **arguments);
 
