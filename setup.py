@@ -23,7 +23,8 @@ PROGRAMS = {
     # in Python.
     "page-primer": ["page_primer/launcher.c"],
     "page-primer-warm": [
-        f"page_primer/launcher/{name}.c" for name in ("warm", "lists", "pages", "rewrite", "hold")
+        f"page_primer/launcher/{name}.c"
+        for name in ("warm", "lists", "span", "pages", "rewrite", "hold")
     ],
 }
 SOURCES = [source for sources in PROGRAMS.values() for source in sources]

@@ -544,6 +544,12 @@ def first_load(content: bytearray, **fields: int) -> bytes:
     return bytes(content)
 
 
+def unaligned(content: bytearray, alignment: int = 4096) -> bytes:
+    for at in program_headers(content):
+        struct.pack_into("=Q", content, at + 48, alignment)
+    return bytes(content)
+
+
 def header(content: bytearray, offset: int, kind: str, value: int) -> bytes:
     struct.pack_into(kind, content, offset, value)
     return bytes(content)
@@ -563,7 +569,8 @@ HOSTILE: dict[str, Callable[[bytearray], bytes]] = {
     "headers of another size": lambda c: header(c, 54, "=H", 1),
     "offset at the end of numbers": lambda c: first_load(c, p_offset=MOST - outside.PMD + 1),
     "size at the end of numbers": lambda c: first_load(c, p_filesz=MOST),
-    "no alignment": lambda c: first_load(c, p_align=0),
+    "no alignment": lambda c: unaligned(c, 0),
+    "alignment of a page": unaligned,
     "alignment of 2^63": lambda c: first_load(c, p_align=1 << 63, p_vaddr=0),
     "an address that does not fit": lambda c: first_load(c, p_vaddr=4096),
     "writable code": lambda c: first_load(c, p_flags=7),
@@ -688,9 +695,7 @@ def test_the_python_command_finds_aligned_libraries(
     (packages / "wheel.libs").mkdir()
     library = packages / "wheel.libs" / "libwheel-1f.so.3"
     shutil.copy(linked, library)
-    (packages / "unaligned.so").write_bytes(
-        first_load(bytearray(linked.read_bytes()), p_align=4096)
-    )
+    (packages / "unaligned.so").write_bytes(unaligned(bytearray(linked.read_bytes())))
     (packages / "link.so").symlink_to(library)
     found = warm.targets(str(home / "bin/python"), True)
     assert [path for path in found if path.startswith(str(home))] == [os.path.realpath(library)]

@@ -1,110 +1,27 @@
-/* The pages of an aligned file: find those that can be huge, have them so.
+/* The pages of an aligned file: have them in memory as huge ones.
  *
  * The page cache keeps a file in pieces of the size that its first reader or
  * writer caused: 2 MiB where that was a mapping advised MADV_HUGEPAGE, less
  * where it was ld.so or the unpacking of an image. */
 #define _GNU_SOURCE
-#include <elf.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
 #include <stdbool.h>
-#include <stdint.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
-#include <sys/stat.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "warm.h"
 
-#define POPULATE_READ 22 /* MADV_POPULATE_READ, Linux 5.14 */
-#define COLLAPSE 25      /* MADV_COLLAPSE, Linux 6.1 */
-enum { MOST_HEADERS = 65536 / sizeof(Elf64_Phdr) };
+#define COLLAPSE 25 /* MADV_COLLAPSE, Linux 6.1 */
 
 /* Bytes of a mapping on huge pages, and those that others map too (smaps). */
 struct view {
     size_t huge, shared;
 };
-
-size_t pmd = 2 << 20;
-
-/* Map a range as a loader does, at a boundary, and fault it in.  Nothing here
- * touches it: a file truncated meanwhile is an error, not a SIGBUS. */
-char *
-map_range(int fd, off_t offset, size_t length)
-{
-    char *room = mmap(NULL, length + pmd, PROT_NONE,
-                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (room == MAP_FAILED)
-        return NULL;
-    size_t before = -(uintptr_t)room & (pmd - 1);
-    char *there = mmap(room + before, length, PROT_READ | PROT_EXEC,
-                       MAP_PRIVATE | MAP_FIXED, fd, offset);
-    munmap(room, there == MAP_FAILED ? length + pmd : before);
-    if (there == MAP_FAILED)
-        return NULL;
-    munmap(there + length, pmd - before);
-    madvise(there, length, MADV_HUGEPAGE);
-    if (madvise(there, length, POPULATE_READ) && errno == EINVAL &&
-        !syscall(SYS_mlock, there, length))
-        syscall(SYS_munlock, there, length);
-    return there;
-}
-
-/* Find the executable PT_LOAD that the loader puts at a huge page's boundary.
- * Returns NULL, or why there is none. */
-static const char *
-find_span(int fd, struct span *span)
-{
-    Elf64_Ehdr file;
-    Elf64_Phdr load;
-    struct stat status;
-    uint64_t memory = (uint64_t)sysconf(_SC_PHYS_PAGES) * getpagesize();
-
-    span->length = 0;
-    if (fstat(fd, &status) || !S_ISREG(status.st_mode))
-        return "not a regular file";
-    /* To read the header must not bring the first pages in small pieces. */
-    char *first = map_range(fd, 0, pmd);
-    if (first)
-        munmap(first, pmd);
-    if (pread(fd, &file, sizeof file, 0) != sizeof file ||
-        memcmp(file.e_ident, ELFMAG "\2", EI_CLASS + 1) /* ELFCLASS64 */ ||
-        file.e_phentsize != sizeof load)
-        return "not a 64-bit ELF file";
-    for (int i = 0; i < file.e_phnum && i < MOST_HEADERS; i++) {
-        off_t at = file.e_phoff + i * sizeof load;
-        if (pread(fd, &load, sizeof load, at) != sizeof load)
-            return "truncated";
-        if (load.p_type != PT_LOAD || (load.p_flags & (PF_X | PF_W)) != PF_X ||
-            !load.p_align || load.p_align % pmd ||
-            (load.p_vaddr - load.p_offset) % pmd)
-            continue;
-        uint64_t size = status.st_size;
-        if (load.p_offset > size || load.p_filesz > size - load.p_offset)
-            return "truncated";
-        uint64_t start = (load.p_offset + pmd - 1) & -pmd;
-        uint64_t end = (load.p_offset + load.p_filesz) & -pmd;
-        if (end > start && end - start > span->length)
-            *span = (struct span){start, end - start};
-    }
-    if (span->length > memory / 4)
-        return "larger than a quarter of the memory";
-    return span->length ? NULL : "not aligned (see page-primer align)";
-}
-
-int
-open_target(const char *path, struct span *span, const char **why)
-{
-    int fd = open(path, O_RDONLY | O_NONBLOCK | O_NOCTTY | O_CLOEXEC);
-    *why = fd < 0 ? strerror(errno) : find_span(fd, span);
-    if (fd >= 0 && *why)
-        close(fd);
-    return *why ? -1 : fd;
-}
 
 static struct view
 look_at(const char *there)

@@ -1,5 +1,5 @@
-/* page-primer-warm: which files (lists.c), the pages of one (pages.c), one
- * written anew (rewrite.c), and the process that holds them (hold.c). */
+/* page-primer-warm: which files (lists.c), what of one can be huge (span.c),
+ * its pages (pages.c), one written anew (rewrite.c), their holder (hold.c). */
 #ifndef PAGE_PRIMER_WARM_H
 #define PAGE_PRIMER_WARM_H
 
@@ -31,6 +31,7 @@ extern size_t pmd; /* bytes of a huge page */
 
 int open_target(const char *path, struct span *span, const char **why);
 char *map_range(int fd, off_t offset, size_t length);
+
 struct outcome bring_in(int fd, const struct span *span);
 const char *rewrite(int old, const struct span *span, struct outcome *outcome);
 

@@ -181,8 +181,8 @@ def _aligned(place: str) -> Iterator[str]:
 
 
 def is_aligned(path: str) -> bool:
-    """Whether a regular file has an executable PT_LOAD that a loader puts on a boundary of 2 MiB,
-    and is large enough for it to matter."""
+    """Whether a regular file has an executable PT_LOAD that comes to lie at a boundary of 2 MiB and
+    is as large; as span.c sees it."""
     from page_primer import elf
 
     try:
@@ -193,11 +193,20 @@ def is_aligned(path: str) -> bool:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode) or status.st_size < MIB2:
             return False
-        loads = elf.PROGRAM_HEADER.iter_unpack(elf.File(fd).program_headers())
-        return any(
-            kind == elf.PT_LOAD and flags & elf.PF_X and not flags & elf.PF_W
-            and alignment and not alignment % MIB2 and size >= MIB2
-            for kind, flags, _, _, _, size, _, alignment in loads
+        file = elf.File(fd)
+        loads = [
+            fields
+            for fields in elf.PROGRAM_HEADER.iter_unpack(file.program_headers())
+            if fields[0] == elf.PT_LOAD
+        ]
+        # An object is placed by the largest p_align that it has.
+        placed = (
+            file.header[1] == elf.ET_EXEC or max((load[-1] for load in loads), default=0) >= MIB2
+        )
+        return placed and any(
+            flags & elf.PF_X and not flags & elf.PF_W
+            and not (address - offset) % MIB2 and size >= MIB2
+            for _, flags, offset, address, _, size, _, _ in loads
         )  # fmt: skip
     except (OSError, elf.Malformed):
         return False
