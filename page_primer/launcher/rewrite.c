@@ -63,17 +63,24 @@ copy_content(int from, int to, size_t size)
     return good;
 }
 
+/* Extended attributes; what a directory's default ACL or a security module has
+ * given the copy already need not be set, which might be forbidden. */
 static bool
 copy_attributes(int from, int to)
 {
-    char names[XATTR_LIST_MAX], value[XATTR_SIZE_MAX];
+    char names[XATTR_LIST_MAX], value[XATTR_SIZE_MAX], now[XATTR_SIZE_MAX];
     ssize_t length = flistxattr(from, names, sizeof names);
 
     if (length < 0)
         return errno == ENOTSUP;
     for (char *name = names; name < names + length; name += strlen(name) + 1) {
         ssize_t size = fgetxattr(from, name, value, sizeof value);
-        if (size < 0 || fsetxattr(to, name, value, size, 0))
+        if (size < 0)
+            return false;
+        if (fgetxattr(to, name, now, sizeof now) == size &&
+            !memcmp(now, value, size))
+            continue;
+        if (fsetxattr(to, name, value, size, 0))
             return false;
     }
     return true;
@@ -121,6 +128,7 @@ rewrite(int old, const struct span *span, struct outcome *outcome)
     if (!why) {
         struct outcome copy = bring_in(new, span);
         struct timespec times[] = {status.st_atim, status.st_mtim};
+        fremovexattr(new, "system.posix_acl_access"); /* of the directory */
         if (copy.huge <= outcome->huge)
             why = "not rewritten: the kernel gave the copy no huge page";
         else if (fchown(new, status.st_uid, status.st_gid) ||

@@ -7,17 +7,16 @@ that may have to be dropped from the page cache. Here it is found and executed.
 from __future__ import annotations
 
 import os
-import stat
 import sys
+
+from page_primer.images.aligned import all_listed, is_aligned
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
 PROGRAM = "page-primer-warm"
-ALIGNED = "PAGE_PRIMER_ALIGNED"
-MIB2 = 2 << 20  # a library that is smaller has no huge page anywhere
 
 
 def through_warm(command: Sequence[str]) -> list[str]:
@@ -27,22 +26,9 @@ def through_warm(command: Sequence[str]) -> list[str]:
         command: an argv; returned as it is where no file is recorded as aligned, or where
             `page-primer-warm` was not built or is not installed beside this package.
     """
-    if any(os.path.isfile(path) for path in lists()) and (path := program()):
+    if all_listed() and (path := program()):
         return [path, "-q", "--", *command]
     return list(command)
-
-
-def lists() -> Iterator[str]:
-    """The files that record what is aligned, one absolute path a line; as warm.c reads them."""
-    if named := os.environ.get(ALIGNED):
-        yield named
-        return
-    yield "/var/lib/page-primer/aligned"
-    if os.geteuid():
-        state = os.environ.get("XDG_STATE_HOME", "")
-        if not state.startswith("/"):
-            state = f"{os.environ.get('HOME', '')}/.local/state"
-        yield f"{state}/page-primer/aligned"
 
 
 def program() -> str | None:
@@ -90,7 +76,7 @@ def main(arguments: Sequence[str]) -> int:
         return _execute(command) if command else 1
     files = [*given.path]
     if given.python or given.libraries:
-        files += targets(given.python or sys.executable, given.libraries)
+        files += targets(given.python, given.libraries)
     options = [word for word in words if word in ("-q", "-v", "--hold", "--rewrite")]
     for name in given.list:
         options += ["--list", name]
@@ -140,74 +126,33 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-# Printed by the interpreter in question: the file with its code, and where its libraries are.
-_QUESTION = """
-import json, os, re, sys, sysconfig
-maps = open("/proc/self/maps", errors="surrogateescape").read()
-found = re.search(r"/.*/libpython3[.]\\d+\\w*[.]so\\S*", maps)
-places = {sysconfig.get_path(name) for name in ("purelib", "platlib")}
-places.add(sysconfig.get_config_var("DESTSHARED"))
-print(json.dumps([found.group() if found else os.readlink("/proc/self/exe"), sorted(
-    os.path.realpath(place) for place in places if place)]))
-"""
-
-
-def targets(python: str, libraries: bool) -> list[str]:
+def targets(python: str | None, libraries: bool) -> list[str]:
     """Return the file with an interpreter's code and, if wanted, its aligned libraries.
 
     Raises:
-        ValueError: it cannot be run; the message says why.
+        ValueError: it gives no answer; the message says why.
     """
-    import json
-    import subprocess
+    from page_primer.images import align
+    from page_primer.images.targets import interpreter
+    from page_primer.images.targets import libraries as libraries_of
 
-    try:
-        done = subprocess.run(
-            [python, "-I", "-c", _QUESTION], capture_output=True, text=True, check=True
-        )
-        code, places = json.loads(done.stdout)
-    except (OSError, subprocess.CalledProcessError, ValueError) as error:
-        raise ValueError(f"{python} is no interpreter that runs: {error}") from None
-    return [code, *(path for place in places for path in _aligned(place) if libraries)]
+    found = interpreter(python)
+    pmd = align.pmd_size()
+    candidates = libraries_of(found.places, pmd) if libraries else ()
+    return [found.code, *(path for path in candidates if _is_aligned(path, pmd))]
 
 
-def _aligned(place: str) -> Iterator[str]:
-    """The aligned shared objects below a directory, links and doubles left out."""
-    for directory, _, names in os.walk(place):
-        for name in sorted(names):
-            path = os.path.join(directory, name)
-            if (".so." in name or name.endswith(".so")) and is_aligned(path):
-                yield path
-
-
-def is_aligned(path: str) -> bool:
-    """Whether a regular file has an executable PT_LOAD that comes to lie at a boundary of 2 MiB and
-    is as large; as span.c sees it."""
+def _is_aligned(path: str, pmd: int) -> bool:
     from page_primer import elf
 
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return False
     try:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode) or status.st_size < MIB2:
-            return False
         file = elf.File(fd)
-        loads = [
-            fields
-            for fields in elf.PROGRAM_HEADER.iter_unpack(file.program_headers())
-            if fields[0] == elf.PT_LOAD
-        ]
-        # An object is placed by the largest p_align that it has.
-        placed = (
-            file.header[1] == elf.ET_EXEC or max((load[-1] for load in loads), default=0) >= MIB2
-        )
-        return placed and any(
-            flags & elf.PF_X and not flags & elf.PF_W
-            and not (address - offset) % MIB2 and size >= MIB2
-            for _, flags, offset, address, _, size, _, _ in loads
-        )  # fmt: skip
+        fixed = file.header[1] == elf.ET_EXEC
+        return is_aligned(file.program_headers(), pmd, fixed=fixed)
     except (OSError, elf.Malformed):
         return False
     finally:
