@@ -12,7 +12,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml setup.py page_primer/_core.c
+SOURCES := pyproject.toml setup.py page_primer/_core.c $(wildcard page_primer/launcher/*.[ch])
 
 .PHONY: demo demo-celery test lint bench bench-pressure tools-matrix kernels clean
 

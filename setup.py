@@ -1,13 +1,48 @@
-"""The C core: Linux only. It is one build for every CPython since 3.10 (the stable ABI), except on
-free-threaded builds, which have none. The rest of the metadata is in pyproject.toml."""
+"""The C core and page-primer-warm: Linux only. The core is one build for every CPython since 3.10
+(the stable ABI), except on free-threaded builds, which have none. The rest of the metadata is in
+pyproject.toml."""
 
+import os
 import sys
 import sysconfig
 
 from setuptools import Extension, setup
 
+# isort: split
+# Of setuptools, once that is imported.
+from distutils.ccompiler import new_compiler
+from distutils.command.build_scripts import build_scripts
+from distutils.sysconfig import customize_compiler
+
 linux = sys.platform == "linux"
 stable_abi = not sysconfig.get_config_var("Py_GIL_DISABLED")
+
+# Executables in C: name -> sources.
+PROGRAMS = {
+    "page-primer-warm": [
+        f"page_primer/launcher/{name}.c"
+        for name in ("warm", "lists", "span", "pages", "rewrite", "hold")
+    ],
+}
+SOURCES = [source for sources in PROGRAMS.values() for source in sources]
+
+
+class BuildPrograms(build_scripts):
+    """Compile PROGRAMS into the directory of scripts."""
+
+    def run(self):
+        compiler = new_compiler()
+        customize_compiler(compiler)
+        os.makedirs(self.build_dir, exist_ok=True)
+        work = self.get_finalized_command("build").build_temp
+        arguments = ["-std=gnu11", "-O2", "-Wall", "-Wextra"]
+        for name, sources in PROGRAMS.items():
+            objects = compiler.compile(sources, output_dir=work, extra_postargs=arguments)
+            compiler.link_executable(objects, name, output_dir=self.build_dir)
+
+    def get_source_files(self):
+        return SOURCES
+
 
 setup(
     ext_modules=[
@@ -23,5 +58,7 @@ setup(
     ]
     if linux
     else [],
+    scripts=SOURCES if linux else [],
+    cmdclass={"build_scripts": BuildPrograms},
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if stable_abi else {},
 )

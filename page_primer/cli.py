@@ -1,4 +1,4 @@
-"""The command: page-primer run | status | doctor.
+"""The command: page-primer run | align | warm | status | doctor.
 
 Only what every command needs is imported here: `run` is in the way of a server's start.
 """
@@ -22,6 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        if words[:1] == ["warm"]:
+            return _warm(words[1:])
         command = _plainly_run(words)
         return _execute(command, {}) if command else _parse_and_run(words)
     except ValueError as error:
@@ -94,7 +96,23 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="as JSON, sizes in bytes")
     doctor.set_defaults(run=_doctor)
 
+    from page_primer.align import command as align_command
+
+    align_command.add_parser(commands).set_defaults(
+        run=lambda given: align_command.run(given, _show_table)
+    )
+
+    # With a parser of its own, for argparse does not tell COMMAND from the paths before `--`.
+    commands.add_parser(
+        "warm", help="bring aligned files into memory on huge pages", add_help=False
+    )
     return parser
+
+
+def _warm(words: Sequence[str]) -> int:
+    from page_primer.launcher import warm
+
+    return warm.main(words)
 
 
 def _run(given: argparse.Namespace) -> int:

@@ -571,7 +571,8 @@ def test_no_directory_for_images(kind):
 def test_an_interpreter_that_does_not_import_ours(base, images, options):
     """It runs as without page-primer, late libraries included."""
     code = (
-        "import sys, zlib; path = [p for p in sys.path if not p.endswith('/page_primer/launcher/site')];"
+        "import sys, zlib\n"
+        "path = [p for p in sys.path if not p.endswith('/page_primer/launcher/site')]\n"
         "print(path, sorted(sys.modules), sys.flags);"
         "print(open('/proc/self/maps').read().count('page'))"
     )

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 ET_EXEC, ET_DYN = 2, 3
-PT_NULL, PT_LOAD, PT_DYNAMIC, PT_NOTE, PT_PHDR = 0, 1, 2, 4, 6
+PT_NULL, PT_LOAD, PT_DYNAMIC, PT_INTERP, PT_NOTE, PT_PHDR = 0, 1, 2, 3, 4, 6
 PT_GNU_STACK = 0x6474E551
 PF_X, PF_W, PF_R = 1, 2, 4
 SHT_SYMTAB, SHT_NOBITS, SHT_DYNSYM = 2, 8, 11
@@ -39,7 +39,9 @@ _DYNAMIC_ENTRY = struct.Struct("=qQ")  # d_tag, d_val
 _NOTE = struct.Struct("=III")  # n_namesz, n_descsz, n_type
 
 _IDENT = b"\x7fELF\x02" + (b"\x01" if sys.byteorder == "little" else b"\x02")
+DT_NEEDED, DT_STRTAB = 1, 5
 _DT_NULL, _DT_TEXTREL, _DT_FLAGS, _DF_TEXTREL = 0, 22, 30, 4
+_LONGEST_PATH = 4096
 _LONGEST_NAME = 64  # more than any section has whose name matters here
 _LONGEST_TABLE = 1 << 16  # the same of a PT_NOTE and a PT_DYNAMIC, bytes
 
@@ -124,6 +126,25 @@ class File:
         whole = len(data) // _DYNAMIC_ENTRY.size * _DYNAMIC_ENTRY.size
         entries = _DYNAMIC_ENTRY.iter_unpack(data[:whole])
         return list(takewhile(lambda entry: entry[0] != _DT_NULL, entries))
+
+    def dynamic_strings(self, tag: int) -> list[str]:
+        """What the dynamic section names under one tag, such as DT_NEEDED."""
+        headers = list(PROGRAM_HEADER.iter_unpack(self.program_headers()))
+        entries = [e for h in headers if h[0] == PT_DYNAMIC for e in self.dynamic(h)]
+        tables = [value for found, value in entries if found == DT_STRTAB]
+        names = []
+        for found, value in entries:
+            if found == tag and tables:
+                at = self._offset_of(tables[0], headers) + value
+                raw = os.pread(self._fd, _LONGEST_PATH, at).partition(b"\0")[0]
+                names.append(os.fsdecode(raw))
+        return names
+
+    def _offset_of(self, address: int, headers: list[tuple[int, ...]]) -> int:
+        for kind, _, offset, vaddr, _, size, _, _ in headers:
+            if kind == PT_LOAD and vaddr <= address < vaddr + size:
+                return offset + address - vaddr
+        raise Malformed("an address in no segment")
 
 
 def has_text_relocations(dynamic: Iterable[tuple[int, int]]) -> bool:

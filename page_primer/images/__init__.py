@@ -1,1 +1,1 @@
-"""Files that this package writes: images, anchors, aligned files, and the store they are in."""
+"""Files that this package writes beside others: images and anchors, and the store they are in."""

@@ -12,6 +12,7 @@ import signal
 
 from page_primer._lean import suppress
 from page_primer.launcher.child import LATE, SITE, VERBOSE, say
+from page_primer.launcher.warm import through_warm
 from page_primer.options import Options, flag
 
 TYPE_CHECKING = False
@@ -48,7 +49,7 @@ def run(command: Sequence[str], settings: Mapping[str, str]) -> int:
     if options.enabled:
         _add_site()
     try:
-        _execute(command)
+        _execute(through_warm(command))
     except OSError as error:
         say(f"page-primer: {command[0]}: {error.strerror}")
         return 126 if error.errno not in _NOT_HERE else 127

@@ -1,0 +1,1 @@
+"""`page-primer align`: ELF files whose read-only span the loader places on huge page boundaries."""

@@ -1,0 +1,206 @@
+"""page-primer align: which files, what is done with each, and what is printed."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from page_primer.align import aligned, targets
+from page_primer.align import files as align
+from page_primer.align.files import ALIGNED, CAN_BE, REFUSED, TOO_SMALL, State
+from page_primer.align.original import Refused
+from page_primer.report import mib, percent
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    Table = Callable[[Sequence[str], Sequence[Sequence[str]]], None]
+
+NO_LONGER = "no longer aligned"
+DONE, UNDONE, FAILED = "aligned now", "undone", "failed"
+
+_HELP = """
+Rewrites ELF files so that the loader places their read-only part, code included, on huge page
+boundaries. Without PATH: the interpreter. Exit status: 0 all is done, or with --check all is
+aligned; 1 something was refused or failed, or with --check something could be aligned; 2 the
+command line is wrong.
+"""
+
+
+def add_parser(commands: argparse._SubParsersAction[Any]) -> argparse.ArgumentParser:
+    """Add the subcommand to the command line's parser."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "align", help="rewrite interpreter and libraries so that their code is on huge pages in "
+        "every process", description=_HELP,
+    )  # fmt: skip
+    parser.add_argument("paths", nargs="*", metavar="PATH", help="an ELF file")
+    parser.add_argument("--python", metavar="PATH",
+                        help="the interpreter (default: the one that runs this)")  # fmt: skip
+    parser.add_argument("--libraries", action="store_true",
+                        help="also the libraries in its lib-dynload and site-packages")  # fmt: skip
+    parser.add_argument("--no-merge", action="store_true",
+                        help="refuse where read-only data would become executable")  # fmt: skip
+    verb = parser.add_mutually_exclusive_group()
+    verb.add_argument("--check", action="store_true", help="only say what is aligned")
+    verb.add_argument("--undo", action="store_true", help="put the original files back")
+    verb.add_argument("--again", action="store_true",
+                      help="align the files again that an upgrade has replaced")  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done")
+    parser.add_argument("--json", action="store_true", help="as JSON, sizes in bytes")
+    return parser
+
+
+def run(given: argparse.Namespace, show_table: Table) -> int:
+    """Do what the command line says; returns the exit status.
+
+    Raises:
+        ValueError: the command line is wrong.
+    """
+    if given.again and (given.paths or given.libraries):
+        raise ValueError("align: --again takes the files that were aligned before, no others")
+    rows: list[dict[str, Any]] = []
+    with _ended_by_signals():
+        for path, python, named in _files(given):
+            row = _one(given, path, python)
+            if row["state"] in (TOO_SMALL, REFUSED) and not named:
+                if row["state"] == TOO_SMALL:
+                    continue
+                row["named"] = False
+            rows.append(row)
+            if given.verb_changes and not given.json:
+                _say(row)
+    if given.json:
+        print(json.dumps(rows, indent=2))
+    elif not given.verb_changes:
+        _show(rows, show_table)
+    return _status(given, rows)
+
+
+def _files(given: argparse.Namespace) -> Iterator[tuple[str, str | None, bool]]:
+    """Each file: its path, the interpreter it belongs to, whether it was asked for by name."""
+    given.verb_changes = not (given.check or given.dry_run)
+    if given.again:
+        for path in aligned.all_listed():
+            if os.path.exists(path):
+                yield path, given.python or sys.executable, True
+        return
+    if given.paths and not given.libraries:
+        for path in given.paths:
+            yield os.path.realpath(path), given.python or sys.executable, True
+        return
+    found = targets.interpreter(given.python)
+    once = dict.fromkeys([found.code, *map(os.path.realpath, given.paths)])
+    for path in once:
+        yield path, found.program if path == found.code else found.python, True
+    if given.libraries:
+        for path in targets.libraries(found.places, align.pmd_size()):
+            if path not in once:
+                yield path, found.python, False
+    elif given.check:
+        for path in aligned.all_listed():
+            if path not in once:
+                yield path, found.python, True
+
+
+def _one(given: argparse.Namespace, path: str, python: str | None) -> dict[str, Any]:
+    state = align.look(path, merge=not given.no_merge)
+    row: dict[str, Any] = {**state.as_dict(), "note": "", "named": True}
+    if given.check:
+        if state.state in (CAN_BE, REFUSED) and path in aligned.all_listed():
+            row["state"] = NO_LONGER
+        return row
+    try:
+        if given.undo:
+            _undo(state, row, change=not given.dry_run)
+        elif state.state == CAN_BE and not given.dry_run:
+            row["note"] = align.align(path, python=python, merge=not given.no_merge) or ""
+            row["state"] = DONE
+            _record(path, row, listed=True)
+    except Refused as why:
+        row.update(state=REFUSED, reason=str(why))
+    except OSError as error:
+        row.update(state=FAILED, reason=error.strerror or str(error))
+    return row
+
+
+def _undo(state: State, row: dict[str, Any], *, change: bool) -> None:
+    if state.state == ALIGNED:
+        row["state"] = UNDONE if change else "can be undone"
+        if change:
+            align.undo(state.path)
+            _record(state.path, row, listed=False)
+    elif state.state != REFUSED:
+        row.update(state=REFUSED, reason="was not aligned by page-primer")
+        if change and state.path in aligned.all_listed():
+            _record(state.path, row, listed=False)
+
+
+def _record(path: str, row: dict[str, Any], *, listed: bool) -> None:
+    try:
+        aligned.change_list(path, listed=listed)
+    except OSError as error:
+        text = f"{aligned.list_file()} not written ({error.strerror})"
+        row["note"] = "; ".join(filter(None, [row["note"], text]))
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the command as Ctrl-C does: what was begun is removed."""
+
+    def end(number: int, _frame: object) -> NoReturn:
+        sys.exit(128 + number)
+
+    before = {n: signal.signal(n, end) for n in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _say(row: dict[str, Any]) -> None:
+    """One line of what was done with a file."""
+    path, state = row["path"], row["state"]
+    if state == DONE:
+        text = (
+            f"aligned: {percent(row['after'], row['code'])} of {mib(row['code'])} code can be on "
+            f"huge pages, {percent(row['before'], row['code'])} before"
+        )
+    elif state in (REFUSED, FAILED):
+        text = f"{state}: {row['reason']}"
+    else:
+        text = str(state)
+    if row["note"]:
+        text += f" ({row['note']})"
+    stream = sys.stderr if state in (REFUSED, FAILED) else sys.stdout
+    print(f"{path}: {text}", file=stream)
+
+
+def _show(rows: list[dict[str, Any]], show_table: Table) -> None:
+    cells = [
+        [
+            row["path"],
+            mib(row["span"]),
+            str(row["chunks"]),
+            mib(row["code"]),
+            percent(row["before"], row["code"]),
+            percent(row["after"], row["code"]),
+            f"{row['state']}: {row['reason']}" if row["reason"] else row["state"],
+        ]
+        for row in rows
+    ]
+    show_table(("file", "span", "huge pages", "code", "before", "after", ""), cells)
+
+
+def _status(given: argparse.Namespace, rows: list[dict[str, Any]]) -> int:
+    states = [row["state"] for row in rows]
+    if given.check:
+        return 1 if CAN_BE in states or NO_LONGER in states else 0
+    if FAILED in states:
+        return 1
+    return 1 if any(row["state"] == REFUSED and row["named"] for row in rows) else 0

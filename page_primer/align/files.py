@@ -1,0 +1,213 @@
+"""Align one file, look at one, undo one."""
+
+from __future__ import annotations
+
+import io
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from page_primer.align import replace, rewrite, trial, verify
+from page_primer.align.aligned import aligned_span
+from page_primer.align.fields import ProgramHeader
+from page_primer.align.layout import Layout, Span, best_span, covered, lay_out
+from page_primer.align.original import Original, Refused, read
+from page_primer.elf import file as elf
+
+# What a file is, in the table's words.
+ALIGNED = "aligned"  # by us
+SHIPPED = "aligned as shipped"
+CAN_BE = "can be aligned"
+TOO_SMALL = "no whole huge page of code"
+REFUSED = "refused"
+
+_MUSL = "musl's loader does not align libraries"
+
+
+@dataclass(frozen=True)
+class State:
+    """What is known of one file. Sizes in bytes: `before` and `after` are code on whole huge pages,
+    as it was shipped (at the best load address) and aligned."""
+
+    path: str
+    state: str
+    reason: str = ""
+    span: int = 0
+    chunks: int = 0
+    code: int = 0
+    before: int = 0
+    after: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+
+def pmd_size() -> int:
+    """The size of a huge page, 2 MiB where the kernel does not say."""
+    try:
+        with open("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size", encoding="ascii") as file:
+            return int(file.read())
+    except (OSError, ValueError):
+        return 2 << 20
+
+
+def look(path: str, *, merge: bool = True) -> State:
+    """What a file is, and what aligning it would give. Never raises for what the file is.
+
+    Args:
+        path: of the file itself, no link.
+        merge: whether read-only data may be joined to code.
+    """
+    try:
+        with replace.opened(path) as fd:
+            original = read(fd)
+            state = _state(path, fd, original)
+            if state.state == CAN_BE:
+                _plan(fd, original, merge)
+            return state
+    except Refused as why:
+        return State(path, REFUSED, str(why))
+    except OSError as error:
+        return State(path, REFUSED, error.strerror or str(error))
+
+
+def _state(path: str, fd: int, original: Original) -> State:
+    pmd, code = pmd_size(), original.code_ranges()
+    size = sum(end - start for start, end in code)
+    before = _strictly_covered(original.loads, code, pmd)
+    span = _aligned_as_is(original, pmd)
+    if span is not None:
+        chunks = range(-(-span[0] // pmd) * pmd, span[1] // pmd * pmd, pmd)
+        after = covered(code, chunks)
+        ours = rewrite.read_record(fd)
+        if ours is not None:
+            programs = rewrite.original_programs(fd, ours)
+            loads = [program for program in programs if program.p_type == elf.PT_LOAD]
+            before = _strictly_covered(loads, code, pmd)
+        state = ALIGNED if ours else SHIPPED
+        return State(path, state, "", span[1] - span[0], len(chunks), size, before, after)
+    best = best_span(original, pmd)
+    if best is None:
+        return State(path, TOO_SMALL, "", 0, 0, size, before, before)
+    chunks = best.chunks(pmd)
+    after = max(before, covered(code, chunks))
+    return State(path, CAN_BE, "", best.end - best.start, len(chunks), size, before, after)
+
+
+def _aligned_as_is(original: Original, pmd: int) -> tuple[int, int] | None:
+    table = b"".join(program.pack() for program in original.programs)
+    span = aligned_span(table, pmd, fixed=original.header.e_type == elf.ET_EXEC)
+    best = best_span(original, pmd)
+    if span is None or best is None:
+        return None
+    # All that could be had, or there is something left to do.
+    code = original.code_ranges()
+    chunks = range(-(-span[0] // pmd) * pmd, span[1] // pmd * pmd, pmd)
+    return span if covered(code, chunks) >= covered(code, best.chunks(pmd)) else None
+
+
+def _strictly_covered(loads: list[ProgramHeader], code: list[tuple[int, int]], pmd: int) -> int:
+    """Bytes of code that have whole huge pages as segments are: mapping by mapping, where address
+    and offset agree."""
+    total = 0
+    for load in loads:
+        if load.executable and not load.writable and not (load.p_vaddr - load.p_offset) % pmd:
+            chunks = range(-(-load.p_vaddr // pmd) * pmd, load.file_end // pmd * pmd, pmd)
+            total += covered(code, chunks)
+    return total
+
+
+def _plan(fd: int, original: Original, merge: bool) -> tuple[Span, Layout]:
+    """Decide, or raise Refused."""
+    replace.check_replaceable(fd)
+    if any(name.startswith("libc.musl") for name in original.needed) and not original.interpreter:
+        raise Refused(_MUSL)
+    pmd = pmd_size()
+    span = best_span(original, pmd)
+    if span is None:
+        raise Refused(TOO_SMALL)
+    return span, lay_out(original, span, pmd, merge=merge)
+
+
+def align(path: str, *, python: str | None, merge: bool = True) -> str | None:
+    """Align a file that look() says can be.
+
+    Args:
+        path: of the file itself, no link.
+        python: the interpreter to try a library with.
+        merge: whether read-only data may be joined to code.
+
+    Returns:
+        What there is to be said of it, if anything.
+
+    Raises:
+        Refused: it was left as it is.
+        OSError: it was left as it is.
+    """
+    notes = []
+    with replace.opened(path) as fd:
+        original = read(fd)
+        _, layout = _plan(fd, original, merge)
+        status = os.fstat(fd)
+        if status.st_nlink > 1:
+            notes.append(f"its {status.st_nlink - 1} other hard links keep the old file")
+        with replace.beside(path) as new:
+            target = os.open(new, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                rewrite.write(original, layout, target, pmd_size())
+                _check(fd, target)
+                replace.copy_attributes(fd, target)
+                os.fsync(target)
+            finally:
+                os.close(target)  # what is open for writing cannot be executed
+            if (untried := trial.run(original, path, new, python)) is not None:
+                notes.append(untried)
+            _finish(new, path, fd, status)
+    return "; ".join(notes) or None
+
+
+def _check(old: int, new: int) -> None:
+    with (
+        open(old, "rb", buffering=0, closefd=False) as before,
+        open(new, "rb", buffering=0, closefd=False) as after,
+    ):
+        verify.check(io.BufferedReader(before), io.BufferedReader(after), pmd_size())
+    record = rewrite.read_record(new)
+    if record is None:
+        raise Refused("the new file failed its check (record)")
+    rewrite.restore(new, record)
+
+
+def _finish(new: str, path: str, old: int, status: os.stat_result) -> None:
+    now = os.fstat(old)
+    if (now.st_size, now.st_mtime_ns, now.st_ctime_ns) != (
+        status.st_size, status.st_mtime_ns, status.st_ctime_ns,
+    ):  # fmt: skip
+        raise Refused("was changed while it was being rewritten")
+    os.utime(new, ns=(status.st_atime_ns, status.st_mtime_ns))
+    replace.put_in_place(new, path, old)
+
+
+def undo(path: str) -> None:
+    """Put the original back.
+
+    Raises:
+        Refused: the file is not one that align() has written, or was changed since.
+        OSError: it was left as it is.
+    """
+    with replace.opened(path) as fd:
+        record = rewrite.read_record(fd)
+        if record is None:
+            raise Refused("was not aligned by page-primer")
+        replace.check_replaceable(fd)
+        status = os.fstat(fd)
+        with replace.beside(path) as new:
+            target = os.open(new, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                rewrite.restore(fd, record, target)
+                os.ftruncate(target, record.size)
+                replace.copy_attributes(fd, target)
+                os.fsync(target)
+            finally:
+                os.close(target)
+            _finish(new, path, fd, status)

@@ -1,0 +1,185 @@
+"""Put a new file in an old one's place, with everything that is said of the old one beside its
+content: mode, owner, times, extended attributes (POSIX ACLs are among them)."""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import errno
+import fcntl
+import os
+import stat
+from typing import TYPE_CHECKING
+
+from page_primer.align.original import Refused
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# Ends the name of a file that is being written. It is the same for everybody, so that one who comes
+# later finds what one who was killed has left, and two do not work on the same file.
+SUFFIX = ".page-primer-new"
+BUSY = "is being rewritten by another process"
+_LONGEST_NAME = 255  # bytes, NAME_MAX
+
+# What a file may carry that rests on its content, and what is said of it then.
+_SIGNED = {
+    "security.capability": "has file capabilities",
+    "security.ima": "has an IMA signature",
+    "security.evm": "has an EVM signature",
+}
+# Linux, include/uapi/linux/fs.h: FS_IOC_GETFLAGS is _IOR('f', 1, long), FS_VERITY_FL.
+_FS_IOC_GETFLAGS, _FS_VERITY_FL = 0x80086601, 0x00100000
+_FS_IMMUTABLE_FL, _FS_APPEND_FL = 0x10, 0x20
+
+
+@contextlib.contextmanager
+def opened(path: str) -> Iterator[int]:
+    """A descriptor of a regular file that may be replaced.
+
+    Raises:
+        Refused: it must not be.
+        OSError: it cannot be opened.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise Refused("not a regular file")
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def check_replaceable(fd: int) -> None:
+    """Raise Refused where the file's meaning rests on more than its content."""
+    mode = os.fstat(fd).st_mode
+    if mode & (stat.S_ISUID | stat.S_ISGID):
+        raise Refused("setuid or setgid")
+    names = set(_attributes(fd))
+    for name, text in _SIGNED.items():
+        if name in names:
+            raise Refused(text)
+    flags = array.array("l", [0])
+    with contextlib.suppress(OSError):  # a file system without flags
+        fcntl.ioctl(fd, _FS_IOC_GETFLAGS, flags, True)
+    if flags[0] & _FS_VERITY_FL:
+        raise Refused("protected by fs-verity")
+    if flags[0] & (_FS_IMMUTABLE_FL | _FS_APPEND_FL):
+        raise Refused("marked immutable or append-only (chattr)")
+
+
+@contextlib.contextmanager
+def beside(path: str) -> Iterator[str]:
+    """A new, empty file in another's directory, which is gone afterwards unless it was renamed.
+
+    Raises:
+        Refused: somebody else is at work on the same file.
+        OSError: the directory cannot be written.
+    """
+    directory, name = os.path.split(path)
+    head = os.fsencode(f".{name}")[: _LONGEST_NAME - len(SUFFIX)]
+    new = os.path.join(directory, os.fsdecode(head) + SUFFIX)
+    fd = _create(new)
+    try:
+        yield new
+    finally:
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(fd), os.lstat(new)):
+                os.unlink(new)
+        os.close(fd)
+
+
+def _create(new: str) -> int:
+    """Create the file; the descriptor holds its lock, and is for reading, since a program that is
+    open for writing cannot be tried."""
+    flags = os.O_RDONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    for _ in range(2):
+        try:
+            fd = os.open(new, flags, 0o600)
+        except FileExistsError:
+            _remove_stale(new)
+            continue
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(fd)
+            # Whoever took it for stale removes it.
+            raise Refused(BUSY) from error
+        return fd
+    raise Refused(BUSY)
+
+
+def _remove_stale(new: str) -> None:
+    """Remove what a killed process has left; a live one holds its lock."""
+    try:
+        fd = os.open(new, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise Refused(f"{new} is in the way") from error
+        raise
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise Refused(f"{new} is in the way")
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.unlink(new)
+    except BlockingIOError as error:
+        raise Refused(BUSY) from error
+    finally:
+        os.close(fd)
+
+
+def copy_attributes(old: int, new: int) -> None:
+    """Give an open file the owner, mode, extended attributes and times of another.
+
+    Raises:
+        Refused: one of them cannot be kept.
+    """
+    status = os.fstat(old)
+    here = os.fstat(new)
+    try:
+        if (here.st_uid, here.st_gid) != (status.st_uid, status.st_gid):
+            os.fchown(new, status.st_uid, status.st_gid)
+        os.fchmod(new, stat.S_IMODE(status.st_mode))
+    except PermissionError as error:
+        raise Refused("its owner cannot be kept: run this as its owner, or as root") from error
+    for name in _attributes(old):
+        value = os.getxattr(old, name)
+        try:
+            if name in _attributes(new) and os.getxattr(new, name) == value:
+                continue
+            os.setxattr(new, name, value)
+        except OSError as error:
+            raise Refused(f"its attribute {name} cannot be kept ({error.strerror})") from error
+    for name in set(_attributes(new)) - set(_attributes(old)):
+        with contextlib.suppress(OSError):  # a directory's default ACL, a default label
+            os.removexattr(new, name)
+    os.utime(new, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def put_in_place(new: str, path: str, old: int) -> None:
+    """Rename the new file over the original, unless that is another by now; both are on disk then.
+
+    Raises:
+        Refused: the original was replaced or changed in the meantime.
+        OSError: renaming failed.
+    """
+    before, now = os.fstat(old), os.stat(path, follow_symlinks=False)
+    if not os.path.samestat(before, now):
+        raise Refused("was replaced while it was being rewritten")
+    os.replace(new, path)
+    directory = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(OSError):  # some file systems have no fsync of directories
+            os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _attributes(fd: int) -> list[str]:
+    try:
+        return os.listxattr(fd)
+    except OSError:  # a file system without
+        return []

@@ -1,0 +1,159 @@
+"""`page-primer warm`: bring aligned files into memory on huge pages, by `page-primer-warm`.
+
+The work is done by that program (warm.c beside this module), for an interpreter maps the very pages
+that may have to be dropped from the page cache. Here it is found and executed.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from page_primer.align.aligned import all_listed, is_aligned
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Sequence
+
+PROGRAM = "page-primer-warm"
+
+
+def through_warm(command: Sequence[str]) -> list[str]:
+    """Return a command that warms the recorded aligned files and then executes another.
+
+    Args:
+        command: an argv; returned as it is where no file is recorded as aligned, or where
+            `page-primer-warm` was not built or is not installed beside this package.
+    """
+    if all_listed() and (path := program()):
+        return [path, "-q", "--", *command]
+    return list(command)
+
+
+def program() -> str | None:
+    """The path of `page-primer-warm`, or None.
+
+    An installer puts it beside the command `page-primer`, in the directory of scripts: that of the
+    prefix which has this package (a virtual environment's, `--user`, `--prefix`), of `--target`, or
+    of the running interpreter where the installation is editable.
+    """
+    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    packages = os.path.dirname(package)
+    places = [
+        os.path.join(packages, "..", "..", "..", "bin"),
+        os.path.join(packages, "bin"),
+        os.path.join(sys.prefix, "bin"),
+    ]
+    if sys.argv and "/" in sys.argv[0]:  # of `-c` and `-` there is no directory
+        places.insert(0, os.path.dirname(os.path.realpath(sys.argv[0])))
+    for place in places:
+        path = os.path.normpath(os.path.join(place, PROGRAM))
+        if os.path.isfile(path) and os.access(path, os.X_OK):
+            return path
+    return None
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Find the files, and execute `page-primer-warm` in this process's place.
+
+    Args:
+        arguments: what follows `warm` on the command line.
+
+    Returns:
+        An exit status, if that program cannot be executed.
+
+    Raises:
+        ValueError: an interpreter that cannot be used; the message says why.
+    """
+    words = list(arguments)
+    at = words.index("--") if "--" in words else len(words)
+    words, command = words[:at], words[at + 1 :]
+    given = _parser().parse_args(words)
+    path = program()
+    if path is None:
+        print(f"page-primer: {PROGRAM} is not installed", file=sys.stderr)
+        return _execute(command) if command else 1
+    files = [*given.path]
+    if given.python or given.libraries:
+        files += targets(given.python, given.libraries)
+    options = [word for word in words if word in ("-q", "-v", "--hold", "--rewrite")]
+    for name in given.list:
+        options += ["--list", name]
+    # `./-name`, for the program takes what begins with `-` for an option.
+    files = [os.path.join(".", file) if file.startswith("-") else file for file in files]
+    return _execute([path, *options, *files, *(["--", *command] if command else [])])
+
+
+def _execute(command: Sequence[str]) -> int:
+    """Returns only if it cannot be executed: an exit status, as a shell's."""
+    import signal
+
+    # An interpreter ignores these, and what it executes would inherit that.
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        os.execvp(command[0], list(command))
+    except OSError as error:
+        print(f"page-primer: {command[0]}: {error.strerror}", file=sys.stderr)
+        return 127 if isinstance(error, (FileNotFoundError, NotADirectoryError)) else 126
+
+
+def _parser() -> argparse.ArgumentParser:
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog="page-primer warm",
+        usage="page-primer warm [options] [PATH ...] [-- COMMAND ...]",
+        description="Bring aligned files into memory on huge pages, then execute COMMAND. By "
+        "default all files that `page-primer align` has recorded.",
+        epilog="Exit status: 0 all on huge pages, 1 not all, 2 usage; or COMMAND's.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--python", metavar="P", help="the file with this interpreter's code")
+    parser.add_argument("--libraries", action="store_true",
+                        help="also its aligned extension modules and libraries")  # fmt: skip
+    parser.add_argument("--list", action="append", default=[], metavar="FILE",
+                        help="the files named in FILE, one absolute path a line")  # fmt: skip
+    parser.add_argument("--hold", action="store_true",
+                        help="leave a process that keeps them in memory (mlock)")  # fmt: skip
+    parser.add_argument("--rewrite", action="store_true",
+                        help="rewrite a file that others map in small pages")  # fmt: skip
+    parser.add_argument("-q", action="store_true", help="print nothing of files")
+    parser.add_argument("-v", action="store_true",
+                        help="print what became of each file, also before COMMAND")  # fmt: skip
+    parser.add_argument("path", nargs="*", metavar="PATH", help="an aligned ELF file")
+    return parser
+
+
+def targets(python: str | None, libraries: bool) -> list[str]:
+    """Return the file with an interpreter's code and, if wanted, its aligned libraries.
+
+    Raises:
+        ValueError: it gives no answer; the message says why.
+    """
+    from page_primer.align import files as align
+    from page_primer.align.targets import interpreter
+    from page_primer.align.targets import libraries as libraries_of
+
+    found = interpreter(python)
+    pmd = align.pmd_size()
+    candidates = libraries_of(found.places, pmd) if libraries else ()
+    return [found.code, *(path for path in candidates if _is_aligned(path, pmd))]
+
+
+def _is_aligned(path: str, pmd: int) -> bool:
+    from page_primer.elf import file as elf
+
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        file = elf.File(fd)
+        fixed = file.header[1] == elf.ET_EXEC
+        return is_aligned(file.program_headers(), pmd, fixed=fixed)
+    except (OSError, elf.Malformed):
+        return False
+    finally:
+        os.close(fd)

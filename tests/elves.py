@@ -1,0 +1,143 @@
+"""ELF files to align: copies of interpreters, and libraries linked here in every layout."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from elftools.elf.elffile import ELFFile
+from outside import PMD
+
+# Code of a little more than one huge page, and read-only data before and behind it.
+SOURCE = f"""
+const int table[1024] = {{[0] = 5, [1] = 7}};
+static int counter = 3;
+int blank[4096];
+static __thread int local = 4;
+int *where(void) {{ return &counter; }}
+int answer(int n) {{ blank[n] += table[n]; return table[n] + counter++ + local++ + blank[n]; }}
+__asm__(".text\\n.globl filling\\nfilling:\\n.fill {PMD + PMD // 2}, 1, 0x90\\nret\\n");
+"""
+
+LAYOUTS = {
+    "bfd": ["-fuse-ld=bfd", "-Wl,-z,separate-code"],
+    "bfd, R and RX in one": ["-fuse-ld=bfd", "-Wl,-z,noseparate-code"],
+    "bfd, 64 KiB pages": ["-fuse-ld=bfd", "-Wl,-z,separate-code,-z,max-page-size=65536"],
+    "bfd, RELR": ["-fuse-ld=bfd", "-Wl,-z,pack-relative-relocs"],
+    "bfd, 2 MiB pages": ["-fuse-ld=bfd", f"-Wl,-z,separate-code,-z,max-page-size={PMD}"],
+    "gold": ["-fuse-ld=gold"],
+    "lld": ["-fuse-ld=lld"],
+    "lld, R and RX in one": ["-fuse-ld=lld", "-Wl,--no-rosegment"],
+    "lld, separate": ["-fuse-ld=lld", "-Wl,-z,separate-code"],
+}
+
+
+def link(target: Path, *options: str, source: str = SOURCE) -> Path:
+    """Link a library, or skip where this toolchain cannot."""
+    if shutil.which("gcc") is None:
+        pytest.skip("no gcc")
+    code = target.with_suffix(".c")
+    code.write_text(source)
+    command = ["gcc", "-g", "-O1", "-fPIC", *options, "-o", str(target), str(code)]
+    if not {"-static", "-static-pie", "-pie", "-no-pie", "-c"} & set(options):
+        command.insert(1, "-shared")
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"this toolchain does not link that: {done.stderr.strip().splitlines()[-1]}")
+    return target
+
+
+def digest(path: Path | str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def loaded(path: Path | str) -> dict[int, bytes]:
+    """The bytes that each PT_LOAD brings to its address, but for the ELF headers."""
+    content = Path(path).read_bytes()
+    (table,) = struct.unpack_from("=Q", content, 32)
+    (count,) = struct.unpack_from("=H", content, 56)
+    found = {}
+    for kind, _, offset, vaddr, _, size, *_ in struct.iter_unpack(
+        "=IIQQQQQQ", content[table : table + 56 * count]
+    ):
+        if kind != 1:
+            continue
+        data = bytearray(content[offset : offset + size])
+        for low, high in ((0, 64), (table, table + 56 * count)):
+            low, high = low - offset, high - offset
+            if 0 <= low < len(data):
+                high = min(high, len(data))
+                data[low:high] = bytes(high - low)
+        found[vaddr] = bytes(data)
+    return found
+
+
+def loads(path: Path | str) -> list[Any]:
+    with open(path, "rb") as file:
+        return [segment.header for segment in ELFFile(file).iter_segments("PT_LOAD")]
+
+
+def same_in_memory(before: dict[int, bytes], after: dict[int, bytes]) -> bool:
+    """Whether every byte of `before` is at its address in `after`."""
+    return all(
+        any(
+            low <= address and address + len(data) <= low + len(other)
+            and other[address - low : address - low + len(data)] == data
+            for low, other in after.items()
+        )
+        for address, data in before.items()
+    )  # fmt: skip
+
+
+def answers(path: Path | str, whole: bool = True) -> list[int]:
+    """What the library that SOURCE makes computes, in a process of its own; all of its code is
+    executed, or little."""
+    program = (
+        "import ctypes, json, sys; lib = ctypes.CDLL(sys.argv[1])\n"
+        f"{whole} and lib.filling()\n"
+        "print(json.dumps([lib.answer(n % 3) for n in range(9)]))"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True,
+                          text=True, check=True)  # fmt: skip
+    return json.loads(done.stdout)
+
+
+def copy_of_libpython(python: str, to: Path) -> Path | None:
+    """A copy of an interpreter's libpython, for LD_LIBRARY_PATH or LD_PRELOAD."""
+    question = "print(open('/proc/self/maps').read())"
+    maps = subprocess.run([python, "-I", "-S", "-c", question], capture_output=True, text=True)
+    found = re.search(r"(/\S*/libpython3\S*)", maps.stdout)
+    if found is None:
+        return None
+    return Path(shutil.copy2(found[1], to / os.path.basename(found[1])))
+
+
+def huge_files_here(directory: Path) -> str | None:
+    """Why files in a directory are not mapped huge by the kernel itself; None where they are."""
+    program = (
+        "import mmap, os, sys\n"
+        "fd = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)\n"
+        "size = 2 * int(sys.argv[2])\n"
+        "for at in range(0, size, size // 2): os.pwrite(fd, bytes([144]) * (size // 2), at)\n"
+        "os.fsync(fd)\n"
+        "m = mmap.mmap(fd, size, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_EXEC)\n"
+        "m[0], m[size // 2], m[-1]\n"
+        "text = open('/proc/self/smaps').read().split(sys.argv[1])[1]\n"
+        "print(text.split('FilePmdMapped:')[1].split()[0])"
+    )
+    probe = directory / "probe-for-huge-pages"
+    done = subprocess.run([sys.executable, "-c", program, str(probe), str(PMD)],
+                          capture_output=True, text=True)  # fmt: skip
+    probe.unlink(missing_ok=True)
+    if done.returncode or int(done.stdout) == 0:
+        return "this kernel and file system map no file huge by themselves (ext4 does from 6.16)"
+    return None
