@@ -59,6 +59,7 @@ def test_every_linker(layout: str, tmp_path: Path) -> None:
     assert answers(file) == expected
     offsets = {load["p_vaddr"] - load["p_offset"] for load in loads(file)}
     assert len(offsets) == 1 and offsets.pop() % PMD == 0
+    assert [load["p_flags"] for load in loads(file)].count(5) == 1
     align.undo(str(file))
     assert digest(file) == original
 

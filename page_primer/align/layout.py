@@ -7,29 +7,27 @@ it, so that a huge page's worth of addresses is a huge page's worth of file. Not
 changes its address, so symbols, relocations, the dynamic section, notes and debug information stay
 as they are; only file offsets do.
 
-Of the span every PT_LOAD becomes `R E`, and one that begins more than a page behind the one before
-it begins earlier, so that the kernel joins what the loader maps of them into one mapping. The first
-has p_align = the huge page size, by which glibc (2.35) and the kernel (5.10) choose the address.
+The span becomes one `R E` PT_LOAD with p_align = the huge page size, by which glibc (2.35) and the
+kernel (5.10) choose the address. It has to be one: adjacent PT_LOADs with the same protection
+become one mapping on most file systems, but not on overlayfs, where the kernel compares files
+before it has exchanged overlayfs' for the real one. The entries that it takes the place of become
+PT_NULL, so that e_phnum and PT_PHDR stay as they are; strip and patchelf accept that.
 
-They are not joined into one PT_LOAD, for elfutils (eu-stack, pystack, systemd-coredump, drgn)
-matches a file and its separate debug information by where the first PT_LOAD ends (libdwfl,
-address_sync), and finds nothing where that differs. And only the first has the large p_align: for a
-core file elfutils rounds each PT_LOAD's end up to it, so that a later one could reach into the
-object behind.
+elfutils (eu-stack, pystack, systemd-coredump, drgn) matches a file and its separate debug
+information by where the first PT_LOAD ends, unless a section .gnu.prelink_undo has the headers that
+the file had when they were separated (libdwfl, find_prelink_address_sync). So there is one.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass
-from itertools import pairwise
 
 from page_primer.align.fields import FileHeader, ProgramHeader, SectionHeader
 from page_primer.align.original import Original, Refused
 from page_primer.elf import file as elf
-from page_primer.elf.file import PF_R, PF_X, PT_LOAD
+from page_primer.elf.file import PF_R, PF_X, PT_LOAD, PT_NULL
 
-RECORD_SECTION = ".page-primer.original"
 # The smallest page: what ends in one can be followed by what begins in the next.
 _PAGE = 4096
 
@@ -266,10 +264,8 @@ def _program_headers(
     original: Original, span: Span, places: Places, pmd: int
 ) -> list[ProgramHeader]:
     loads = original.loads
-    inside = loads[span.first : span.last]
-    before: dict[ProgramHeader, int] = {}  # where the one before ends
-    for low, high in pairwise(inside):
-        before[high] = -(-low.end // _PAGE) * _PAGE
+    first, *rest = loads[span.first : span.last]
+    size = loads[span.last - 1].end - first.p_vaddr
     found = []
     for program in original.programs:
         if program.p_type != PT_LOAD:
@@ -277,20 +273,15 @@ def _program_headers(
             continue
         place = places.of_nothing(program.p_vaddr, program.p_offset)
         changed = program._replace(p_offset=place)
-        if program in inside:
-            # A gap belongs to the one behind it, so that the end of the first stays where it is.
-            gap = max(0, program.p_vaddr - before.get(program, program.p_vaddr))
-            gap = gap if gap >= _PAGE else 0
+        if program == first:
             changed = changed._replace(
                 p_flags=PF_R | PF_X,
-                p_offset=place - gap,
-                p_vaddr=program.p_vaddr - gap,
-                p_paddr=program.p_paddr - gap if program.p_paddr >= gap else program.p_paddr,
-                p_filesz=program.p_memsz + gap,
-                p_memsz=program.p_memsz + gap,
+                p_filesz=size,
+                p_memsz=size,
+                p_align=max(program.p_align, pmd),
             )
-            if program == inside[0]:
-                changed = changed._replace(p_align=max(program.p_align, pmd))
+        elif program in rest:
+            changed = changed._replace(p_type=PT_NULL)
         found.append(changed)
     return found
 

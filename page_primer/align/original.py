@@ -109,7 +109,7 @@ def _read(fd: int) -> Original:
         raise Refused("no program headers, or too many")
     programs = ProgramHeader.parse_table(file.program_headers())
     raw = file.sections()
-    if len(raw) >= SHN_LORESERVE - 1 or (header.e_shoff and not header.e_shnum):
+    if len(raw) >= SHN_LORESERVE - 2 or (header.e_shoff and not header.e_shnum):
         raise Refused("too many section headers")
     interpreter = ""
     for program in programs:

@@ -21,13 +21,16 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from page_primer.align.fields import SHT_PROGBITS, FileHeader, ProgramHeader, SectionHeader
-from page_primer.align.layout import RECORD_SECTION, Copy, Layout
+from page_primer.align.layout import Copy, Layout
 from page_primer.align.original import Original, Refused
 from page_primer.elf import file as elf
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+RECORD_SECTION = ".page-primer.original"
+# What prelink(8) keeps in one: Elf64_Ehdr, the program headers, the section headers but the first.
+UNDO_SECTION = ".gnu.prelink_undo"
 _MAGIC = b"page-primer/1\0\0\0"
 _TRAILER = struct.Struct("=16sQQ32s")  # magic, the record's bytes, original's size and digest
 _COUNTS = struct.Struct("=QQ")
@@ -91,26 +94,36 @@ def _finish(original: Original, layout: Layout) -> tuple[list[tuple[int, bytes]]
     patches = list(layout.patches)
     header, sections, end = layout.header, list(layout.sections), -(-layout.end // 8) * 8
     if sections:
-        names, name = _names_with_ours(original)
+        names, at = _names_with_ours(original)
         patches.append((end, names))
         index = header.e_shstrndx
         sections[index] = sections[index]._replace(sh_offset=end, sh_size=len(names))
         end = -(-(end + len(names)) // 8) * 8
+        undo = _original_headers(original)
+        patches.append((end, undo))
+        sections.append(SectionHeader(at[1], SHT_PROGBITS, 0, 0, end, len(undo), 0, 0, 8, 0))
+        end += len(undo)
         header = header._replace(e_shoff=end, e_shnum=len(sections) + 1)
         end += header.e_shnum * elf.SECTION_HEADER.size
     for place in layout.header_places:
         patches.append((place, header.pack()))
     record = _pack_record(original, layout.copies, patches)
     if sections:
-        ours = SectionHeader(name, SHT_PROGBITS, 0, 0, end, len(record), 0, 0, 8, 0)
+        ours = SectionHeader(at[0], SHT_PROGBITS, 0, 0, end, len(record), 0, 0, 8, 0)
         table = b"".join(section.pack() for section in (*sections, ours))
         patches.append((header.e_shoff, table))
     patches.append((end, record))
     return patches, end + len(record)
 
 
-def _names_with_ours(original: Original) -> tuple[bytes, int]:
-    """The section names with that of the record, and where it begins."""
+def _original_headers(original: Original) -> bytes:
+    programs = [program.pack() for program in original.programs]
+    sections = [section.pack() for section in original.sections[1:]]
+    return b"".join([original.header.pack(), *programs, *sections])
+
+
+def _names_with_ours(original: Original) -> tuple[bytes, tuple[int, int]]:
+    """The section names with ours, and where these begin."""
     index = original.header.e_shstrndx
     if not 0 < index < len(original.sections):
         raise Refused("section headers without names")
@@ -118,7 +131,8 @@ def _names_with_ours(original: Original) -> tuple[bytes, int]:
     if not names.in_file or names.allocated:
         raise Refused("section names where none are expected")
     data = os.pread(original.fd, names.sh_size, names.sh_offset)
-    return data + RECORD_SECTION.encode() + b"\0", len(data)
+    record, undo = (name.encode() + b"\0" for name in (RECORD_SECTION, UNDO_SECTION))
+    return data + record + undo, (len(data), len(data) + len(record))
 
 
 def _pack_record(original: Original, copies: list[Copy], patches: list[tuple[int, bytes]]) -> bytes:

@@ -50,29 +50,44 @@ def _check_segments(before: Any, after: Any, pmd: int) -> None:
     headers = _headers_in(after.stream, loads, table)
     for one, other in zip(old, new, strict=True):
         what = f"{one['p_type']} at {one['p_vaddr']:#x}"
-        end = one["p_vaddr"] + one["p_memsz"]
-        _require(one["p_type"] == other["p_type"], what)
-        _require(end == other["p_vaddr"] + other["p_memsz"], what)
+        _require(one["p_vaddr"] == other["p_vaddr"], what)
         if one["p_type"] == "PT_LOAD":
-            alignment = max(other["p_align"], 1)
-            _require((other["p_vaddr"] - other["p_offset"]) % alignment == 0, what)
-            skipped = one["p_vaddr"] - other["p_vaddr"]
-            _require(skipped >= 0 and other["p_filesz"] >= one["p_filesz"] + skipped, what)
-            place = other["p_offset"] + skipped
-        else:
-            _require((one["p_vaddr"], one["p_filesz"]) == (other["p_vaddr"], other["p_filesz"]),
-                     what)  # fmt: skip
-            place = other["p_offset"]
+            _require(other["p_type"] in ("PT_LOAD", "PT_NULL"), what)
+            _check_load(before, after, one, loads, headers)
+            continue
+        _require(one["p_type"] == other["p_type"], what)
+        _require(one["p_memsz"] == other["p_memsz"], what)
+        _require(one["p_filesz"] == other["p_filesz"], what)
         if one["p_filesz"] and one["p_type"] != "PT_PHDR":
-            pair = (before.stream, one["p_offset"]), (after.stream, place)
+            pair = (before.stream, one["p_offset"]), (after.stream, other["p_offset"])
             _compare(pair, one["p_filesz"], headers, what)
+    for load in loads:
+        alignment = max(load["p_align"], 1)
+        _require((load["p_vaddr"] - load["p_offset"]) % alignment == 0, "alignment")
     aligned = [load for load in loads if load["p_align"] >= pmd and load["p_flags"] == 5]
     _require(bool(aligned), "no aligned segment")
 
 
+def _check_load(before: Any, after: Any, load: Any, loads: list[Any], headers: list[Range]) -> None:
+    """Require that a PT_LOAD's memory is one's of the new file, with the same bytes, and zeroes
+    where it has no bytes."""
+    start, end = load["p_vaddr"], load["p_vaddr"] + load["p_memsz"]
+    what = f"PT_LOAD at {start:#x}"
+    (new,) = [x for x in loads if x["p_vaddr"] <= start and end <= x["p_vaddr"] + x["p_memsz"]]
+    file_end = start + load["p_filesz"]
+    new_file_end = new["p_vaddr"] + new["p_filesz"]
+    _require(file_end <= new_file_end, what)
+    place = new["p_offset"] + start - new["p_vaddr"]
+    pair = (before.stream, load["p_offset"]), (after.stream, place)
+    _compare(pair, load["p_filesz"], headers, what)
+    after.stream.seek(place + load["p_filesz"])
+    rest = after.stream.read(max(0, min(end, new_file_end) - file_end))
+    _require(not rest.strip(b"\0"), what)
+
+
 def _check_sections(before: Any, after: Any) -> None:
     count = before.num_sections()
-    _require(after.num_sections() == (count + 1 if count else 0), "number of sections")
+    _require(after.num_sections() == (count + 2 if count else 0), "number of sections")
     for index in range(count):
         one, other = before.get_section(index), after.get_section(index)
         what = f"section {one.name}"
