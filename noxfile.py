@@ -9,7 +9,7 @@ OLDEST = {
     "celery": ["celery==5.4.0"],
 }
 TESTS = {
-    "gunicorn": ["tests/test_gunicorn.py"],
+    "gunicorn": ["tests/test_gunicorn.py", "tests/test_gunicorn_dirty.py"],
     "uvicorn": ["tests/test_asgi_wsgi.py"],
     "celery": ["tests/test_celery.py"],
 }

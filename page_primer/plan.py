@@ -251,6 +251,8 @@ def locks(
         for mapping in overlapping(mappings, obj.start, obj.end):
             if not mapping.permissions.startswith("r"):
                 continue  # the loader's PROT_NONE gaps
+            if not any(s.start < mapping.end and mapping.start < s.end for s in obj.segments):
+                continue  # others' memory in a gap, as the vdso's in arm64's ld.so
             kind = "data" if mapping.writable else "code" if mapping.executable else "rodata"
             if options.mlock == "code" and kind != "code":
                 continue

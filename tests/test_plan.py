@@ -343,6 +343,12 @@ def test_locks_are_ordered_by_worth():
     assert code == locks[:2]
     assert plan.locks([python], mappings, Options(mlock=False)) == ()
     assert plan.locks([python], mappings, Options(exclude=("python*",))) == ()
+    # Segments are 64 KiB apart on arm64: what lies between them is not the object's.
+    first, *between, last = library.segments
+    apart = Object(library.name, library.path, library.base, b"", (first, last))
+    others = [Mapping(s.start, s.end, "rw-p", 0, "0:0", 0, "") for s in between]
+    assert len(plan.locks([library], others, Options())) == len(others) > 0
+    assert plan.locks([apart], others, Options()) == ()
 
 
 def test_memory_goes_to_the_hottest_first():

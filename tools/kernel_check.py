@@ -94,6 +94,7 @@ class Observer:
     content: list[bytes] = field(default_factory=list)  # the same, as the file has them
     files: list[str] = field(default_factory=list)
     nameless: int = 0
+    huge: int = 0  # of the code, before: a kernel may map a file huge by itself
     problems: list[str] = field(default_factory=list)
     result: dict[str, Any] = field(default_factory=dict)
 
@@ -142,6 +143,7 @@ class Observer:
                 self.content.append(data[p_offset : p_offset + p_filesz])
         self.files = [m.line for m in mappings if m.path.startswith("/")]
         self.nameless = count_nameless(mappings)
+        self.huge = self._huge(mappings)
 
     def _huge(self, mappings: list[Mapping]) -> int:
         """Bytes of the interpreter's code that are certainly on huge pages."""
@@ -182,7 +184,7 @@ class Observer:
             self.problems.append(f"restored: {len(over)} mappings too many, as {over[0]}")
         if count_nameless(mappings) > self.nameless:
             self.problems.append("restored: reserved address space is left behind")
-        if huge or locked:
+        if huge > self.huge or locked:
             self.problems.append(f"restored: {huge} huge and {locked} locked bytes are left")
 
     def _remember(self, told: dict[str, Any], core: dict[str, Any], huge: int, locked: int) -> None:
@@ -196,6 +198,7 @@ class Observer:
             backing=core["backing"],
             where=core["where"],
             code_bytes=sum(end - start for start, end in self.code),
+            huge_bytes_before=self.huge,
             huge_bytes=huge,
             locked_bytes=locked,
             lock_refused_bytes=told["report"]["lock_refused_bytes"],

@@ -33,16 +33,20 @@ class Primed(Wrapper):
         if self._process != os.getpid():
             self._prime()
             if scope["type"] == "lifespan":
-                send = self._primes_when_complete(send)
+                send = before_complete(send, self._prime)
         await self._app(scope, receive, send)
 
-    def _primes_when_complete(self, send: Send) -> Send:
-        async def send_and_prime(message: Message) -> None:
-            if message["type"] == "lifespan.startup.complete":
-                self._prime()
-            await send(message)
 
-        return send_and_prime
+def before_complete(send: Send, prime: Callable[[], object]) -> Send:
+    """A `send` for a lifespan that calls `prime` when the application says that start-up is
+    complete, before the server hears of it and accepts requests."""
+
+    async def prime_and_send(message: Message) -> None:
+        if message["type"] == "lifespan.startup.complete":
+            prime()
+        await send(message)
+
+    return prime_and_send
 
 
 def primed(app: Application, logger: Logger | logging.Logger | None = None) -> Primed:

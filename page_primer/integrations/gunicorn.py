@@ -7,15 +7,22 @@ In a configuration file of your own::
     on_reload = "page_primer.integrations.gunicorn.on_reload"
     post_fork = "page_primer.integrations.gunicorn.post_fork"
     post_worker_init = "page_primer.integrations.gunicorn.post_worker_init"
+    on_dirty_starting = "page_primer.integrations.gunicorn.on_dirty_starting"  # --dirty-app
+    dirty_worker_init = "page_primer.integrations.gunicorn.dirty_worker_init"
 
-or let `page_primer.integrations.gunicorn_conf` do that and keep your hooks too.
+or let `page_primer.integrations.gunicorn_conf` do that and keep your hooks too. gunicorn ignores
+the names of hooks that it does not have yet.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from typing import TYPE_CHECKING, Any
 
-from page_primer.integrations import prime_and_log
+from page_primer.integrations import asgi, prime_and_log
+
+if TYPE_CHECKING:
+    from page_primer.integrations.asgi import Message, Receive, Send
 
 
 def on_starting(server: Any) -> None:
@@ -36,3 +43,35 @@ def post_fork(server: Any, worker: Any) -> None:
 def post_worker_init(worker: Any) -> None:
     """Prime what an application that was not preloaded has brought in."""
     prime_and_log(worker.log)
+    gasgi = sys.modules.get("gunicorn.workers.gasgi")  # since gunicorn 24
+    if gasgi is not None and isinstance(worker, gasgi.ASGIWorker):
+        _prime_in_lifespan(worker)
+
+
+def on_dirty_starting(arbiter: Any) -> None:
+    """Lock again in the dirty arbiter, which the master forks and which forks the dirty workers."""
+    prime_and_log(arbiter.log)
+
+
+def dirty_worker_init(worker: Any) -> None:
+    """Lock again in a dirty worker, and prime what its applications have brought in.
+
+    The first moment in that process: gunicorn calls `dirty_post_fork` in the arbiter."""
+    prime_and_log(worker.log)
+
+
+def _prime_in_lifespan(worker: Any) -> None:
+    """Of gunicorn's own ASGI worker: prime once more when the application's start-up is complete.
+
+    The lifespan runs after every hook. It gets the application from the worker, and so does each
+    connection after it: that one is the application itself again, and requests cost nothing.
+    """
+    if worker.cfg.asgi_lifespan == "off":
+        return
+    app = worker.asgi
+
+    async def lifespan(scope: Message, receive: Receive, send: Send) -> None:
+        worker.asgi = app
+        await app(scope, receive, asgi.before_complete(send, lambda: prime_and_log(worker.log)))
+
+    worker.asgi = lifespan

@@ -28,7 +28,15 @@ from gunicorn.config import make_settings
 from page_primer.integrations import gunicorn as _gunicorn
 from page_primer.options import Options
 
-__all__ = ["on_reload", "on_starting", "post_fork", "post_worker_init"]
+# A gunicorn that does not know some of them ignores them.
+__all__ = [
+    "dirty_worker_init",
+    "on_dirty_starting",
+    "on_reload",
+    "on_starting",
+    "post_fork",
+    "post_worker_init",
+]
 
 _VARIABLE = "PAGE_PRIMER_GUNICORN_CONF"
 _DEFAULT = "gunicorn.conf.py"
@@ -116,6 +124,8 @@ def on_reload(server: Any) -> None:
 
 post_fork = _gunicorn.post_fork
 post_worker_init = _gunicorn.post_worker_init
+on_dirty_starting = _gunicorn.on_dirty_starting
+dirty_worker_init = _gunicorn.dirty_worker_init
 
 
 def _reread_next_time() -> None:
