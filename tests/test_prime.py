@@ -12,6 +12,7 @@ import outside
 import pytest
 from conftest import KINDS, python_of
 from process import Process, interpreter, left_of
+from static_pie import ARCHIVE, DEBIAN, PACKAGE, build_pie
 
 import page_primer
 
@@ -646,16 +647,10 @@ PIE_LAYOUTS = {"plain": (), "aligned": ("-Wl,-z,max-page-size=0x200000", "-Wl,-z
 
 @pytest.mark.parametrize("layout", PIE_LAYOUTS)
 def test_static_pie_keeps_its_head_on_the_file(images, tmp_path, layout):
-    """A static PIE interpreter, built from Debian's libpython3.11-pic.a where it is installed."""
-    archive = Path("/usr/lib/python3.11/config-3.11-x86_64-linux-gnu/libpython3.11-pic.a")
-    if not archive.exists():
-        pytest.skip("no libpython3.11-pic.a (libpython3.11-dev) to build a static PIE from")
-    source = "#include <Python.h>\nint main(int c, char **v) { return Py_BytesMain(c, v); }"
-    path = build(
-        tmp_path, "python3.11-pie", source, "-pie", "-fPIE", "-I/usr/include/python3.11",
-        "-Wl,--whole-archive", str(archive), "-Wl,--no-whole-archive", "-Wl,--export-dynamic",
-        "-lexpat", "-lz", "-lm", *PIE_LAYOUTS[layout],
-    )  # fmt: skip
+    """A static PIE interpreter, built from Debian's archive where it is installed."""
+    if not ARCHIVE.exists():
+        pytest.skip(f"no {ARCHIVE.name} ({PACKAGE}) to build a static PIE from")
+    build_pie(path := tmp_path / f"{os.path.basename(DEBIAN)}-pie", PIE_LAYOUTS[layout])
     packages = os.path.dirname(os.path.dirname(page_primer.__file__))
     env = {"PYTHONPATH": f"{packages}:{sysconfig.get_path('purelib')}", "PYTHONHOME": "/usr"}
     with Process(str(path), env=env) as process:
