@@ -24,8 +24,11 @@ def free_port() -> int:
 def call(url: str, data: dict | None = None) -> object:
     body = json.dumps(data).encode() if data else None
     request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=10) as answer:
-        return json.load(answer)
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return json.load(answer)
+    except OSError as error:
+        raise SystemExit(f"no answer from gunicorn: {error}") from None
 
 
 def stop(process: subprocess.Popen) -> int:
