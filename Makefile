@@ -1,6 +1,6 @@
 # make demo    a real gunicorn application, primed, with the report shown
 # make demo-celery    a real Celery worker, likewise
-# make test    the whole test suite
+# make test    the whole test suite (TESTS=tests/test_plan.py: a part of it)
 # make trixie  make demo and make test in a Debian 13 (root; COMMAND=... for something else)
 # make lint    formatting, lint rules, types
 # make bench   what priming costs, and a start under page-primer run
@@ -14,6 +14,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
+# Files of tests beside each other: tests of one file may share servers.
+PARALLEL := $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 SOURCES := pyproject.toml setup.py page_primer/_core.c page_primer/launcher.c
 
 .PHONY: demo demo-celery test trixie lint bench bench-pressure tools-matrix kernels clean
@@ -28,7 +30,7 @@ demo-celery: $(VENV)/.demo-celery
 test: $(VENV)/.dev
 	tools/system-packages gdb:gdb ps:procps setpriv:util-linux readelf:binutils \
 	    redis-server:redis-server perf:linux-perf valgrind:valgrind nsenter:util-linux $(PIE)
-	$(BIN)/pytest
+	$(PARALLEL) $(TESTS)
 
 trixie:
 	tools/system-packages debootstrap:debootstrap unshare:util-linux git:git
@@ -84,7 +86,7 @@ $(VENV)/.demo-celery: $(VENV)/.created $(SOURCES)
 
 $(VENV)/.dev: $(VENV)/.created $(SOURCES)
 	$(PIP_INSTALL) -e ".[dev]"
-	-$(PIP_INSTALL) uwsgi  # builds where it can
+	-$(PIP_INSTALL) --no-cache-dir uwsgi  # builds where it can, and for this very interpreter
 	touch $@
 
 clean:
