@@ -72,7 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names are bytes
     try:
-        return int(given.run(given))
+        result = int(given.run(given))
+        sys.stdout.flush()  # here, where a reader that went away is caught
+        return result
     except ValueError as error:
         print(f"page-primer: {error}", file=sys.stderr)
         return 2
