@@ -1,6 +1,7 @@
 # make demo    a real gunicorn application, primed, with the report shown
 # make demo-celery    a real Celery worker, likewise
 # make test    the whole test suite (TESTS=tests/test_plan.py: a part of it)
+# make test-fast    without the tests that take long
 # make trixie  make demo and make test in a Debian 13 (root; COMMAND=... for something else)
 # make lint    formatting, lint rules, types
 # make bench   what priming costs, and a start under page-primer run
@@ -18,7 +19,7 @@ PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 PARALLEL := $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 SOURCES := pyproject.toml setup.py page_primer/_core.c page_primer/launcher.c
 
-.PHONY: demo demo-celery test trixie lint bench bench-pressure tools-matrix kernels clean
+.PHONY: demo demo-celery test test-fast trixie lint bench bench-pressure tools-matrix kernels clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/gunicorn/demo.py
@@ -31,6 +32,9 @@ test: $(VENV)/.dev
 	tools/system-packages gdb:gdb ps:procps setpriv:util-linux readelf:binutils \
 	    redis-server:redis-server perf:linux-perf valgrind:valgrind nsenter:util-linux $(PIE)
 	$(PARALLEL) $(TESTS)
+
+test-fast: $(VENV)/.dev
+	$(PARALLEL) -m "not slow" $(TESTS)
 
 trixie:
 	tools/system-packages debootstrap:debootstrap unshare:util-linux git:git

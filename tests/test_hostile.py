@@ -233,6 +233,7 @@ def test_a_failed_call_does_not_spoil_the_next(python, images, tmp_path):
         assert big["locked_bytes"] > 0
 
 
+@pytest.mark.slow
 def test_a_file_replaced_after_priming_is_not_forgotten(python, images, tmp_path):
     """An upgrade of the package in place, and then another library: the old code runs on from the
     image, and the report and the image's lock must still know it."""

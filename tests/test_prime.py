@@ -313,6 +313,7 @@ def test_child_locks_again(python, images):
             process.run(f"os.kill({child[0]}, 9); os.waitpid({child[0]}, 0)")
 
 
+@pytest.mark.slow
 def test_threads_run_through_the_swap(python, images):
     """Threads execute interpreter code while it is swapped back and forth."""
     source = """
@@ -591,6 +592,7 @@ def build_library(tmp_path, name, *flags):
     return build(tmp_path, name, BIG, "-shared", "-fPIC", *flags)
 
 
+@pytest.mark.slow
 def test_unloaded_and_loaded_again(python, images, tmp_path):
     library = build_library(tmp_path, "libbig.so")
     with Process(python) as process:
@@ -607,6 +609,7 @@ def test_unloaded_and_loaded_again(python, images, tmp_path):
             process.run("lib = ctypes.CDLL(path)")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
@@ -645,6 +648,7 @@ def test_text_relocations_are_left_alone(python, images, tmp_path):
 PIE_LAYOUTS = {"plain": (), "aligned": ("-Wl,-z,max-page-size=0x200000", "-Wl,-z,noseparate-code")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", PIE_LAYOUTS)
 def test_static_pie_keeps_its_head_on_the_file(images, tmp_path, layout):
     """A static PIE interpreter, built from Debian's archive where it is installed."""
@@ -693,6 +697,7 @@ def test_prime_from_many_threads_at_once(python, images):
         assert reasons == [None] * 8
 
 
+@pytest.mark.slow
 def test_fork_while_another_thread_primes(python, images):
     """A child forked in the middle must find a book that is whole and a lock that is free."""
     source = """

@@ -18,6 +18,7 @@ from process import Process, interpreter
 from static_pie import ARCHIVE, PACKAGE, build_pie
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(
         os.geteuid() != 0 and Path("/proc/sys/kernel/yama/ptrace_scope").exists(),
         reason="tools may not attach to other processes here",

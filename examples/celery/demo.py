@@ -90,7 +90,7 @@ def main() -> int:
         status = stop(worker)
         print(f"\n$ grep page-primer {log.name}")
         lines = log.read_text().splitlines()
-        print("\n".join(line for line in lines if "page-primer" in line))
+        print("\n".join(line for line in lines if "page-primer: " in line))
         print(f"the worker exited with status {status}")
         return status
 
