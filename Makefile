@@ -1,6 +1,8 @@
 # make demo    a real gunicorn application, primed, with the report shown
 # make demo-celery    a real Celery worker, likewise
-# make test    the whole test suite
+# make test    the whole test suite (TESTS=tests/test_plan.py: a part of it)
+# make test-fast    without the tests that take long
+# make trixie  make demo and make test in a Debian 13 (root; COMMAND=... for something else)
 # make lint    formatting, lint rules, types
 # make bench   what priming costs, and a start under page-primer run
 # make bench-pressure    what locking buys when memory is short (root)
@@ -12,9 +14,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
+# Files of tests beside each other: tests of one file may share servers.
+PARALLEL := $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 SOURCES := pyproject.toml setup.py page_primer/_core.c $(wildcard page_primer/launcher/*.[ch])
 
-.PHONY: demo demo-celery test lint bench bench-pressure tools-matrix kernels clean
+.PHONY: demo demo-celery test test-fast trixie lint bench bench-pressure tools-matrix kernels clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/gunicorn/demo.py
@@ -25,9 +30,15 @@ demo-celery: $(VENV)/.demo-celery
 
 test: $(VENV)/.dev
 	tools/system-packages gdb:gdb ps:procps setpriv:util-linux readelf:binutils \
-	    redis-server:redis-server perf:linux-perf valgrind:valgrind nsenter:util-linux \
-	    $(PIE_ARCHIVE):libpython3.11-dev
-	$(BIN)/pytest
+	    redis-server:redis-server perf:linux-perf valgrind:valgrind nsenter:util-linux $(PIE)
+	$(PARALLEL) $(TESTS)
+
+test-fast: $(VENV)/.dev
+	$(PARALLEL) -m "not slow" $(TESTS)
+
+trixie:
+	tools/system-packages debootstrap:debootstrap unshare:util-linux git:git
+	tools/trixie $(if $(COMMAND),'$(COMMAND)')
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
@@ -43,15 +54,18 @@ bench: $(VENV)/.dev
 
 bench-pressure: $(VENV)/.dev
 	tools/system-packages vmtouch:vmtouch perf:linux-perf redis-server:redis-server
-	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[bench]"
+	$(PIP_INSTALL) -e ".[bench]"
 	$(BIN)/python benchmarks/pressure.py --celery --plot docs/pressure
 
-# In Debian, an interpreter in an archive, to build a position-independent one from.
-PIE_ARCHIVE = /usr/lib/python3.11/config-3.11-$(shell uname -m)-linux-gnu/libpython3.11-pic.a
+# What the tests build a position-independent static interpreter from: Debian's own Python as an
+# archive (a file:package that is named by its version), and the libraries that it needs.
+DEBIAN = $(notdir $(realpath /usr/bin/python3))
+ARCHIVE = $(DEBIAN:python%=config-%)-$(shell uname -m)-linux-gnu/lib$(DEBIAN)-pic.a
+PIE = $(if $(DEBIAN),/usr/lib/$(DEBIAN)/$(ARCHIVE):lib$(DEBIAN)-dev)
 
 tools-matrix: $(VENV)/.dev
 	tools/system-packages gdb:gdb perf:linux-perf valgrind:valgrind nsenter:util-linux \
-	    debootstrap:debootstrap $(PIE_ARCHIVE):libpython3.11-dev
+	    debootstrap:debootstrap $(PIE)
 	$(BIN)/python tools/matrix.py
 
 # Of Debian's own Python, whatever $(PYTHON) is; the runner is named by KERNEL_BOOT.
@@ -70,16 +84,16 @@ $(VENV)/.created:
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.created $(SOURCES)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[gunicorn,cli]" flask
+	$(PIP_INSTALL) -e ".[gunicorn,cli]" flask
 	touch $@
 
 $(VENV)/.demo-celery: $(VENV)/.created $(SOURCES)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[celery,cli]" redis numpy pandas
+	$(PIP_INSTALL) -e ".[celery,cli]" "celery[redis]" numpy pandas
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.created $(SOURCES)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev]"
-	-$(BIN)/pip install --quiet --disable-pip-version-check uwsgi  # builds where it can
+	$(PIP_INSTALL) -e ".[dev]"
+	-$(PIP_INSTALL) --no-cache-dir uwsgi  # builds where it can, and for this very interpreter
 	touch $@
 
 clean:

@@ -48,7 +48,9 @@ def _parse_and_run(words: Sequence[str]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names are bytes
     try:
-        return int(given.run(given))
+        status = int(given.run(given))
+        sys.stdout.flush()  # here, where a reader that went away is caught
+        return status
     except BrokenPipeError:
         # The reader of our output went away (`| head`): not our error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -93,7 +93,13 @@ def python_of(tmp: Path, base: str) -> str:
     return str(home / "bin" / "python")
 
 
-@pytest.fixture(scope="session", params=list(INTERPRETERS))
+@pytest.fixture(
+    scope="session",
+    params=[
+        pytest.param(name, marks=() if path in KINDS.values() else pytest.mark.slow)
+        for name, path in INTERPRETERS.items()
+    ],
+)
 def every_python(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each interpreter in turn, where other users may run it too, which is not so in pytest's own
     directories."""

@@ -35,9 +35,6 @@ from servers import NO_CONTROL_SOCKET, Server, children, free_port, get, wait_fo
 
 HERE = Path(__file__).parent
 CONF = "python:page_primer.integrations.gunicorn_conf"
-ARCHIVE = Path(
-    f"/usr/lib/python3.11/config-3.11-{os.uname().machine}-linux-gnu/libpython3.11-pic.a"
-)
 
 
 class NotHere(Exception):
@@ -93,25 +90,6 @@ def build_module(directory: Path) -> None:
     include = sysconfig.get_path("include")
     command = ["g++", "-g", "-O1", "-fPIC", "-shared", f"-I{include}", str(HERE / "frames.cpp"),
                "-o", str(directory / "frames.abi3.so")]  # fmt: skip
-    subprocess.run(command, check=True)
-
-
-def build_pie(path: Path) -> None:
-    """Build a position-independent static interpreter from Debian's archive.
-
-    Args:
-        path: what is built; in a virtual environment of Debian's interpreter it takes the place of
-            bin/python.
-    """
-    path.unlink(missing_ok=True)
-    source = path.with_name("main.c")
-    source.write_text(
-        "#include <Python.h>\nint main(int c, char **v) { return Py_BytesMain(c, v); }"
-    )
-    command = ["gcc", "-O1", "-o", str(path), str(source), "-pie", "-fPIE",
-               "-I/usr/include/python3.11", "-Wl,--whole-archive", str(ARCHIVE),
-               "-Wl,--no-whole-archive", "-Wl,--export-dynamic", "-lexpat", "-lz",
-               "-lm"]  # fmt: skip
     subprocess.run(command, check=True)
 
 

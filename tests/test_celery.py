@@ -129,6 +129,7 @@ def test_prefork(tmp_path, broker, images, configure):
         assert len(worker.lines("DEBUG")) >= 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [("-P", "solo"), ("-P", "threads", "-c", "3"), ("--autoscale", "3,1")],
     ids=["solo", "threads", "autoscale"],
@@ -141,6 +142,7 @@ def test_pools(tmp_path, broker, images, options):
         check({worker.pid, *alive})
 
 
+@pytest.mark.slow
 def test_gevent(tmp_path, broker, images):
     pytest.importorskip("gevent", reason="gevent is not installed")
     with Worker(tmp_path, broker, images, "-P", "gevent", "-c", "3") as worker:
@@ -148,12 +150,14 @@ def test_gevent(tmp_path, broker, images):
         check([worker.pid])
 
 
+@pytest.mark.slow
 def test_beat_in_the_worker(tmp_path, broker, images):
     with Worker(tmp_path, broker, images, "-c", "2", "-B") as worker:
         ran = worker.call(spread(4))
         check([worker.pid, *ran])
 
 
+@pytest.mark.slow
 def test_spawned_children(tmp_path, broker, images):
     """Fresh interpreters: each primes for itself, and maps the image that is there."""
     configure = BY_IMPORT + "app.conf.worker_pool_start_method = 'spawn'\n"
@@ -163,6 +167,7 @@ def test_spawned_children(tmp_path, broker, images):
         assert len({v.path.rpartition("/")[2] for text in texts for v in text.span_vmas}) == 1
 
 
+@pytest.mark.slow
 def test_a_thousand_tasks_of_one_child_each(tmp_path, broker, images):
     options = ["-c", "4", "--max-tasks-per-child", "1"]
     with Worker(tmp_path, broker, images, *options, env={"PAGE_PRIMER_MLOCK": "1"}) as worker:
@@ -182,6 +187,7 @@ def test_a_thousand_tasks_of_one_child_each(tmp_path, broker, images):
         assert sorted(milliseconds)[len(milliseconds) // 2] < 400
 
 
+@pytest.mark.slow
 def test_late_libraries_of_a_task(tmp_path, broker, images):
     for module in ("numpy", "pandas", "pyarrow"):
         pytest.importorskip(module, reason=f"{module} is not installed")
@@ -201,6 +207,7 @@ def test_late_libraries_of_a_task(tmp_path, broker, images):
             assert text.locked
 
 
+@pytest.mark.slow
 def test_the_limit_names_what_it_left_out(tmp_path, broker, images):
     pytest.importorskip("numpy", reason="numpy is not installed")
     pytest.importorskip("pandas", reason="pandas is not installed")

@@ -161,6 +161,7 @@ def test_every_process_is_huge_and_locked(every_python, images, tmp_path, preloa
         require_no_failure(server)
 
 
+@pytest.mark.slow
 def test_two_hundred_re_forks(every_python, images, tmp_path):
     env = {"PAGE_PRIMER_IMAGE_DIR": str(images)}
     with Gunicorn(
@@ -179,6 +180,7 @@ def test_two_hundred_re_forks(every_python, images, tmp_path):
         require_no_failure(server)
 
 
+@pytest.mark.slow
 def test_unrelated_server_maps_the_same_image(python, images, tmp_path):
     env = {"PAGE_PRIMER_IMAGE_DIR": str(images)}
     (tmp_path / "a").mkdir()
@@ -422,6 +424,7 @@ def test_without_any_privilege(every_python, images, tmp_path, preload):
         assert sum(text.pss for text in texts) == pytest.approx(texts[0].span, rel=0.05)
 
 
+@pytest.mark.slow
 def test_default_memlock(python, images, tmp_path):
     """8 MiB: every worker has the interpreter's code locked; the log says what did not fit."""
     env = {"PAGE_PRIMER_IMAGE_DIR": str(images), "PAGE_PRIMER_MLOCK": "1"}
@@ -564,6 +567,7 @@ def churn(server, total):
     return load.join(), kills
 
 
+@pytest.mark.slow
 def test_twenty_thousand_requests_under_churn(python, images, tmp_path):
     """No more failed requests than the same churn costs an unprimed server: a request that a
     SIGKILLed worker was serving, and no others."""

@@ -20,6 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import pressure
 
+pytestmark = pytest.mark.slow
+
 MIB = 1 << 20
 APP = """
 import os, json, re, sqlite3, decimal, hashlib

@@ -12,6 +12,7 @@ import outside
 import pytest
 from conftest import KINDS, python_of
 from process import Process, interpreter, left_of
+from static_pie import ARCHIVE, DEBIAN, PACKAGE, build_pie
 
 import page_primer
 
@@ -312,6 +313,7 @@ def test_child_locks_again(python, images):
             process.run(f"os.kill({child[0]}, 9); os.waitpid({child[0]}, 0)")
 
 
+@pytest.mark.slow
 def test_threads_run_through_the_swap(python, images):
     """Threads execute interpreter code while it is swapped back and forth."""
     source = """
@@ -590,6 +592,7 @@ def build_library(tmp_path, name, *flags):
     return build(tmp_path, name, BIG, "-shared", "-fPIC", *flags)
 
 
+@pytest.mark.slow
 def test_unloaded_and_loaded_again(python, images, tmp_path):
     library = build_library(tmp_path, "libbig.so")
     with Process(python) as process:
@@ -606,6 +609,7 @@ def test_unloaded_and_loaded_again(python, images, tmp_path):
             process.run("lib = ctypes.CDLL(path)")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
@@ -644,18 +648,13 @@ def test_text_relocations_are_left_alone(python, images, tmp_path):
 PIE_LAYOUTS = {"plain": (), "aligned": ("-Wl,-z,max-page-size=0x200000", "-Wl,-z,noseparate-code")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", PIE_LAYOUTS)
 def test_static_pie_keeps_its_head_on_the_file(images, tmp_path, layout):
-    """A static PIE interpreter, built from Debian's libpython3.11-pic.a where it is installed."""
-    archive = Path("/usr/lib/python3.11/config-3.11-x86_64-linux-gnu/libpython3.11-pic.a")
-    if not archive.exists():
-        pytest.skip("no libpython3.11-pic.a (libpython3.11-dev) to build a static PIE from")
-    source = "#include <Python.h>\nint main(int c, char **v) { return Py_BytesMain(c, v); }"
-    path = build(
-        tmp_path, "python3.11-pie", source, "-pie", "-fPIE", "-I/usr/include/python3.11",
-        "-Wl,--whole-archive", str(archive), "-Wl,--no-whole-archive", "-Wl,--export-dynamic",
-        "-lexpat", "-lz", "-lm", *PIE_LAYOUTS[layout],
-    )  # fmt: skip
+    """A static PIE interpreter, built from Debian's archive where it is installed."""
+    if not ARCHIVE.exists():
+        pytest.skip(f"no {ARCHIVE.name} ({PACKAGE}) to build a static PIE from")
+    build_pie(path := tmp_path / f"{os.path.basename(DEBIAN)}-pie", PIE_LAYOUTS[layout])
     packages = os.path.dirname(os.path.dirname(page_primer.__file__))
     env = {"PYTHONPATH": f"{packages}:{sysconfig.get_path('purelib')}", "PYTHONHOME": "/usr"}
     with Process(str(path), env=env) as process:
@@ -698,6 +697,7 @@ def test_prime_from_many_threads_at_once(python, images):
         assert reasons == [None] * 8
 
 
+@pytest.mark.slow
 def test_fork_while_another_thread_primes(python, images):
     """A child forked in the middle must find a book that is whole and a lock that is free."""
     source = """

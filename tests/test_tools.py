@@ -15,8 +15,10 @@ import pytest
 from conftest import INTERPRETERS, python_of
 from probes import PROBES, UNPRIMED, WORKS, NotHere, Shape, Target
 from process import Process, interpreter
+from static_pie import ARCHIVE, PACKAGE, build_pie
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(
         os.geteuid() != 0 and Path("/proc/sys/kernel/yama/ptrace_scope").exists(),
         reason="tools may not attach to other processes here",
@@ -95,13 +97,13 @@ def shape(form, directory):
     debian = next((path for path in INTERPRETERS.values() if path.startswith("/usr/bin/")), None)
     if form == "shared":
         return Shape(form, sys.executable)
-    if debian is None or (form == "PIE" and not probes.ARCHIVE.exists()):
-        pytest.skip(f"no {form} interpreter here, nor libpython3.11-dev to build one from")
+    if debian is None or (form == "PIE" and not ARCHIVE.exists()):
+        pytest.skip(f"no {form} interpreter here, nor {PACKAGE} to build one from")
     home = directory / form
     home.mkdir(exist_ok=True)
     python = python_of(home, debian)
     if form == "PIE" and os.path.islink(python):
-        probes.build_pie(Path(python))
+        build_pie(Path(python))
     return Shape(form, python)
 
 

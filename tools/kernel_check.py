@@ -247,7 +247,7 @@ def header(data: bytes) -> tuple[int, int, int, int]:
 
 def default_python() -> str:
     """This interpreter where it is Debian's (in a virtual environment too), else Debian's."""
-    debian = "/usr/bin/python3.11"
+    debian = os.path.realpath("/usr/bin/python3")
     return sys.executable if os.path.realpath(sys.executable) == debian else debian
 
 

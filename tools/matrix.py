@@ -30,6 +30,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import conftest  # noqa: E402
 import probes  # noqa: E402
+import static_pie  # noqa: E402
 from probes import ABSENT, CANNOT, NOTE, PROBES, UNPRIMED, WORKS, Shape, Verdict, Way  # noqa: E402
 
 KEPT = ROOT / ".venv-tools"  # a Debian unstable, and memray for each interpreter: built once
@@ -60,16 +61,17 @@ def shapes() -> Iterator[Shape | str]:
         form = "shared libpython" if "/libpython3" in maps else "static, not PIE"
         install_memray(python)
         yield Shape(f"CPython {name.partition('-')[0]}, {form}", python)
-    if probes.ARCHIVE.exists():
+    if static_pie.ARCHIVE.exists():
         home = KEPT / "pie"
         home.mkdir(exist_ok=True)
-        python = conftest.python_of(home, "/usr/bin/python3.11")
+        python = conftest.python_of(home, static_pie.DEBIAN)
         install_memray(python)
         if os.path.islink(python):
-            probes.build_pie(Path(python))
-        yield Shape("CPython 3.11, static PIE", python)
+            static_pie.build_pie(Path(python))
+        version = os.path.basename(static_pie.DEBIAN).removeprefix("python")
+        yield Shape(f"CPython {version}, static PIE", python)
     else:
-        yield "a static PIE: needs libpython3.11-dev to build it from"
+        yield f"a static PIE: needs {static_pie.PACKAGE} to build it from"
     yield unstable()
 
 

@@ -1,7 +1,9 @@
 """Run the worker with a Redis of its own, send it tasks, and show what page-primer did: its lines
 in the worker's log, and `page-primer status` of the running worker."""
 
+import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -20,12 +22,47 @@ def free_port() -> int:
         return sock.getsockname()[1]
 
 
-def wait_for(condition, what: str) -> None:
-    for _ in range(600):
-        if condition():
-            return
+class Failed(Exception):
+    """A process ended or said an error; the message is what it said."""
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as sock:
+        return sock.connect_ex(("127.0.0.1", port)) == 0
+
+
+def wait_for(condition, what: str, process: subprocess.Popen, log: Path) -> None:
+    """Wait until a condition holds, unless the process ends or logs an error before."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        text = log.read_text()
+        if process.poll() is not None:
+            raise Failed(f"{what}: ended with status {process.returncode}; its log:\n{text}")
+        if re.search(r": (ERROR|CRITICAL)/", text) or time.monotonic() > deadline:
+            raise Failed(f"{what}: not within a minute, or an error; its log:\n{text}")
         time.sleep(0.1)
-    raise SystemExit(f"{what} did not start")
+
+
+def stop(process: subprocess.Popen) -> int:
+    process.send_signal(signal.SIGTERM)
+    try:
+        return process.wait(30)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
+
+
+def show(worker: subprocess.Popen, log: Path) -> None:
+    """Give the worker twenty tasks, and look at it."""
+    wait_for(lambda: " ready." in log.read_text(), "the worker", worker, log)
+    sys.path.insert(0, str(HERE))
+    from work import summary
+
+    results = [summary.delay(seed, 1000) for seed in range(20)]
+    wait_for(lambda: all(r.ready() for r in results), "the tasks", worker, log)
+    print(f"20 tasks done; the last one's result is {results[-1].get()}\n")
+    print("$ page-primer status", worker.pid, flush=True)
+    subprocess.run([sys.executable, "-m", "page_primer", "status", str(worker.pid)], check=True)
 
 
 def main() -> int:
@@ -34,33 +71,26 @@ def main() -> int:
     port = free_port()
     os.environ["BROKER"] = f"redis://127.0.0.1:{port}/0"
     os.environ.setdefault("C_FORCE_ROOT", "1")
-    with tempfile.TemporaryDirectory() as scratch:
-        log = Path(scratch, "worker.log")
-        redis = subprocess.Popen(
-            ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", ""],
-            cwd=scratch, stdout=subprocess.DEVNULL,
-        )  # fmt: skip
+    with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
+        log, redis_log = Path(scratch, "worker.log"), Path(scratch, "redis.log")
+        command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", ""]
+        with open(redis_log, "wb") as output:
+            redis = subprocess.Popen(command, cwd=scratch, stdout=output, stderr=output)
+        stack.callback(stop, redis)
         command = [sys.executable, "-m", "celery", "-A", "work", "worker", "-c", "2", "-l", "INFO"]
-        print("$", "celery", *command[3:], "\n", flush=True)
-        with open(log, "wb") as output:
-            worker = subprocess.Popen(command, cwd=HERE, stdout=output, stderr=output)
         try:
-            wait_for(lambda: " ready." in log.read_text(), "the worker")
-            sys.path.insert(0, str(HERE))
-            from work import summary
-
-            results = [summary.delay(seed, 1000) for seed in range(20)]
-            print(f"20 tasks done; the last one's result is {[r.get(60) for r in results][-1]}\n")
-            print("$ page-primer status", worker.pid, flush=True)
-            subprocess.run([sys.executable, "-m", "page_primer", "status", str(worker.pid)])
-        finally:
-            worker.send_signal(signal.SIGTERM)
-            status = worker.wait(30)
-            redis.terminate()
-            redis.wait(30)
-            print(f"\n$ grep page-primer {log.name}")
-            lines = log.read_text().splitlines()
-            print("\n".join(line for line in lines if "page-primer" in line))
+            wait_for(lambda: answers(port), "Redis", redis, redis_log)
+            print("$", "celery", *command[3:], "\n", flush=True)
+            with open(log, "wb") as output:
+                worker = subprocess.Popen(command, cwd=HERE, stdout=output, stderr=output)
+            stack.callback(stop, worker)
+            show(worker, log)
+        except Failed as error:
+            raise SystemExit(str(error)) from None
+        status = stop(worker)
+        print(f"\n$ grep page-primer {log.name}")
+        lines = log.read_text().splitlines()
+        print("\n".join(line for line in lines if "page-primer: " in line))
         print(f"the worker exited with status {status}")
         return status
 

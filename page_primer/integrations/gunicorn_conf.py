@@ -72,7 +72,11 @@ def _user_settings() -> dict[str, Any]:
         sys.exit(f"page-primer: {_VARIABLE} names {path!r}, which is not a Python file")
     module = importlib.util.module_from_spec(spec)
     with _errors_as_gunicorn_says_them(path):
-        spec.loader.exec_module(module)
+        # Always from its source: bytecode is taken for current by the second and the size, and a
+        # reload may follow an edit at once.
+        with open(path, "rb") as file:
+            source = file.read()
+        exec(compile(source, path, "exec"), vars(module))
     return vars(module)
 
 
