@@ -17,11 +17,15 @@ enum { MOST_FILES = 4096 }; /* more than that are left alone */
 static char *files[MOST_FILES + 2] = {HOLDER}; /* as the holder's argv */
 static int count = 1;
 
-void
+/* Returns false where there is no room for it. */
+bool
 add_file(char *path)
 {
-    if (path && count <= MOST_FILES)
+    bool room = path && count <= MOST_FILES;
+
+    if (room)
         files[count++] = path;
+    return room;
 }
 
 char **
@@ -45,8 +49,11 @@ add_list(const char *name)
         if (!fgets(line, sizeof line, file))
             break;
         line[strcspn(line, "\n")] = 0;
-        if (*line == '/')
-            add_file(strdup(line));
+        if (*line != '/')
+            continue;
+        char *path = strdup(line);
+        if (!add_file(path))
+            free(path);
     }
     if (file)
         fclose(file);

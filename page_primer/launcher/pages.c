@@ -35,11 +35,13 @@ look_at(const char *there)
     while (file && fgets(line, sizeof line, file))
         if (sscanf(line, "%lx-%lx ", &start, &end) == 2)
             here = start == (unsigned long)there;
-        else if (here && (sscanf(line, "FilePmdMapped: %lu", &kib) == 1 ||
-                          sscanf(line, "ShmemPmdMapped: %lu", &kib) == 1))
+        else if (here
+                 && (sscanf(line, "FilePmdMapped: %lu", &kib) == 1
+                     || sscanf(line, "ShmemPmdMapped: %lu", &kib) == 1))
             view.huge += kib << 10;
-        else if (here && (sscanf(line, "Shared_Clean: %lu", &kib) == 1 ||
-                          sscanf(line, "Shared_Dirty: %lu", &kib) == 1))
+        else if (here
+                 && (sscanf(line, "Shared_Clean: %lu", &kib) == 1
+                     || sscanf(line, "Shared_Dirty: %lu", &kib) == 1))
             view.shared += kib << 10;
     if (file)
         fclose(file);

@@ -36,9 +36,9 @@ open_directory(int fd, char path[static PATH_MAX], char **name)
         open(*path ? path : "/", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (directory < 0)
         return -1;
-    if (fstatat(directory, *name, &there, AT_SYMLINK_NOFOLLOW) ||
-        fstat(fd, &here) || here.st_ino != there.st_ino ||
-        here.st_dev != there.st_dev) {
+    if (fstatat(directory, *name, &there, AT_SYMLINK_NOFOLLOW)
+        || fstat(fd, &here) || here.st_ino != there.st_ino
+        || here.st_dev != there.st_dev) {
         close(directory);
         errno = ESTALE;
         return -1;
@@ -77,8 +77,8 @@ copy_attributes(int from, int to)
         ssize_t size = fgetxattr(from, name, value, sizeof value);
         if (size < 0)
             return false;
-        if (fgetxattr(to, name, now, sizeof now) == size &&
-            !memcmp(now, value, size))
+        if (fgetxattr(to, name, now, sizeof now) == size
+            && !memcmp(now, value, size))
             continue;
         if (fsetxattr(to, name, value, size, 0))
             return false;
@@ -96,8 +96,8 @@ put_in_place(int fd, int directory, const char *name)
 
     snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
     unlinkat(directory, between, 0);
-    return !linkat(AT_FDCWD, link, directory, between, AT_SYMLINK_FOLLOW) &&
-           !renameat(directory, between, directory, name);
+    return !linkat(AT_FDCWD, link, directory, between, AT_SYMLINK_FOLLOW)
+        && !renameat(directory, between, directory, name);
 }
 
 /* Returns NULL, or why the file stays as it is: mode, owner, times and
@@ -117,11 +117,12 @@ rewrite(int old, const struct span *span, struct outcome *outcome)
         why = "cannot be rewritten: it has several names";
     else if (status.st_mode & (S_ISUID | S_ISGID))
         why = "cannot be rewritten: it is set-user-ID or set-group-ID";
-    else if (!statx(old, "", AT_EMPTY_PATH, STATX_BASIC_STATS, &more) &&
-             more.stx_attributes & STATX_ATTR_VERITY)
+    else if (!statx(old, "", AT_EMPTY_PATH, STATX_BASIC_STATS, &more)
+             && more.stx_attributes & STATX_ATTR_VERITY)
         why = "cannot be rewritten: fs-verity protects it";
     else if ((new = openat(directory, ".", O_TMPFILE | O_RDWR | O_CLOEXEC,
-                           S_IRUSR | S_IWUSR)) < 0)
+                           S_IRUSR | S_IWUSR))
+             < 0)
         why = "cannot be rewritten: its directory is not writable";
     else if (!copy_content(old, new, status.st_size))
         why = "cannot be rewritten: the copy failed (no space, a limit?)";
@@ -131,16 +132,15 @@ rewrite(int old, const struct span *span, struct outcome *outcome)
         fremovexattr(new, "system.posix_acl_access"); /* of the directory */
         if (copy.huge <= outcome->huge)
             why = "not rewritten: the kernel gave the copy no huge page";
-        else if (fchown(new, status.st_uid, status.st_gid) ||
-                 fchmod(new, status.st_mode & 07777) ||
-                 !copy_attributes(old, new) || futimens(new, times))
+        else if (fchown(new, status.st_uid, status.st_gid)
+                 || fchmod(new, status.st_mode & 07777)
+                 || !copy_attributes(old, new) || futimens(new, times))
             why = "cannot be rewritten: its owner or attributes would be lost";
         else if (fsync(new) || !put_in_place(new, directory, name))
             why = "cannot be rewritten: the copy was not put in its place";
         else
-            *outcome = (struct outcome){.huge = copy.huge,
-                                        .done = "rewritten",
-                                        .why = copy.why};
+            *outcome = (struct outcome){
+                .huge = copy.huge, .done = "rewritten", .why = copy.why};
     }
     if (new >= 0)
         close(new);

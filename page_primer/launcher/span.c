@@ -34,8 +34,8 @@ map_range(int fd, off_t offset, size_t length)
         return NULL;
     munmap(there + length, pmd - before);
     madvise(there, length, MADV_HUGEPAGE);
-    if (madvise(there, length, POPULATE_READ) && errno == EINVAL &&
-        !syscall(SYS_mlock, there, length))
+    if (madvise(there, length, POPULATE_READ) && errno == EINVAL
+        && !syscall(SYS_mlock, there, length))
         syscall(SYS_munlock, there, length);
     return there;
 }
@@ -62,9 +62,9 @@ find_span(int fd, struct span *span)
     char *first = map_range(fd, 0, pmd);
     if (first)
         munmap(first, pmd);
-    if (pread(fd, &file, sizeof file, 0) != sizeof file ||
-        memcmp(file.e_ident, ELFMAG "\2", EI_CLASS + 1) /* ELFCLASS64 */ ||
-        file.e_phentsize != sizeof load)
+    if (pread(fd, &file, sizeof file, 0) != sizeof file
+        || memcmp(file.e_ident, ELFMAG "\2", EI_CLASS + 1) /* ELFCLASS64 */
+        || file.e_phentsize != sizeof load)
         return "not a 64-bit ELF file";
     for (int i = 0; i < file.e_phnum && i < MOST_HEADERS; i++) {
         off_t at = file.e_phoff + i * sizeof load;
@@ -76,8 +76,8 @@ find_span(int fd, struct span *span)
         if (offset > size || load.p_filesz > size - offset)
             return "truncated";
         largest = load.p_align > largest ? load.p_align : largest;
-        if ((load.p_flags & (PF_R | PF_W | PF_X)) != (PF_R | PF_X) ||
-            (load.p_vaddr - offset) % pmd) {
+        if ((load.p_flags & (PF_R | PF_W | PF_X)) != (PF_R | PF_X)
+            || (load.p_vaddr - offset) % pmd) {
             end = 0;
             continue;
         }

@@ -63,7 +63,6 @@ warm(const char *path, bool may_rewrite, FILE *failures, FILE *successes)
     return good;
 }
 
-
 /* Where the kernel does not tell, it has no huge pages to look for. */
 static void
 read_page_size(void)

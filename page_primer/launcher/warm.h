@@ -22,20 +22,30 @@ struct outcome {
     const char *done, *why;
 };
 
-void add_file(char *path);
-bool add_list(const char *name);
-bool add_recorded(void);
-char **arguments_of_holder(void);
+bool
+add_file(char *path);
+bool
+add_list(const char *name);
+bool
+add_recorded(void);
+char **
+arguments_of_holder(void);
 
 extern size_t pmd; /* bytes of a huge page */
 
-int open_target(const char *path, struct span *span, const char **why);
-char *map_range(int fd, off_t offset, size_t length);
+int
+open_target(const char *path, struct span *span, const char **why);
+char *
+map_range(int fd, off_t offset, size_t length);
 
-struct outcome bring_in(int fd, const struct span *span);
-const char *rewrite(int old, const struct span *span, struct outcome *outcome);
+struct outcome
+bring_in(int fd, const struct span *span);
+const char *
+rewrite(int old, const struct span *span, struct outcome *outcome);
 
-int hold(char **paths);
-bool leave_holder(char **arguments);
+int
+hold(char **paths);
+bool
+leave_holder(char **arguments);
 
 #endif
