@@ -398,7 +398,7 @@ if __name__ == "__main__":
         subprocess.run(
             [sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "--quiet",
              "--disable-pip-version-check", "--root-user-action", "ignore", "--no-build-isolation",
-             "--target", "target", "./extension"], check=True)
+             "--use-pep517", "--target", "target", "./extension"], check=True)
         sys.path.insert(0, "target")
         import extension
         found["pip"] = [os.path.basename(extension.__file__), extension.answer()]
