@@ -49,7 +49,8 @@ def _parse_and_run(words: Sequence[str]) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # file names are bytes
     try:
         status = int(given.run(given))
-        sys.stdout.flush()  # here, where a reader that went away is caught
+        if sys.stdout is not None:  # closed
+            sys.stdout.flush()  # here, where a reader that went away is caught
         return status
     except BrokenPipeError:
         # The reader of our output went away (`| head`): not our error.

@@ -398,7 +398,7 @@ if __name__ == "__main__":
         subprocess.run(
             [sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "--quiet",
              "--disable-pip-version-check", "--root-user-action", "ignore", "--no-build-isolation",
-             "--target", "target", "./extension"], check=True)
+             "--use-pep517", "--target", "target", "./extension"], check=True)
         sys.path.insert(0, "target")
         import extension
         found["pip"] = [os.path.basename(extension.__file__), extension.answer()]
@@ -464,9 +464,9 @@ def waiting(command, images):
 
 
 def written(images):
-    """The interpreters' images in a store, without signposts to them."""
+    """The interpreters' images in a store, without anchors for tools."""
     found = images.glob("*/*python*")
-    return [path for path in found if not path.parent.name.endswith("signpost")]
+    return [path for path in found if not path.parent.name.endswith("anchor")]
 
 
 def test_first_starts_at_the_same_time(kind, images):
@@ -544,7 +544,7 @@ def test_gunicorns_integration_says_it(kind, images, tmp_path):
         ((pid, line),) = server.lines("INFO")
         assert pid == server.master
         share = "100 %" if text.attainable == text.size else r"\d+\.\d %"
-        assert re.match(rf"{share} of .* of code on huge pages \(image in {images}\)", line)
+        assert re.match(rf"{share} of .* of code on huge pages \(image in {images}[,)]", line)
         assert not server.lines("WARNING")
 
 
@@ -564,7 +564,7 @@ def test_no_directory_for_images(kind):
         check_primed([process.pid])
         _, said = process.communicate("\n")
     (line,) = said.splitlines()
-    assert re.match(rf"page-primer\[{process.pid}\]: .* of code on huge pages \(memfd\)", line)
+    assert re.match(rf"page-primer\[{process.pid}\]: .* of code on huge pages \(memfd[,)]", line)
 
 
 @pytest.mark.parametrize("options", [["-I"], ["-E"], ["-W", "ignore", "-BE"], ["-X", "dev", "-S"]])
