@@ -184,7 +184,8 @@ class Observer:
             self.problems.append(f"restored: {len(over)} mappings too many, as {over[0]}")
         if count_nameless(mappings) > self.nameless:
             self.problems.append("restored: reserved address space is left behind")
-        if huge > self.huge or locked:
+        # In place, the pages are the file's own, and stay what they have become.
+        if (huge > self.huge and self.result["backing"] != "in_place") or locked:
             self.problems.append(f"restored: {huge} huge and {locked} locked bytes are left")
 
     def _remember(self, told: dict[str, Any], core: dict[str, Any], huge: int, locked: int) -> None:
