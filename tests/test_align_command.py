@@ -94,7 +94,7 @@ def test_align_check_undo(file: Path, own_list: Path) -> None:
     assert command("--undo", file).returncode == 0
     assert unchanged(file, before) and own_list.read_text() == ""
     again = command("--undo", file)
-    assert again.returncode == 1 and "was not aligned" in again.stderr
+    assert again.returncode == 1 and "not aligned by page-primer" in again.stdout
 
 
 def test_an_upgrade_is_noticed_and_mended(file: Path, library: Path) -> None:
