@@ -145,6 +145,43 @@ def test_program(kind: list[str], tmp_path: Path) -> None:
     assert subprocess.run([file]).returncode == expected
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_overlayfs(tmp_path: Path) -> None:
+    """A container's file system: the kernel joins no mappings there, and aligns none by itself."""
+    lower, upper, work, point = (tmp_path / name for name in ("lower", "upper", "work", "point"))
+    for directory in (lower, upper, work, point):
+        directory.mkdir()
+    link(lower / "below.so", "-Wl,-z,separate-code")
+    aligned_copy(lower / "below.so")
+    link(lower / "above.so", "-Wl,-z,separate-code")
+    program = (
+        "import ctypes, sys\n"
+        "from page_primer.images import align\n"
+        "from page_primer import cli\n"
+        "assert cli.main(['align', 'above.so']) == 0\n"
+        "found = []\n"
+        "for name in ('below', 'above'):\n"
+        "    lib = ctypes.CDLL(f'./{name}.so'); lib.filling(); lib.answer(1)\n"
+        "    maps = [line.split() for line in open('/proc/self/maps') if f'/{name}.so' in line]\n"
+        "    (code,) = [row for row in maps if 'x' in row[1]]\n"
+        "    assert code[1:3] == ['r-xp', '00000000'], maps\n"
+        f"    assert int(code[0].split('-')[0], 16) % {PMD} == 0, maps\n"
+        "print('good')"
+    )
+    options = f"lowerdir={lower},upperdir={upper},workdir={work}"
+    script = 'mount -t overlay overlay -o "$0" "$1" || exit 77; cd "$1"; exec "$2" -c "$3"'
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script, options, point, sys.executable, program],
+        capture_output=True, text=True,
+        env={**os.environ, "PAGE_PRIMER_ALIGNED": str(tmp_path / "list")},
+    )  # fmt: skip
+    if done.returncode == 77:
+        pytest.skip(f"no overlayfs here ({done.stderr.strip()})")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("good\n")
+    assert align.look(str(upper / "above.so")).state == ALIGNED
+
+
 def test_twice_is_once(tmp_path: Path) -> None:
     file = link(tmp_path / "libx.so")
     aligned_copy(file)

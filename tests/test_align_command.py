@@ -94,7 +94,7 @@ def test_align_check_undo(file: Path, own_list: Path) -> None:
     assert command("--undo", file).returncode == 0
     assert unchanged(file, before) and own_list.read_text() == ""
     again = command("--undo", file)
-    assert again.returncode == 1 and "was not aligned" in again.stderr
+    assert again.returncode == 1 and "not aligned by page-primer" in again.stdout
 
 
 def test_an_upgrade_is_noticed_and_mended(file: Path, library: Path) -> None:
@@ -191,8 +191,13 @@ def test_libraries(tmp_path: Path, library: Path) -> None:
     assert {path: state for path, state in found.items() if path != "text.so"} == expected
 
 
-def test_another_python_is_an_error() -> None:
+def test_another_python_is_an_error(tmp_path: Path) -> None:
     assert command("--python", "/bin/true").returncode == 2
+    python = Path(shutil.copy2(next(iter(KINDS.values())), tmp_path / "python3"))
+    edited(python, 1, 2, 16, 1 << 44)
+    done = command("--python", python)
+    assert done.returncode == 2 and "too far apart" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
     assert command("--again", "/bin/true").returncode == 2
 
 

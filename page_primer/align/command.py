@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     Table = Callable[[Sequence[str], Sequence[Sequence[str]]], None]
 
 NO_LONGER = "no longer aligned"
+NOT_ALIGNED = "not aligned by page-primer"  # nothing to undo
 DONE, UNDONE, FAILED = "aligned now", "undone", "failed"
 
 _HELP = """
@@ -67,10 +68,9 @@ def run(given: argparse.Namespace, show_table: Table) -> int:
     with _ended_by_signals():
         for path, python, named in _files(given):
             row = _one(given, path, python)
-            if row["state"] in (TOO_SMALL, REFUSED) and not named:
-                if row["state"] == TOO_SMALL:
-                    continue
-                row["named"] = False
+            row["named"] = named
+            if row["state"] in (TOO_SMALL, NOT_ALIGNED) and not named:
+                continue
             rows.append(row)
             if given.verb_changes and not given.json:
                 _say(row)
@@ -103,13 +103,13 @@ def _files(given: argparse.Namespace) -> Iterator[tuple[str, str | None, bool]]:
                 yield path, found.python, False
     elif given.check:
         for path in aligned.all_listed():
-            if path not in once:
+            if path not in once and os.path.exists(path):
                 yield path, found.python, True
 
 
 def _one(given: argparse.Namespace, path: str, python: str | None) -> dict[str, Any]:
     state = align.look(path, merge=not given.no_merge)
-    row: dict[str, Any] = {**state.as_dict(), "note": "", "named": True}
+    row: dict[str, Any] = {**state.as_dict(), "note": ""}
     if given.check:
         if state.state in (CAN_BE, REFUSED) and path in aligned.all_listed():
             row["state"] = NO_LONGER
@@ -135,7 +135,7 @@ def _undo(state: State, row: dict[str, Any], *, change: bool) -> None:
             align.undo(state.path)
             _record(state.path, row, listed=False)
     elif state.state != REFUSED:
-        row.update(state=REFUSED, reason="was not aligned by page-primer")
+        row["state"] = NOT_ALIGNED
         if change and state.path in aligned.all_listed():
             _record(state.path, row, listed=False)
 
@@ -150,12 +150,18 @@ def _record(path: str, row: dict[str, Any], *, listed: bool) -> None:
 
 @contextlib.contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the command as Ctrl-C does: what was begun is removed."""
+    """A signal ends the command with what was begun removed, and no traceback; a signal that is
+    ignored (nohup) stays so."""
 
     def end(number: int, _frame: object) -> NoReturn:
         sys.exit(128 + number)
 
-    before = {n: signal.signal(n, end) for n in (signal.SIGTERM, signal.SIGHUP)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {
+        number: signal.signal(number, end)
+        for number in numbers
+        if signal.getsignal(number) != signal.SIG_IGN
+    }
     try:
         yield
     finally:
@@ -202,5 +208,7 @@ def _status(given: argparse.Namespace, rows: list[dict[str, Any]]) -> int:
     if given.check:
         return 1 if CAN_BE in states or NO_LONGER in states else 0
     if FAILED in states:
+        return 1
+    if given.undo and given.paths and NOT_ALIGNED in states:
         return 1
     return 1 if any(row["state"] == REFUSED and row["named"] for row in rows) else 0

@@ -8,6 +8,9 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING, NamedTuple
 
+from page_primer.images.original import Refused, read
+from page_primer.images.replace import opened
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -59,12 +62,27 @@ def interpreter(python: str | None) -> Interpreter:
         lines = done.stdout.decode(errors="surrogateescape").splitlines()
         program, code, places = json.loads(lines[-1])
     except (OSError, subprocess.TimeoutExpired, ValueError, IndexError) as error:
-        raise ValueError(f"{python} does not answer as a Python interpreter ({error})") from error
+        why = _defect(python)
+        raise ValueError(
+            f"{python} does not answer as a Python interpreter{f': {why}' if why else ''}"
+        ) from error
     if not code or not code.startswith("/"):
         raise ValueError(f"the file with the code of {python} was not found")
     if code.endswith(" (deleted)"):
         raise ValueError(f"{code.removesuffix(' (deleted)')} was replaced just now; try again")
     return Interpreter(python, program, os.path.realpath(code), places)
+
+
+def _defect(python: str) -> str:
+    """What is wrong with a program's file, if that can be said."""
+    try:
+        with opened(python) as fd:
+            read(fd)
+    except Refused as why:
+        return str(why)
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
 
 
 def libraries(places: list[str], smallest: int) -> Iterator[str]:
