@@ -8,8 +8,8 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING, NamedTuple
 
-from page_primer.images.original import Refused, read
-from page_primer.images.replace import opened
+from page_primer.align.original import Refused, read
+from page_primer.align.replace import opened
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
