@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import sys
 
+from page_primer._lean import is_ours
 from page_primer.options import Options
 from page_primer.report import Report, shortage
 
@@ -80,17 +81,18 @@ def restore() -> Report:
 
 def on_process(action: Callable[[Process], Report]) -> Report:
     """Do something to this process, one thing at a time; where that cannot be, the report says why.
-    Whatever surprise the environment has, the server runs on."""
-    reason = _unsupported()
-    if reason is None:
-        try:
-            reason = _too_little_memory()
-            if reason is None:
-                return _alone(action)
-        except ImportError as error:  # built without its C core
-            reason = f"not available here: {error}"
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
+    Whatever surprise the environment has, the server runs on; what a signal handler of the host
+    raises reaches the host, after the call has come to its end."""
+    try:
+        reason = _unsupported() or _too_little_memory()
+        if reason is None:
+            return _alone(action)
+    except ImportError as error:  # built without its C core
+        reason = f"not available here: {error}"
+    except Exception as error:
+        if not is_ours(error):
+            raise
+        reason = f"{type(error).__name__}: {error}"
     return Report(pid=os.getpid(), reason=reason)
 
 
@@ -99,17 +101,19 @@ def _alone(action: Callable[[Process], Report]) -> Report:
 
     from page_primer.apply import fork
     from page_primer.apply.process import process
+    from page_primer.kernel.signals import deferred
 
     fork.enter()
     try:
         if process.owner == get_ident():
             reason = "called by a signal handler while it was under way"
             return Report(pid=os.getpid(), reason=reason)
-        process.owner = get_ident()
-        try:
-            return action(process)
-        finally:
-            process.owner = 0
+        with deferred():
+            process.owner = get_ident()
+            try:
+                return action(process)
+            finally:
+                process.owner = 0
     finally:
         fork.mutex.release()
 

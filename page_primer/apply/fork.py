@@ -44,14 +44,21 @@ def watch(in_child: Callable[[], None]) -> None:
 
 
 def _before() -> None:
-    _forking.discard(get_ident())
-    # A signal handler may raise while this waits, and the fork goes on all the same.
+    # Whatever a signal handler raises while this waits: a fork amid another thread's call would
+    # leave the child the loader's lock, which nobody there would release.
+    raised: BaseException | None = None
     if mutex._is_owned():  # type: ignore[attr-defined]
         mutex.acquire()
     else:
         with _turnstile:
-            mutex.acquire()
+            while not mutex._is_owned():  # type: ignore[attr-defined]
+                try:
+                    mutex.acquire()
+                except BaseException as error:
+                    raised = error
     _forking.add(get_ident())
+    if raised is not None:
+        raise raised  # of which the interpreter makes an "unraisable" one
 
 
 def _after_in_parent() -> None:

@@ -86,6 +86,8 @@ class Process:
         self.mlocks.unlock()
         self.registry.put_back_all()
         self.mlocks.give_back_to_host()
+        loaded = {(base, headers) for _, base, headers in _core.objects()[2]}
+        self.objects = tuple(obj for obj in self.objects if key_of(obj) in loaded)
         self.options = None
         self.report = self._measure((), smaps.read_smaps(), began)
         return self.report

@@ -5,7 +5,7 @@ An object is entered before it is moved, so that whatever interrupts the move ca
 
 from __future__ import annotations
 
-from page_primer import plan
+from page_primer import _core, plan
 from page_primer._lean import Record, replace, suppress
 from page_primer.apply.swap import Key, Primed, key_of, put_back
 from page_primer.backing.in_place import ALREADY
@@ -152,8 +152,12 @@ class Registry:
         return primed.object
 
     def put_back_all(self) -> None:
-        """Put back what can be; of the rest the report says why."""
+        """Put back what can be; of the rest the report says why. What was unloaded is forgotten."""
+        loaded = {(base, headers) for _, base, headers in _core.objects()[2]}
         for key, primed in list(self.primed.items()):
+            if key not in loaded:
+                self.forget(key)
+                continue
             try:
                 self.put_back(key)
             except OSError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from page_primer import _core
-from page_primer._lean import Record, cached, suppress
+from page_primer._lean import Record, cached, is_ours, suppress
 from page_primer.elf.file import PF_X
 from page_primer.elf.objects import Object, Region
 from page_primer.images import store
@@ -120,7 +120,10 @@ def place_all(regions: Sequence[Region], prepare: Callable[[Region], Piece]) -> 
 
 
 def reason_of(error: OSError) -> str:
-    """An OSError in few words, with the step where the core says which."""
+    """An OSError in few words, with the step where the core says which. One that a signal handler
+    of the host raised (TimeoutError is one) is no reason, and goes on to the host."""
+    if not is_ours(error):
+        raise error
     step = getattr(error, "step", None)
     if step:
         return f"{step}: {os.strerror(error.errno or 0)}"

@@ -1,0 +1,148 @@
+"""What the host does in the midst of prime(): handlers that raise, forks, unloading."""
+
+import os
+import textwrap
+
+import pytest
+from process import Process
+from test_hostile import build_library
+
+INTERRUPT = """
+    import os, random, signal, time, page_primer
+    class Limit(Exception): pass
+    def handler(*_): raise {raised}
+    signal.signal(signal.SIGALRM, handler)
+    options = dict(backing={backing!r}, image_dir={images!r})
+    def once():
+        page_primer.prime(**options)
+        page_primer.restore()
+    def state():
+        lines = open("/proc/self/status").read().splitlines()
+        status = dict(line.split(":", 1) for line in lines)
+        spans = [line.split()[0].split("-") for line in open("/proc/self/maps")]
+        size = sum(int(end, 16) - int(start, 16) for start, end in spans)
+        return [len(spans), size, int(status["VmLck"].split()[0]), len(os.listdir("/proc/self/fd"))]
+    for _ in range(20):
+        once()
+    began = time.time()
+    once()
+    took = time.time() - began
+    before, raised, reasons = state(), 0, set()
+    for _ in range(100):
+        try:
+            try:
+                signal.setitimer(signal.ITIMER_REAL, random.uniform(0.0002, took))
+                reasons.add(page_primer.prime(**options).reason)
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+        except ({caught}):
+            raised += 1
+        page_primer.restore()
+    result = raised, sorted(map(str, reasons)), before, state()
+"""
+
+
+@pytest.mark.parametrize("raised", ["Limit", "KeyboardInterrupt", "TimeoutError"])
+@pytest.mark.parametrize("backing", ["image", "memfd", "anonymous"])
+def test_what_a_signal_handler_raises_reaches_its_host(python, images, backing, raised):
+    """And nothing stays behind: mappings, locks, descriptors."""
+    code = INTERRUPT.format(raised=raised, backing=backing, images=str(images), caught=raised)
+    with Process(python) as process:
+        count, reasons, before, after = process.run(textwrap.dedent(code))
+    assert count > 10
+    assert set(reasons) <= {"None"}, reasons
+    assert after[2:] == before[2:]
+    assert after[0] <= before[0] + 2  # an arena of the interpreter's own
+    assert after[1] <= before[1] + (4 << 20)
+
+
+def test_a_fork_amid_another_threads_call_is_not_disturbed_by_a_handler(python, images):
+    code = f"""
+        import os, random, signal, sys, threading, page_primer
+        options = dict(image_dir={str(images)!r})
+        page_primer.prime(**options); page_primer.restore()
+        class Timeout(Exception): pass
+        def handler(*_): raise Timeout
+        signal.signal(signal.SIGALRM, handler)
+        sys.unraisablehook = lambda _: None
+        stop = False
+        def loop():
+            while not stop:
+                page_primer.prime(**options)
+                page_primer.restore()
+        thread = threading.Thread(target=loop)
+        thread.start()
+        told = []
+        for _ in range(20):
+            read, write = os.pipe()
+            child = None
+            try:
+                signal.setitimer(signal.ITIMER_REAL, random.uniform(0.0003, 0.004))
+                child = os.fork()
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                if child == 0:
+                    page_primer.prime(**options)
+                    os.write(write, (page_primer.prime(**options).reason or "fine").encode())
+                    os._exit(0)
+            except Timeout:
+                if child == 0:
+                    os._exit(1)
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            os.close(write)
+            if child:
+                told.append(os.read(read, 999).decode())
+                os.waitpid(child, 0)
+            os.close(read)
+        stop = True
+        thread.join()
+        result = told
+    """
+    with Process(python) as process:
+        told = process.run(textwrap.dedent(code))
+    assert told
+    assert set(told) <= {"fine", ""}  # of a child that the handler ended, nothing is heard
+
+
+def test_threads_that_prime_without_pause_do_not_starve_a_fork(python, images):
+    code = f"""
+        import os, threading, page_primer
+        options = dict(image_dir={str(images)!r})
+        page_primer.prime(**options)
+        stop = False
+        def loop(n):
+            while not stop:
+                page_primer.prime(**options, limit=(64 + n) << 20)
+        threads = [threading.Thread(target=loop, args=(n,)) for n in range(4)]
+        for thread in threads:
+            thread.start()
+        for _ in range(5):
+            child = os.fork()
+            if child == 0:
+                os._exit(0)
+            os.waitpid(child, 0)
+        stop = True
+        for thread in threads:
+            thread.join()
+        result = "forked"
+    """
+    with Process(python) as process:
+        assert process.run(textwrap.dedent(code)) == "forked"
+
+
+def test_what_was_unloaded_is_forgotten(python, images, tmp_path):
+    library = build_library(tmp_path, "libbig.so")
+    with Process(python) as process:
+        process.prime(image_dir=str(images))
+        process.restore()
+        process.run(f"import ctypes; lib = ctypes.CDLL({str(library)!r}); result = None")
+        before = len(os.listdir(f"/proc/{process.pid}/fd"))
+        report = process.prime(image_dir=str(images))
+        assert str(library) in report["moved"]
+        process.run(
+            "dl = ctypes.CDLL(None); dl.dlclose.argtypes = [ctypes.c_void_p]\n"
+            "dl.dlclose(lib._handle)"
+        )
+        report = process.restore()
+        assert str(library) not in [obj["path"] for obj in report["objects"]]
+        assert len(os.listdir(f"/proc/{process.pid}/fd")) == before
