@@ -20,9 +20,13 @@ if sys.platform != "linux":
 
 from page_primer import _lean as record
 from page_primer import doctor, plan
-from page_primer.doctor import Coverage, Directory, Mount, Process, Settings, Trial
+from page_primer.doctor import checks, coverage, directories, facts, locking
+from page_primer.doctor.coverage import Coverage
+from page_primer.doctor.facts import Directory, Process, Settings
+from page_primer.doctor.probes import Trial
 from page_primer.elf.file import PF_R, PF_W, PF_X
 from page_primer.elf.objects import Object, Segment
+from page_primer.kernel.mounts import Mount, mount_of
 from page_primer.options import Options
 from page_primer.survey import Survey
 
@@ -36,6 +40,7 @@ needs_root = pytest.mark.skipif(not ROOT, reason="needs root, to give a director
 PRELUDE = """
 import ctypes, json, os, subprocess, sys
 from page_primer import doctor, prime
+from page_primer.doctor import examination, facts, locking
 from page_primer.options import Options
 
 def examine(**values):
@@ -279,7 +284,7 @@ def test_memory_lock_limit(tmp_path: Path) -> None:
 
 
 def test_memory_lock_limit_that_holds_the_code_alone(tmp_path: Path) -> None:
-    sizes = "say(doctor.lock_sizes(*doctor._Examination(Options()).seen(), Options()))"
+    sizes = "say(locking.lock_sizes(*examination.Examination(Options()).seen(), Options()))"
     code, everything = run(sizes, tmp_path)
     assert 0 < code < everything
     found, refused, locked, _ = run(LOCKING, tmp_path, *limited(code))
@@ -300,7 +305,7 @@ def test_capability_overrides_the_limit(tmp_path: Path) -> None:
 def test_lock_sizes_are_those_that_prime_locks(tmp_path: Path) -> None:
     program = """
 options = Options.load()
-sizes = doctor.lock_sizes(*doctor._Examination(options).seen(), options)
+sizes = locking.lock_sizes(*examination.Examination(options).seen(), options)
 report = prime(options)
 core = report.interpreter
 code = 0
@@ -325,9 +330,9 @@ say([sizes, code, report.lock_wanted_bytes, core.backing])
 DIRECTORY = """
 path = sys.argv[1] if len(sys.argv) > 1 else os.environ["DIRECTORY"]
 before = check("image directory " + path, image_dir=path)
-doctor.read_container = lambda: ("made up", "overlay")
+facts.read_container = lambda: ("made up", "overlay")
 inside = check("image directory " + path, image_dir=path)
-doctor.read_container = lambda: (None, "ext4")
+facts.read_container = lambda: (None, "ext4")
 fix = check("image directory " + path, image_dir=path)["fix"]
 if fix:
     subprocess.run(fix, shell=True, check=True)
@@ -494,7 +499,7 @@ FREE = Process(thp_disabled=False, mdwe=0, soft=8 * MIB, hard=8 * MIB, capable=F
     ],
 )
 def test_kernel(version: tuple[int, int], status: str, ext4: bool, xfs: bool) -> None:
-    found = doctor.judge_kernel(version)
+    found = checks.judge_kernel(version)
     assert found.status == status
     assert found.found.startswith(f"Linux {version[0]}.{version[1]}: ")
     assert ("images on ext4" in found.found) == ext4
@@ -516,7 +521,7 @@ def test_kernel(version: tuple[int, int], status: str, ext4: bool, xfs: bool) ->
 )
 def test_shmem(kernel: tuple[int, int], shmem: str, of_size: str, fix: str | None) -> None:
     settings = replace(PLAIN, kernel=kernel, shmem=shmem, shmem_of_size=of_size)
-    found = doctor.judge_shmem(settings)
+    found = checks.judge_shmem(settings)
     assert found.status == ("warning" if fix else "ok")
     if fix is None:
         assert found.fix is None
@@ -524,20 +529,20 @@ def test_shmem(kernel: tuple[int, int], shmem: str, of_size: str, fix: str | Non
         assert found.fix is not None
         assert found.fix.endswith(f"> /sys/kernel/mm/transparent_hugepage/{fix}")
     # What a failed trial of a memfd is put down to.
-    failed = doctor.judge_memory(Trial("memfd", "memfd", 2 * PMD, 0), settings, FREE)
+    failed = directories.judge_memory(Trial("memfd", "memfd", 2 * PMD, 0), settings, FREE)
     assert ("shmem_enabled" in failed.found) == (fix is not None)
 
 
 def test_thp() -> None:
-    assert doctor.judge_thp(PLAIN).status == "ok"
-    assert doctor.judge_thp(replace(PLAIN, pmd=0)).status == "problem"
-    assert doctor.judge_thp(replace(PLAIN, pmd=512 * MIB)).status == "problem"
+    assert checks.judge_thp(PLAIN).status == "ok"
+    assert checks.judge_thp(replace(PLAIN, pmd=0)).status == "problem"
+    assert checks.judge_thp(replace(PLAIN, pmd=512 * MIB)).status == "problem"
     never = replace(PLAIN, thp="never")
-    assert doctor.judge_thp(never).status == "ok"  # MADV_COLLAPSE does not ask
-    old = doctor.judge_thp(replace(never, kernel=(5, 10), thp_of_size=""))
+    assert checks.judge_thp(never).status == "ok"  # MADV_COLLAPSE does not ask
+    old = checks.judge_thp(replace(never, kernel=(5, 10), thp_of_size=""))
     assert old.status == "warning"
     assert old.fix == "echo madvise > /sys/kernel/mm/transparent_hugepage/enabled"
-    assert doctor.judge_thp(replace(never, kernel=(5, 10), thp_of_size="always")).status == "ok"
+    assert checks.judge_thp(replace(never, kernel=(5, 10), thp_of_size="always")).status == "ok"
 
 
 def test_mount_of() -> None:
@@ -548,23 +553,23 @@ def test_mount_of() -> None:
         "25 22 8:2 / /mnt/a rw - xfs /dev/sda2 ro\n"
         "garbage\n"
     )
-    assert doctor.mount_of("/mnt/ab", mountinfo).point == "/"
-    assert doctor.mount_of("/", mountinfo).filesystem == "overlay"
-    blank = doctor.mount_of("/mnt/a b/c", mountinfo)
+    assert mount_of("/mnt/ab", mountinfo).point == "/"
+    assert mount_of("/", mountinfo).filesystem == "overlay"
+    blank = mount_of("/mnt/a b/c", mountinfo)
     assert (blank.point, blank.filesystem) == ("/mnt/a b", "tmpfs")
     assert "noexec" in blank.options
-    later = doctor.mount_of("/mnt/a", mountinfo)  # hides the earlier one
+    later = mount_of("/mnt/a", mountinfo)  # hides the earlier one
     assert later.filesystem == "xfs"
     assert "ro" in later.options
-    assert doctor.mount_of("/mnt", "") == Mount("", "")
+    assert mount_of("/mnt", "") == Mount("", "")
 
 
 def test_mount_of_agrees_with_the_kernel(tmp_path: Path) -> None:
     mountinfo = Path("/proc/self/mountinfo").read_text()
     for path in ("/", "/proc", "/sys/kernel", str(tmp_path.resolve())):
-        mount = doctor.mount_of(path, mountinfo)
+        mount = mount_of(path, mountinfo)
         assert os.stat(path).st_dev == os.stat(mount.point).st_dev, path
-    assert doctor.mount_of("/proc/self", mountinfo).filesystem == "proc"
+    assert mount_of("/proc/self", mountinfo).filesystem == "proc"
 
 
 @pytest.mark.parametrize(
@@ -580,47 +585,47 @@ def test_mount_of_agrees_with_the_kernel(tmp_path: Path) -> None:
 def test_container_sign(
     files: tuple[str, ...], environment: str, cgroup: str, sign: str | None
 ) -> None:
-    assert doctor.container_sign(files, environment, cgroup) == sign
+    assert facts.container_sign(files, environment, cgroup) == sign
 
 
 def test_container() -> None:
-    assert doctor.judge_container(None, "ext4").status == "ok"
-    found = doctor.judge_container(None, "overlay")
+    assert checks.judge_container(None, "ext4").status == "ok"
+    found = checks.judge_container(None, "overlay")
     assert found.status == "info"
     assert "unaligned" in found.found
 
 
 def test_locking() -> None:
     code, everything = 4 * MIB, 20 * MIB
-    fits = doctor.judge_locking(replace(FREE, soft=None, hard=None), code, everything, None, None)
+    fits = locking.judge_locking(replace(FREE, soft=None, hard=None), code, everything, None, None)
     assert fits.status == "ok"
     assert "unlimited" in fits.found
 
-    some = doctor.judge_locking(FREE, code, everything, None, "no")
+    some = locking.judge_locking(FREE, code, everything, None, "no")
     assert some.status == "warning"
     assert some.fix == (
         "LimitMEMLOCK=21M (systemd), --ulimit memlock=22020096 (Docker) or ulimit -l 21504"
     )
-    easy = doctor.judge_locking(replace(FREE, hard=64 * MIB), code, everything, None, "no")
+    easy = locking.judge_locking(replace(FREE, hard=64 * MIB), code, everything, None, "no")
     assert easy.fix == f"{some.fix}, which needs no privilege here"
 
-    used = doctor.judge_locking(replace(FREE, locked=8 * MIB), code, everything, "no", "no")
+    used = locking.judge_locking(replace(FREE, locked=8 * MIB), code, everything, "no", "no")
     assert used.status == "problem"
     assert used.fix is not None
     assert used.fix.startswith("LimitMEMLOCK=29M ")
 
     # No limit explains it, so none is to be raised: a sandbox.
-    odd = doctor.judge_locking(replace(FREE, soft=None), code, everything, "no", "no")
+    odd = locking.judge_locking(replace(FREE, soft=None), code, everything, "no", "no")
     assert (odd.status, odd.fix) == ("problem", None)
 
 
 def test_pool() -> None:
     asked = Options(backing="hugetlb")
-    assert doctor.judge_pool(PLAIN, Options(), 2).status == "info"
-    short = doctor.judge_pool(replace(PLAIN, pool=5, pool_free=1), asked, 2)
+    assert checks.judge_pool(PLAIN, Options(), 2).status == "info"
+    short = checks.judge_pool(replace(PLAIN, pool=5, pool_free=1), asked, 2)
     assert (short.status, short.fix) == ("problem", "sysctl vm.nr_hugepages=6")
-    assert doctor.judge_pool(replace(PLAIN, pool=5, pool_free=2), asked, 2).status == "ok"
-    none = doctor.judge_pool(replace(PLAIN, pool=None), asked, 2)
+    assert checks.judge_pool(replace(PLAIN, pool=5, pool_free=2), asked, 2).status == "ok"
+    none = checks.judge_pool(replace(PLAIN, pool=None), asked, 2)
     assert (none.status, none.fix) == ("problem", "sysctl vm.nr_hugepages=2")
 
 
@@ -628,7 +633,7 @@ def judge(filesystem: str, kernel: tuple[int, int], huge: int, **values: Any) ->
     directory = Directory("/i", Mount("/", filesystem), user=1000, free=1 << 30)
     trial = Trial("image", "/i", 2 * PMD, huge)
     settings = replace(PLAIN, kernel=kernel)
-    return doctor.judge_directory(trial, directory, settings, needed=8 * MIB, **values)
+    return directories.judge_directory(trial, directory, settings, needed=8 * MIB, **values)
 
 
 def test_directory_that_is_not_huge() -> None:
@@ -650,7 +655,7 @@ def test_directory_that_is_not_huge() -> None:
 def test_directory_that_may_not_be_made() -> None:
     directory = Directory("/srv/i", Mount("/", "ext4", frozenset({"rw"})), user=1000)
     trial = Trial("image", "/srv/i", refused="Permission denied", number=errno.EACCES)
-    found = doctor.judge_directory(trial, directory, PLAIN, needed=8 * MIB)
+    found = directories.judge_directory(trial, directory, PLAIN, needed=8 * MIB)
     assert found.fix == "install -d -m 0755 -o 1000 /srv/i"
 
 
@@ -674,14 +679,14 @@ def made_up(phase: int, *, fixed: bool = False) -> Object:
 def test_anchors_need_a_directory_that_is_ours_alone(tmp_path: Path) -> None:
     directory = tmp_path / "store"
     options = Options(image_dir=str(directory))
-    assert doctor._has_directory(options)  # it can be made
+    assert coverage.has_directory(options)  # it can be made
     directory.symlink_to(tmp_path / "nothing")
-    assert not doctor._has_directory(options)
+    assert not coverage.has_directory(options)
     directory.unlink()
     directory.mkdir()
     for mode, usable in ((0o755, True), (0o777, False)):
         directory.chmod(mode)
-        assert doctor._has_directory(options) == usable
+        assert coverage.has_directory(options) == usable
 
 
 @pytest.mark.parametrize("merge", [True, False])
@@ -692,7 +697,7 @@ def test_coverage_of_made_up_layouts(merge: bool, keep: bool) -> None:
     for phase in range(0, PMD, 0x3B000 // 0x1000 * 0x1000):
         obj = made_up(phase)
         survey = Survey((obj,), PMD, False, 1, (1, 0))
-        layout = doctor._describe(survey, plan.make(survey, options))
+        layout = coverage.describe(survey, plan.make(survey, options))
         code = next(s for s in obj.segments if s.code)
         low, high = -(-obj.start // PMD) * PMD, obj.segments[2].end // PMD * PMD
         if not merge:
@@ -700,8 +705,8 @@ def test_coverage_of_made_up_layouts(merge: bool, keep: bool) -> None:
         expected = max(min(high, code.address + code.size) - max(low, code.start), 0)
         assert layout.image.huge_bytes == expected, hex(phase)
         assert layout.phase == phase
-        for coverage in (layout.image, layout.memory):
-            assert coverage.huge_bytes + sum(coverage.left.values()) == layout.code_bytes
+        for share in (layout.image, layout.memory):
+            assert share.huge_bytes + sum(share.left.values()) == layout.code_bytes
         heads = {obj.start // PMD, code.start // PMD} if keep else set()
         in_memory = sum(
             max(min(chunk * PMD + PMD, code.address + code.size) - max(chunk * PMD, code.start), 0)
@@ -709,7 +714,7 @@ def test_coverage_of_made_up_layouts(merge: bool, keep: bool) -> None:
             if chunk not in heads
         )
         assert layout.memory.huge_bytes == in_memory, hex(phase)
-        found = doctor.judge_interpreter(layout, options)
+        found = coverage.judge_interpreter(layout, options)
         seen.add(found.status)
         if not expected:
             assert found.status == "problem"
@@ -723,33 +728,33 @@ def test_coverage_of_made_up_layouts(merge: bool, keep: bool) -> None:
 def test_interpreter_that_cannot_be_moved() -> None:
     obj = record.replace(made_up(0, fixed=True), problem="file deleted or replaced on disk")
     survey = Survey((obj,), PMD, False, 1, (1, 0))
-    layout = doctor._describe(survey, plan.make(survey, Options()))
+    layout = coverage.describe(survey, plan.make(survey, Options()))
     assert layout.kind == "static, ET_EXEC"
-    found = doctor.judge_interpreter(layout, Options())
+    found = coverage.judge_interpreter(layout, Options())
     assert (found.status, found.fix) == ("problem", "restart this process")
 
 
 def test_backing() -> None:
     survey = Survey((made_up(0),), PMD, False, 1, (1, 0))
-    layout = doctor._describe(survey, plan.make(survey, Options()))
+    layout = coverage.describe(survey, plan.make(survey, Options()))
     image, memfd = Trial("image", "/i", 4, 4), Trial("memfd", "memfd", 4, 4)
     failed = Trial("image", "/i", 4, 2)
 
-    found = doctor.judge_backing([failed, image, memfd], layout, Options(), (6, 18))
+    found = coverage.judge_backing([failed, image, memfd], layout, Options(), (6, 18))
     assert found.status == "ok"
     assert found.found.startswith("image in /i, with 100 %")
 
-    found = doctor.judge_backing([failed, memfd], layout, Options(), (6, 18))
+    found = coverage.judge_backing([failed, memfd], layout, Options(), (6, 18))
     assert found.status == "warning"
     assert "profilers lose" in found.found
-    named = doctor.judge_backing([memfd], layout, Options(backing="memfd"), (6, 18))
+    named = coverage.judge_backing([memfd], layout, Options(backing="memfd"), (6, 18))
     assert named.status == "ok"
-    old = doctor.judge_backing([memfd], layout, Options(), (5, 10))
+    old = coverage.judge_backing([memfd], layout, Options(), (5, 10))
     assert old.fix == "boot Linux 6.1 or newer"
 
-    assert doctor.judge_backing([failed], layout, Options(), (6, 18)).status == "problem"
+    assert coverage.judge_backing([failed], layout, Options(), (6, 18)).status == "problem"
     nothing = replace(layout, memory=Coverage(0, 0.0, {plan.PROFILERS_HEAD: layout.code_bytes}))
-    found = doctor.judge_backing([memfd], nothing, Options(), (6, 18))
+    found = coverage.judge_backing([memfd], nothing, Options(), (6, 18))
     assert (found.status, found.fix) == ("problem", "PAGE_PRIMER_KEEP_PROFILERS=0")
 
 
@@ -760,7 +765,7 @@ def test_render() -> None:
         doctor.Check("b", "ok", "well"),
     )
     survey = Survey((made_up(0x1000),), PMD, False, 1, (1, 0))
-    layout = doctor._describe(survey, plan.make(survey, Options()))
+    layout = coverage.describe(survey, plan.make(survey, Options()))
     text = doctor.render(checks, layout, width=60)
     lines = text.splitlines()
     assert f"         fix: {fix}" in lines
