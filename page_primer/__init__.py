@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from page_primer.apply.process import Process
     from page_primer.options import OptionValues
 
-__all__ = ["Options", "Report", "prime", "restore"]
+    __version__: str
+
+__all__ = ["Options", "Report", "__version__", "prime", "restore"]
 
 
 def prime(options: Options | None = None, /, **values: Unpack[OptionValues]) -> Report:
@@ -135,3 +137,19 @@ def _unsupported() -> str | None:
     if machine not in ("x86_64", "aarch64") or sys.maxsize < 1 << 32:
         return f"not supported on {machine}, {sys.maxsize.bit_length() + 1} bits"
     return None
+
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name):
+        """The version, found when it is asked for: importlib.metadata takes 20 ms to import."""
+        if name != "__version__":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        global __version__
+        from importlib import metadata
+
+        # Beside this package first: it need not be the one that sys.path leads to.
+        places = [os.path.dirname(os.path.dirname(os.path.abspath(__file__))), *sys.path]
+        found = metadata.distributions(name="page-primer", path=places)
+        __version__ = next((distribution.version for distribution in found), "unknown")
+        return __version__

@@ -184,7 +184,8 @@ class Report(Record):
                 + (f" ({core.place}{core.remedy})" if core.backing else "")
             )
         parts.append(
-            f"{mib(self.code_huge_bytes)} of {mib(self.code_bytes)} in {len(self.objects)} objects"
+            f"{mib(self.code_huge_bytes)} of {mib(self.code_bytes)} in "
+            f"{counted(len(self.objects), 'object')}"
         )
         left_out = self._left_out(OVER_LIMIT)
         if left_out:
@@ -308,6 +309,11 @@ def shortage(memory: Memory) -> str:
 def mib(size: int) -> str:
     """A size for people."""
     return f"{size / (1 << 20):.1f} MiB"
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things for people: "1 object", "2 objects"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def percent(part: int, whole: int) -> str:

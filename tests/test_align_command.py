@@ -334,7 +334,7 @@ def test_directories_that_do_not_take_it(kind: str, file: Path) -> None:
     if kind == "other's":
         # The user may read the file, and execute Python, but not write here.
         wrapper = ["setpriv", "--reuid", "4002", "--regid", "4002", "--clear-groups"]
-        if subprocess.run([*wrapper, sys.executable, "-c", "import page_primer.cli"],
+        if subprocess.run([*wrapper, sys.executable, "-c", "import page_primer.cli.main"],
                           capture_output=True).returncode:  # fmt: skip
             pytest.skip("other users cannot execute this Python")
         for directory in (place, *place.parents):

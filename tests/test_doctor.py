@@ -20,6 +20,7 @@ if sys.platform != "linux":
 
 from page_primer import _lean as record
 from page_primer import doctor, plan
+from page_primer.cli import tables
 from page_primer.doctor import checks, coverage, directories, facts, locking
 from page_primer.doctor.coverage import Coverage
 from page_primer.doctor.facts import Directory, Process, Settings
@@ -46,7 +47,7 @@ from page_primer.options import Options
 def examine(**values):
     options = Options.load(values)
     checks = doctor.examine(options)
-    doctor.render(checks, doctor.interpreter(options))
+    doctor.render(checks, doctor.interpreter(options), lambda *table: repr(table))
     return doctor.as_dict(checks)["checks"]
 
 def check(name, **values):
@@ -474,7 +475,7 @@ from page_primer.options import Options
 assert (only.name, only.status) == ("platform", "problem"), only
 assert "_core" in only.found, only
 assert doctor.interpreter(Options()) is None
-assert "1 problems" in doctor.render((only,), None)
+assert doctor.render((only,), None, lambda *table: "").endswith("0 warnings, 1 problem")
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
@@ -758,18 +759,28 @@ def test_backing() -> None:
     assert (found.status, found.fix) == ("problem", "PAGE_PRIMER_KEEP_PROFILERS=0")
 
 
+def lay_out(titles: Any, rows: Any, notes: Any) -> str:
+    return tables.plain(tables.Table(titles, rows, (0, 1, 2), wraps=True, notes=notes), 60)
+
+
 def test_render() -> None:
     fix = "echo " + " ".join(["something"] * 40)
-    checks = (
-        doctor.Check("a", "problem", "a finding of many words " * 10, fix),
+    found = (
+        doctor.Check("a", "problem", "2.0 MiB of many words " * 10, fix),
         doctor.Check("b", "ok", "well"),
+        doctor.Check("c", "warning", "not so well"),
+        doctor.Check("d", "warning", "neither"),
     )
     survey = Survey((made_up(0x1000),), PMD, False, 1, (1, 0))
     layout = coverage.describe(survey, plan.make(survey, Options()))
-    text = doctor.render(checks, layout, width=60)
+    text = doctor.render(found, layout, lay_out)
     lines = text.splitlines()
-    assert f"         fix: {fix}" in lines
-    assert all(len(line) <= 60 for line in lines[: lines.index("")] if "fix:" not in line)
-    assert lines[-1] == "1 ok, 0 warnings, 1 problems"
+    start = lines[0].index("found")
+    assert lines[1].startswith("  problem  a      2.0 MiB of many words 2.0 MiB")
+    assert f"{' ' * start}fix: {fix}" in lines
+    table = lines[: lines.index("")]
+    assert all(len(line) <= 60 for line in table if "fix:" not in line)
+    assert not [line for line in table if line.endswith("2.0")], "a number parted from its unit"
+    assert lines[-1] == "1 ok, 2 warnings, 1 problem"
     assert "load address is 0x1000 modulo" in text
-    assert json.loads(json.dumps(doctor.as_dict(checks, layout)))["checks"][1]["found"] == "well"
+    assert json.loads(json.dumps(doctor.as_dict(found, layout)))["checks"][1]["found"] == "well"

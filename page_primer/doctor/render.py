@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import re
-import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from page_primer.doctor.findings import OK, PROBLEM, WARNING, Check
-from page_primer.report import mib, percent
+from page_primer.report import counted, mib, percent
 
 if TYPE_CHECKING:
     from page_primer.doctor.coverage import Interpreter
+
+LayOut = Callable[
+    [tuple[str, ...], tuple[tuple[str, ...], ...], tuple["str | None", ...]],
+    str,
+]
+_COUNTED = (OK, WARNING, PROBLEM)
 
 
 def as_dict(checks: Iterable[Check], layout: Interpreter | None = None) -> dict[str, Any]:
@@ -23,28 +27,26 @@ def as_dict(checks: Iterable[Check], layout: Interpreter | None = None) -> dict[
     }
 
 
-def render(checks: Sequence[Check], layout: Interpreter | None = None, width: int = 100) -> str:
-    """Checks and layout as text for a terminal of `width` columns. Fixes are never wrapped, so that
-    they can be copied."""
-    lines = []
-    indent = " " * 9
-    for check in checks:
-        # No line ends between a number and its unit.
-        text = re.sub(r"(\d) (%|MiB)", "\\1\0\\2", f"{check.name}: {check.found}")
-        wrapped = textwrap.wrap(
-            text, max(width - 9, 30), break_long_words=False, break_on_hyphens=False
-        )
-        wrapped = [line.replace("\0", " ") for line in wrapped]
-        lines += [f"{check.status:<9}{wrapped[0]}", *(indent + line for line in wrapped[1:])]
-        if check.fix:
-            lines.append(f"{indent}fix: {check.fix}")
-    if layout:
-        lines += ["", *_draw(layout)]
-    counts = [
-        f"{sum(check.status == status for check in checks)} {word}"
-        for status, word in ((OK, "ok"), (WARNING, "warnings"), (PROBLEM, "problems"))
-    ]
-    return "\n".join([*lines, "", ", ".join(counts)])
+def render(checks: Sequence[Check], layout: Interpreter | None, lay_out: LayOut) -> str:
+    """Checks and layout as text.
+
+    Args:
+        checks: what examine() found.
+        layout: what interpreter() found.
+        lay_out: what makes a table of titles and rows, with a note beneath a row that has one.
+    """
+    table = lay_out(
+        ("", "check", "found"),
+        tuple((check.status, check.name, check.found) for check in checks),
+        tuple(f"fix: {check.fix}" if check.fix else None for check in checks),
+    )
+    counts = {status: sum(check.status == status for check in checks) for status in _COUNTED}
+    words = (
+        f"{counts[OK]} ok",
+        counted(counts[WARNING], WARNING),
+        counted(counts[PROBLEM], PROBLEM),
+    )
+    return "\n".join([table, *(["", *_draw(layout)] if layout else []), "", ", ".join(words)])
 
 
 def _draw(layout: Interpreter) -> Iterator[str]:
