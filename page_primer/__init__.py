@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import sys
 
-from page_primer.options import Options
+from page_primer.options import Options, unknown_variables
 from page_primer.report import Report, shortage
 
 TYPE_CHECKING = False
@@ -40,20 +40,26 @@ def prime(options: Options | None = None, /, **values: Unpack[OptionValues]) -> 
     Args:
         options: ready-made options; then `values` must be empty.
         remap: move code onto huge pages.
-        mlock: lock what ELF objects have mapped, the hottest code first: "all" of it (or True), or
-            the "code" alone; False for nothing.
-        backing: "auto", or one of "image", "memfd", "anonymous", "hugetlb".
-        merge: let read-only data share a huge page with code, and so become executable. Without it,
-            only ranges of one protection are moved.
-        keep_profilers: leave on the original file what profilers need to see there, or map
-            anchors to it (small files beside the images) where that will do.
-        perf_map: write /tmp/perf-PID.map with the symbols of code in memory without a file's name.
-        include: only objects whose path or file name matches one of these fnmatch patterns.
+        mlock: lock what ELF objects have mapped, the hottest code first: `all` of it (or true), the
+            `code` alone, or off (false).
+        backing: where code is moved to: `in_place`, `image`, `memfd`, `anonymous`, `hugetlb`, or
+            `auto` for the first of the first four that works.
+        merge: let read-only data share a huge page with code and so become executable, as it was in
+            every binary before `-z separate-code`; off: only ranges of one protection are moved.
+        keep_profilers: leave on the original file what profilers look for there, or map anchors to
+            it (small files beside the images) where that is enough.
+        perf_map: write `/tmp/perf-PID.map` with the symbols of code in memory without a file's
+            name, for perf.
+        include: only objects whose path or file name matches one of these fnmatch patterns
+            (`libpython*,*/numpy/*`).
         exclude: no objects whose path or file name matches one of these fnmatch patterns.
-        limit: bytes to copy at most for objects other than the interpreter; "64M" works too.
+        limit: bytes to copy at most for objects other than the interpreter, the hottest first;
+            `64M` works too.
         memory_share: of the memory that is available to this process (of the machine, and within
-            the limits of its memory cgroups), the share that copies and locks may take at most.
-        image_dir: the directory for images, absolute; by default the first that fits.
+            the limits of its memory cgroups), the share that copies and locks may take at most:
+            above 0, up to 1.
+        image_dir: absolute path of the directory for images; by default the first that gives huge
+            pages.
 
     What is not given comes from the environment (`PAGE_PRIMER_REMAP` and so on), then from the
     defaults. `PAGE_PRIMER=0` switches everything off.
@@ -67,7 +73,7 @@ def prime(options: Options | None = None, /, **values: Unpack[OptionValues]) -> 
     elif values:
         raise TypeError("prime() takes either Options or keyword arguments")
     if not options.enabled:
-        return Report(pid=os.getpid(), reason="switched off")
+        return _nothing_done("switched off")
     return on_process(lambda process: process.prime(options))
 
 
@@ -93,7 +99,11 @@ def on_process(action: Callable[[Process], Report]) -> Report:
             reason = f"not available here: {error}"
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
-    return Report(pid=os.getpid(), reason=reason)
+    return _nothing_done(reason)
+
+
+def _nothing_done(reason: str) -> Report:
+    return Report(pid=os.getpid(), reason=reason, unknown_variables=unknown_variables())
 
 
 def _alone(action: Callable[[Process], Report]) -> Report:
@@ -105,8 +115,7 @@ def _alone(action: Callable[[Process], Report]) -> Report:
     fork.enter()
     try:
         if process.owner == get_ident():
-            reason = "called by a signal handler while it was under way"
-            return Report(pid=os.getpid(), reason=reason)
+            return _nothing_done("called by a signal handler while it was under way")
         process.owner = get_ident()
         try:
             return action(process)

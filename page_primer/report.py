@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from page_primer._lean import Record, asdict
+from page_primer.options import nearest_variable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ class Report(Record):
     warn: tuple[str, ...] = ()  # what was asked for by name: "remap", "mlock"
     milliseconds: float = 0.0
     threads: int = 0
+    unknown_variables: tuple[str, ...] = ()  # named PAGE_PRIMER_*, and nothing reads them
 
     @property
     def code_bytes(self) -> int:
@@ -135,7 +137,7 @@ class Report(Record):
 
     def __str__(self) -> str:
         lines = [self.summary()]
-        lines += filter(None, (self._lock_shortfall(), self._memory_shortfall()))
+        lines += filter(None, (self._lock_shortfall(), self._memory_shortfall(), self._misspelt()))
         return "\n".join([*lines, *(f"  {line}" for line in self._details())])
 
     def log(self, logger: Logger | logging.Logger, *, since: Report | None = None) -> None:
@@ -167,9 +169,12 @@ class Report(Record):
         ):
             if shortfall and shortfall != before:
                 (logger.warning if needed else logger.info)("page-primer: %s", shortfall)
-        missed = self._remap_shortfall()
-        if missed and (since is None or missed != since._remap_shortfall()):
-            logger.warning("page-primer: %s", missed)
+        for missed, before in (
+            (self._remap_shortfall(), since and since._remap_shortfall()),
+            (self._misspelt(), since and since._misspelt()),
+        ):
+            if missed and missed != before:
+                logger.warning("page-primer: %s", missed)
 
     def summary(self) -> str:
         """The one line that log() writes at INFO."""
@@ -243,6 +248,14 @@ class Report(Record):
             return None
         why = "; ".join(core.notes) or "; ".join(_reasons(core)) or "no reason known"
         return f"no code of {core.name} is on huge pages ({why}); `page-primer doctor` explains"
+
+    def _misspelt(self) -> str | None:
+        """The variables that nothing reads, with those that may have been meant."""
+        if not self.unknown_variables:
+            return None
+        nearest = [(name, nearest_variable(name)) for name in self.unknown_variables]
+        words = [f"{name} (did you mean {near}?)" if near else name for name, near in nearest]
+        return f"unknown environment variable{'s' * (len(words) > 1)} {', '.join(words)}"
 
     def _details(self) -> list[str]:
         lines = []

@@ -9,7 +9,7 @@ import os
 import sys
 
 import page_primer
-from page_primer.options import NAMES
+from page_primer.options import TABLE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -77,9 +77,9 @@ def _parser() -> argparse.ArgumentParser:
         "run", help="start a command, and prime every Python process it leads to",
         usage="page-primer run [options] [--] COMMAND ...",
     )  # fmt: skip
-    for name in sorted(NAMES):
-        flag = f"--{name.replace('_', '-')}"
-        run.add_argument(flag, metavar="VALUE", help=f"as PAGE_PRIMER_{name.upper()}")
+    for option in TABLE:
+        text = f"{option.help} (default: {option.default}; {option.variable})".replace("%", "%%")
+        run.add_argument(option.flag, metavar="VALUE", help=text)
     late = run.add_mutually_exclusive_group()
     late.add_argument("--late", action="store_const", const="1", dest="late",
                       help="prime libraries that are imported later as well: the default, and "
@@ -129,11 +129,16 @@ def _run(given: argparse.Namespace) -> int:
     command = given.argv[1:] if given.argv[:1] == ["--"] else given.argv
     if not command:
         raise ValueError("run: no command")
-    settings = {
-        f"PAGE_PRIMER_{name.upper()}": value
-        for name in (*NAMES, "late", "verbose")
-        if (value := getattr(given, name)) is not None
-    }
+    settings = {}
+    for option in TABLE:
+        value = getattr(given, option.name)
+        if value:  # as in the environment, empty is unset
+            option.parse(option.flag, value)  # so that what is wrong is called as it was given
+        if value is not None:
+            settings[option.variable] = value
+    for name in ("late", "verbose"):
+        if (value := getattr(given, name)) is not None:
+            settings[f"PAGE_PRIMER_{name.upper()}"] = value
     return _execute(command, settings)
 
 
