@@ -57,6 +57,7 @@ class ObjectReport(Record):
     segments: tuple[SegmentReport, ...]
     notes: tuple[str, ...]  # attempts that failed, in order
     aligned: bool = False  # its own mappings can have huge pages, without a copy
+    no_longer_aligned: bool = False  # recorded as aligned, but another file has taken its place
 
     @property
     def name(self) -> str:
@@ -171,6 +172,7 @@ class Report(Record):
                 (logger.warning if needed else logger.info)("page-primer: %s", shortfall)
         for missed, before in (
             (self._remap_shortfall(), since and since._remap_shortfall()),
+            (self._replaced(), since and since._replaced()),
             (self._misspelt(), since and since._misspelt()),
         ):
             if missed and missed != before:
@@ -248,6 +250,16 @@ class Report(Record):
             return None
         why = "; ".join(core.notes) or "; ".join(_reasons(core)) or "no reason known"
         return f"no code of {core.name} is on huge pages ({why}); `page-primer doctor` explains"
+
+    def _replaced(self) -> str | None:
+        """The files that were aligned once."""
+        names = [obj.name for obj in self.objects if obj.no_longer_aligned]
+        if not names:
+            return None
+        return (
+            f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} no longer aligned (replaced "
+            "by an upgrade?); run `page-primer align --again`"
+        )
 
     def _misspelt(self) -> str | None:
         """The variables that nothing reads, with those that may have been meant."""

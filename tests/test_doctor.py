@@ -20,8 +20,10 @@ if sys.platform != "linux":
 
 from page_primer import _lean as record
 from page_primer import doctor, plan
+from page_primer.align import files
 from page_primer.cli import tables
-from page_primer.doctor import checks, coverage, directories, facts, locking
+from page_primer.doctor import alignment, checks, coverage, directories, facts, locking
+from page_primer.doctor.alignment import Alignment
 from page_primer.doctor.coverage import Coverage
 from page_primer.doctor.facts import Directory, Process, Settings
 from page_primer.doctor.probes import Trial
@@ -757,6 +759,169 @@ def test_backing() -> None:
     nothing = replace(layout, memory=Coverage(0, 0.0, {plan.PROFILERS_HEAD: layout.code_bytes}))
     found = coverage.judge_backing([memfd], nothing, Options(), (6, 18))
     assert (found.status, found.fix) == ("problem", "PAGE_PRIMER_KEEP_PROFILERS=0")
+
+
+UNALIGNED = Alignment("/lib/libpython3.11.so.1.0", files.CAN_BE, chunks=2, libc="glibc",
+                      version=(2, 41))  # fmt: skip
+
+
+def judge_file(found: Alignment, kernel: tuple[int, int] = (6, 18), share: float = 1.0) -> Any:
+    return alignment.judge_alignment(found, kernel, PMD, share)
+
+
+def test_alignment() -> None:
+    found = judge_file(UNALIGNED)
+    assert (found.status, found.fix) == ("info", "page-primer align")
+    assert "it has 2 huge pages of 2.0 MiB with code" in found.found
+    assert judge_file(UNALIGNED, share=0.5).status == "warning"
+    other = judge_file(replace(UNALIGNED, path="/usr/lib/embedded.so"))
+    assert other.fix == "page-primer align /usr/lib/embedded.so"
+    assert alignment.judge_alignment(UNALIGNED, (6, 18), 0, 1.0).fix is None
+
+    replaced = judge_file(replace(UNALIGNED, listed=True))
+    assert (replaced.status, replaced.fix) == ("warning", "page-primer align --again")
+    assert "no longer aligned" in replaced.found
+
+    small = judge_file(replace(UNALIGNED, state=files.ALIGNED, listed=True))
+    assert (small.status, small.fix) == ("ok", "page-primer warm")
+    assert "in memory on small pages" in small.found
+    huge = judge_file(replace(UNALIGNED, state=files.ALIGNED, listed=True, huge=True))
+    assert (huge.status, huge.fix) == ("ok", None)
+    assert "its pages are huge now" in huge.found
+    placed = judge_file(replace(UNALIGNED, huge=True))  # by glibc.elf.thp, or arm64 as shipped
+    assert placed.status == "ok"
+    assert "placed on a huge page boundary" in placed.found
+
+    refused = judge_file(replace(UNALIGNED, state=files.REFUSED, reason="has text relocations"))
+    assert (refused.status, refused.fix) == ("info", None)
+    assert "cannot be aligned: has text relocations" in refused.found
+
+
+def test_alignment_by_kernel_and_c_library() -> None:
+    assert "in place" not in judge_file(UNALIGNED).found
+    assert "huge in place, on every file system" in judge_file(UNALIGNED, (7, 2)).found
+    new = replace(UNALIGNED, version=(2, 44))
+    assert judge_file(new).found.endswith("GLIBC_TUNABLES=glibc.elf.thp=1")
+    assert "TUNABLES" not in judge_file(UNALIGNED).found
+    old = replace(UNALIGNED, version=(2, 31))
+    assert "glibc 2.31 does not align libraries" in judge_file(old).found
+    assert "2.31" not in judge_file(replace(old, program=True)).found
+    musl = judge_file(replace(UNALIGNED, libc="musl", version=(0, 0)), share=0.0)
+    assert (musl.status, musl.fix) == ("info", None)
+    assert "musl's loader does not align" in musl.found
+    assert alignment._libc(["/usr/bin/python3", "/lib/ld-musl-x86_64.so.1"])[0] == "musl"
+
+
+def test_alignment_of_this_interpreter(tmp_path: Path) -> None:
+    """Recorded as aligned, which it is not."""
+    program = "say([doctor.interpreter(Options()).path, check('alignment')])"
+    path, found = run(program, tmp_path, PAGE_PRIMER_ALIGNED=str(tmp_path / "none"))
+    if "not aligned" not in found["found"]:
+        pytest.skip(f"this interpreter is of another kind: {found['found']}")
+    assert found["fix"] == "page-primer align"
+    (tmp_path / "list").write_text(f"{os.path.realpath(path)}\n")
+    _, found = run(program, tmp_path, PAGE_PRIMER_ALIGNED=str(tmp_path / "list"))
+    assert (found["status"], found["fix"]) == ("warning", "page-primer align --again")
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> tuple[str, Path]:
+    """An interpreter, and a copy of its libpython on the temporary directory's file system."""
+    from conftest import KINDS, python_of
+    from elves import copy_of_libpython, huge_files_here
+
+    if "shared" not in KINDS:
+        pytest.skip("no CPython with a shared libpython here")
+    if why := huge_files_here(tmp_path):
+        pytest.skip(why)
+    python = python_of(tmp_path, KINDS["shared"])
+    (tmp_path / "lib").mkdir()
+    copy = copy_of_libpython(python, tmp_path / "lib")
+    assert copy is not None
+    return python, copy
+
+
+def test_aligned_interpreter(shared: tuple[str, Path], tmp_path: Path) -> None:
+    """The doctor knows an aligned file, and that there is nothing left to do; and after an upgrade
+    the log and the doctor say what is to be done."""
+    python, libpython = shared
+    original = libpython.read_bytes()
+    environ = {
+        "PAGE_PRIMER_ALIGNED": str(tmp_path / "list"), "LD_LIBRARY_PATH": str(libpython.parent),
+        "PAGE_PRIMER_IMAGE_DIR": str(tmp_path / "images"), "HOME": str(tmp_path),
+    }  # fmt: skip
+    program = (
+        PRELUDE
+        + """
+import logging
+checks = {name: check(name) for name in ("alignment", "interpreter", "backing")}
+in_place = {name: check(name, backing="in_place") for name in ("interpreter", "backing")}
+lines = []
+class Logger:
+    debug = info = lambda *_: None
+    def warning(self, text, *values): lines.append(text % values)
+report = prime()
+report.log(Logger())
+report.log(Logger(), since=report)
+say([checks, in_place, report.interpreter.backing, lines, report.interpreter.no_longer_aligned])
+"""
+    )
+
+    def look() -> Any:
+        done = subprocess.run([python, "-c", program], env=environ, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    command = [python, "-m", "page_primer", "align", str(libpython)]
+    subprocess.run(command, env=environ, check=True, stdout=subprocess.DEVNULL)
+    checks, in_place, backing, lines, replaced = look()
+    assert checks["alignment"]["status"] == "ok"
+    assert "libpython" in checks["alignment"]["found"]
+    assert (lines, replaced) == ([], False)
+    if backing == "already":
+        assert "its pages are huge now" in checks["alignment"]["found"]
+        assert "% of it is on huge pages of its own file already" in checks["interpreter"]["found"]
+        assert checks["backing"]["found"].startswith("already: ")
+        assert {found["status"] for found in (*checks.values(), *in_place.values())} == {"ok"}
+    else:
+        assert checks["alignment"]["fix"] == "page-primer warm"
+        assert checks["backing"]["found"].startswith("in place first")
+
+    libpython.unlink()
+    libpython.write_bytes(original)
+    checks, in_place, backing, lines, replaced = look()
+    assert (checks["alignment"]["status"], checks["alignment"]["fix"]) == (
+        "warning", "page-primer align --again",
+    )  # fmt: skip
+    assert replaced
+    assert lines == [
+        f"page-primer: {libpython.name} is no longer aligned (replaced by an upgrade?); "
+        "run `page-primer align --again`"
+    ]
+    again = [python, "-m", "page_primer", "align", "--again"]
+    subprocess.run(again, env=environ, check=True, stdout=subprocess.DEVNULL)
+    checks, _, _, lines, replaced = look()
+    assert checks["alignment"]["status"] == "ok"
+    assert (lines, replaced) == ([], False)
+
+
+def test_in_place_alone_where_nothing_is_aligned() -> None:
+    options = Options(backing="in_place")
+    survey = Survey((made_up(0),), PMD, False, 1, (1, 0))
+    layout = coverage.describe(survey, plan.make(survey, options))
+    for found in (
+        coverage.judge_interpreter(layout, options),
+        coverage.judge_backing([], layout, options, (6, 18)),
+    ):
+        assert (found.status, found.fix) == ("problem", "page-primer align")
+    copied = coverage.describe(survey, plan.make(survey, Options())).image
+    fits = replace(layout, in_place=copied, aligned=True, filesystem="ext4")
+    assert coverage.judge_interpreter(fits, options).status == "ok"
+    old = coverage.judge_backing([], fits, options, (6, 18))
+    assert (old.status, old.fix) == ("warning", "page-primer warm")
+    assert coverage.judge_backing([], fits, options, (7, 2)).status == "ok"
+    memory = replace(fits, filesystem="tmpfs")
+    assert coverage.judge_backing([], memory, options, (6, 1)).status == "ok"
 
 
 def lay_out(titles: Any, rows: Any, notes: Any) -> str:

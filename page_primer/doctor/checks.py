@@ -22,7 +22,10 @@ def judge_kernel(version: tuple[int, int]) -> Check:
     """What a kernel of this version allows."""
     name = "{}.{}".format(*version)
     if version >= (7, 2):
-        text = "images on ext4, xfs and tmpfs, MADV_COLLAPSE of any of them; memfd and anonymous"
+        text = (
+            "aligned files in place, on every file system with large folios; "
+            "images on ext4, xfs and tmpfs; memfd and anonymous"
+        )
     elif version >= (6, 16):
         text = "images on ext4, xfs and tmpfs; memfd and anonymous"
     elif version >= (6, 12):

@@ -11,6 +11,7 @@ from typing import Any
 
 from page_primer import plan, survey
 from page_primer.backing import image as image_backing
+from page_primer.doctor.alignment import IN_PLACE_EVERYWHERE
 from page_primer.doctor.directories import image_fix
 from page_primer.doctor.findings import INFO, OK, PROBLEM, WARNING, Check
 from page_primer.doctor.probes import Trial
@@ -19,7 +20,7 @@ from page_primer.elf.objects import Object, Region
 from page_primer.images import store
 from page_primer.kernel import mounts
 from page_primer.kernel.mounts import mount_of
-from page_primer.options import Options
+from page_primer.options import IN_PLACE, Options
 from page_primer.plan import Move, Plan
 from page_primer.report import mib, percent
 from page_primer.survey import Survey
@@ -61,6 +62,9 @@ class Interpreter:
     copied_bytes: int  # what its image takes
     image: Coverage
     memory: Coverage  # with memfd, anonymous memory and hugetlb
+    in_place: Coverage  # by the file's own pages, where the loader mapped them
+    aligned: bool  # in place as much as with a copy
+    already: bool  # and these pages are huge now
     problem: str | None  # why it cannot be moved at all
 
     def as_dict(self) -> dict[str, Any]:
@@ -87,11 +91,15 @@ def in_memory(move: Move, anchors: bool) -> Sequence[Region]:
 
 def describe(found: Survey, planned: Plan, anchors: bool = False) -> Interpreter:
     obj = next(obj for obj in found.objects if obj.interpreter)
-    move = next((move for move in planned.moves if move.object is obj), None)
+    already = any(move.object is obj for move in planned.already)
+    move = next((move for move in (*planned.already, *planned.moves) if move.object is obj), None)
     left = {
         part.reason: 0 for part in planned.remainders if part.object is obj and part.kind == "code"
     }
     nothing = Coverage(0, 0.0, dict.fromkeys(left, obj.code_bytes))
+    if move:
+        nothing = Coverage(0, 0.0, {obj.problem or plan.NOT_CONGRUENT: obj.code_bytes})
+    replaceable = move is not None and bool(move.image)
     code = next(segment for segment in obj.segments if segment.code)
     span = next((span for span in obj.spans() if code in span), (code,))
     start, end = span[0].start, span[-1].end
@@ -107,9 +115,12 @@ def describe(found: Survey, planned: Plan, anchors: bool = False) -> Interpreter
         phase=obj.start % pmd if pmd else 0,
         huge_pages=(high - low) // pmd if pmd else 0,
         code_bytes=obj.code_bytes,
-        copied_bytes=move.bytes if move else 0,
-        image=coverage(obj, move.image, pmd) if move else nothing,
-        memory=coverage(obj, in_memory(move, anchors), pmd) if move else nothing,
+        copied_bytes=move.bytes if move and replaceable else 0,
+        image=coverage(obj, move.image, pmd) if move and replaceable else nothing,
+        memory=coverage(obj, in_memory(move, anchors), pmd) if move and replaceable else nothing,
+        in_place=coverage(obj, move.in_place, pmd) if move and move.in_place else nothing,
+        aligned=move is not None and move.aligned,
+        already=already,
         problem=obj.problem,
     )
 
@@ -149,6 +160,10 @@ def judge_interpreter(found: Interpreter, options: Options) -> Check:
     )
     in_memory = options.backing in ("memfd", "anonymous", "hugetlb")
     best = found.memory if in_memory else found.image
+    if found.already:
+        share = percent(found.in_place.huge_bytes, found.code_bytes)
+        text += f"; {share} of it is on huge pages of its own file already"
+        return Check("interpreter", OK, text)
     if found.problem == survey.REMAPPED:
         return Check("interpreter", INFO, f"{text}, which has been moved already")
     if found.problem:
@@ -156,6 +171,10 @@ def judge_interpreter(found: Interpreter, options: Options) -> Check:
         return Check("interpreter", PROBLEM, f"{text}, which cannot be moved: {found.problem}", fix)
     if not options.remap or set(best.left) == {plan.EXCLUDED}:
         return Check("interpreter", INFO, f"{text}, left alone: {', '.join(best.left)}")
+    if found.aligned:
+        text += "; its own pages can be huge, without a copy"
+    if options.backing == IN_PLACE:
+        return _judge_in_place(text, found)
     if not in_memory:
         text += (
             f"; an image can put {percent(best.huge_bytes, found.code_bytes)} of it on huge pages"
@@ -176,6 +195,15 @@ def judge_interpreter(found: Interpreter, options: Options) -> Check:
     return Check("interpreter", status, text, fix)
 
 
+def _judge_in_place(text: str, found: Interpreter) -> Check:
+    """Of the backing in_place alone."""
+    huge = found.in_place.huge_bytes
+    text += f"; in place {percent(huge, found.code_bytes)} of it can be on huge pages"
+    if huge:
+        return Check("interpreter", OK, text)
+    return Check("interpreter", PROBLEM, f"{text}: {plan.NOT_CONGRUENT}", "page-primer align")
+
+
 def _coverage_fix(found: Interpreter, best: Coverage, options: Options) -> str | None:
     if plan.NO_CHUNK in best.left and not options.merge:
         return "PAGE_PRIMER_MERGE=1"
@@ -190,8 +218,15 @@ def judge_backing(
     """What prime() would take of what was tried."""
     if not options.remap:
         return Check("backing", INFO, "none: remap is off")
+    if found.already:
+        share = percent(found.in_place.huge_bytes, found.code_bytes)
+        text = f"already: {share} of the interpreter's code is on huge pages, nothing is copied"
+        return Check("backing", OK, text)
     if found.problem or set(found.image.left) == {plan.EXCLUDED}:
         return Check("backing", INFO, "none: the interpreter is left alone")
+    if options.backing == IN_PLACE:
+        return _judge_backing_in_place(found, kernel)
+    first = "in place first, where the kernel can; then " if found.aligned else ""
     works = [trial for trial in trials if trial.works]
     if not works:
         return Check("backing", PROBLEM, "none works here: code stays where it is")
@@ -201,7 +236,9 @@ def judge_backing(
             continue
         share = percent(expected.huge_bytes, found.code_bytes)
         where = f" in {trial.where}" if trial.backing == "image" else ""
-        text = f"{trial.backing}{where}, with {share} of the interpreter's code on huge pages"
+        text = (
+            f"{first}{trial.backing}{where}, with {share} of the interpreter's code on huge pages"
+        )
         if options.backing != "auto" or trial.backing == "image":
             return Check("backing", OK, text)
         text += "; profilers lose the symbols of what is moved, which an image keeps"
@@ -210,3 +247,20 @@ def judge_backing(
     names = ", ".join(trial.backing for trial in works)
     why = ", ".join(found.memory.left)
     return Check("backing", PROBLEM, f"{names} works, but there is nothing to move: {why}", fix)
+
+
+def _judge_backing_in_place(found: Interpreter, kernel: tuple[int, int]) -> Check:
+    """Not tried: that would change the pages of this process's own code."""
+    if not found.in_place.huge_bytes:
+        text = f"in_place works for no code of the interpreter: {plan.NOT_CONGRUENT}"
+        return Check("backing", PROBLEM, text, "page-primer align")
+    share = percent(found.in_place.huge_bytes, found.code_bytes)
+    text = f"in_place, with up to {share} of the interpreter's code on huge pages"
+    if kernel >= IN_PLACE_EVERYWHERE or (found.filesystem == "tmpfs" and kernel >= (6, 1)):
+        return Check("backing", OK, text)
+    where = found.filesystem or "this file system"
+    text += (
+        ", if the page cache has huge pages of it: Linux {}.{} makes none of small ones on {}, "
+        "unless built with CONFIG_READ_ONLY_THP_FOR_FS".format(*kernel, where)
+    )
+    return Check("backing", WARNING, text, "page-primer warm")

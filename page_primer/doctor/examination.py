@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable, Iterator
 
 from page_primer import plan, survey
 from page_primer.backing import image as image_backing
-from page_primer.doctor import checks, coverage, directories, facts, locking
+from page_primer.doctor import alignment, checks, coverage, directories, facts, locking
 from page_primer.doctor.coverage import Interpreter
 from page_primer.doctor.findings import INFO, Check
 from page_primer.doctor.probes import Trial, try_directory, try_lock, try_memory
 from page_primer.kernel.thp import pmd_size
-from page_primer.options import Options
+from page_primer.options import IN_PLACE, Options
 from page_primer.plan import Plan
 from page_primer.survey import Survey
 
@@ -40,6 +40,7 @@ class Examination:
             ("write-execute", lambda: [checks.judge_mdwe(process.mdwe, options)]),
             ("container", lambda: [self.container]),
             ("interpreter", lambda: [coverage.judge_interpreter(self.layout(), options)]),
+            ("alignment", self.alignment),
             ("image directories", self.directories),
             ("memory", self.memory),
             ("hugetlb pool", lambda: [checks.judge_pool(settings, options, self.pool_pages())]),
@@ -67,6 +68,19 @@ class Examination:
     def layout(self) -> Interpreter:
         return coverage.describe(*self.seen(), coverage.has_directory(self.options))
 
+    def alignment(self) -> Iterator[Check]:
+        found, _ = self.seen()
+        obj = next(obj for obj in found.objects if obj.interpreter)
+        layout = self.layout()
+        loaded = [other.path for other in found.objects]
+        facts = alignment.read(
+            obj.path, loaded, huge=layout.already, program=obj.main, merge=self.options.merge
+        )
+        # Where code is left alone, nothing is missing.
+        left_alone = layout.problem or not self.options.remap
+        share = 1.0 if left_alone else max(layout.image.share, layout.memory.share)
+        yield alignment.judge_alignment(facts, self.settings.kernel, found.pmd_size, share)
+
     def directories(self) -> Iterator[Check]:
         if not self.can_try or self.options.backing not in ("auto", "image"):
             return
@@ -92,7 +106,7 @@ class Examination:
         wanted = self.options.backing
         for name in ("memfd", "anonymous") if wanted == "auto" else (wanted,):
             # Pages of the pool are the administrator's: not touched unless asked for.
-            if name == "image":
+            if name in ("image", IN_PLACE):
                 return
             trial = try_memory(name, self.settings.pmd)
             others = any(other.works for other in self.trials)
