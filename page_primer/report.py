@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 OVER_LIMIT = "over the limit"
 OVER_MEMORY = "short of memory"
 
+TOTALS = ("code_bytes", "code_huge_bytes", "locked_bytes", "copied_bytes")  # of all objects
+
 
 class SegmentReport(Record):
     """One PT_LOAD: addresses, bytes, and what was left alone of it and why."""
@@ -130,15 +132,15 @@ class Report(Record):
         return next((obj for obj in self.objects if obj.interpreter), None)
 
     def as_dict(self) -> dict[str, Any]:
-        """The report as plain data, ready for json.dumps()."""
+        """The report as plain data, ready for json.dumps(); schema.py has its JSON schema."""
         data: dict[str, Any] = asdict(self)
-        for name in ("code_bytes", "code_huge_bytes", "locked_bytes", "copied_bytes"):
+        for name in TOTALS:
             data[name] = getattr(self, name)
         return data
 
     def __str__(self) -> str:
-        lines = [self.summary()]
-        lines += filter(None, (self._lock_shortfall(), self._memory_shortfall(), self._misspelt()))
+        shortfalls = self._lock_shortfall(), self._memory_shortfall(), self._replaced()
+        lines = filter(None, (self.summary(), *shortfalls, self._misspelt()))
         return "\n".join([*lines, *(f"  {line}" for line in self._details())])
 
     def log(self, logger: Logger | logging.Logger, *, since: Report | None = None) -> None:
