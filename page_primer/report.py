@@ -166,19 +166,14 @@ class Report(Record):
             logger.debug("page-primer: as before, %.1f ms", self.milliseconds)
         core = self.interpreter
         needed = "mlock" in self.warn or (core is not None and not core.locked_bytes)
-        for shortfall, before in (
-            (self._lock_shortfall(), since and since._lock_shortfall()),
-            (self._memory_shortfall(), since and since._memory_shortfall()),
-        ):
-            if shortfall and shortfall != before:
+        for part in (Report._lock_shortfall, Report._memory_shortfall):
+            shortfall = part(self)
+            if shortfall and (since is None or shortfall != part(since)):
                 (logger.warning if needed else logger.info)("page-primer: %s", shortfall)
-        for missed, before in (
-            (self._remap_shortfall(), since and since._remap_shortfall()),
-            (self._replaced(), since and since._replaced()),
-            (self._misspelt(), since and since._misspelt()),
-        ):
-            if missed and missed != before:
-                logger.warning("page-primer: %s", missed)
+        for part in (Report._remap_shortfall, Report._replaced, Report._misspelt):
+            shortfall = part(self)
+            if shortfall and (since is None or shortfall != part(since)):
+                logger.warning("page-primer: %s", shortfall)
 
     def summary(self) -> str:
         """The one line that log() writes at INFO."""

@@ -49,7 +49,7 @@ def show_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def render(table: Table) -> str:
     """A table for stdout, whatever that is."""
-    if sys.stdout.isatty():
+    if sys.stdout is not None and sys.stdout.isatty():  # None: closed
         try:
             from rich.console import Console  # the extra, and 100 ms
         except ImportError:
