@@ -368,7 +368,8 @@ def test_ended_at_a_step(step: str, number: signal.Signals, file: Path, own_list
     before = digest(file)
     module, name = step.split(".")
     program = (
-        f"import sys, time\nfrom page_primer import cli\nfrom page_primer.images import {module}\n"
+        "import sys, time\nfrom page_primer.cli import main as cli\n"
+        f"from page_primer.align import {module}\n"
         f"def wait(*arguments):\n    print('here', flush=True)\n    time.sleep(60)\n"
         f"{module}.{name} = wait\nsys.exit(cli.main(['align', {str(file)!r}]))"
     )
@@ -393,7 +394,7 @@ def test_failing_at_a_step(step: str, file: Path, monkeypatch: pytest.MonkeyPatc
         raise OSError(28, "No space left on device")
 
     before = digest(file)
-    monkeypatch.setattr(f"page_primer.images.{step}", fail)
+    monkeypatch.setattr(f"page_primer.align.{step}", fail)
     with pytest.raises(OSError, match="No space"):
         align.align(str(file), python=sys.executable)
     assert unchanged(file, before)
