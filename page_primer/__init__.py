@@ -30,7 +30,7 @@ __all__ = ["Options", "Report", "__version__", "prime", "restore"]
 
 
 def prime(options: Options | None = None, /, **values: Unpack[OptionValues]) -> Report:
-    """Bring this process to the primed state, and return what came of it.
+    """Bring this process to the primed state, and return a report of it.
 
     Call it near the top of the process, before threads and forks. Calling it again is cheap and
     handles only what is new: libraries loaded since, and in a forked child the locks, which are not

@@ -1,4 +1,4 @@
-"""What came of it: data first, then the lines that a person reads in a server's log."""
+"""The report of a call of prime(): data first, then the lines for people, in a server's log."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class Report(Record):
     lock_limit: int | None = None  # RLIMIT_MEMLOCK; None: no limit
     perf_map: str | None = None  # the perf map's path, or why it was not written
     lock_withheld_bytes: int = 0  # not tried, to leave memory to others
-    memory: Memory | None = None  # what was to be had then
+    memory: Memory | None = None  # what was available then
     memory_share: float | None = None  # of it, what copies and locks may take
     warn: tuple[str, ...] = ()  # what was asked for by name: "remap", "mlock"
     milliseconds: float = 0.0
@@ -226,7 +226,7 @@ class Report(Record):
         )
 
     def _memory_shortfall(self) -> str | None:
-        """What was not done lest memory run short."""
+        """What was not done, to leave memory to others."""
         unmoved = self._left_out(OVER_MEMORY)
         if self.memory is None or not (unmoved or self.lock_withheld_bytes):
             return None
@@ -324,7 +324,7 @@ def memlock_remedy(size: int) -> str:
 
 
 def shortage(memory: Memory) -> str:
-    """What is to be had, and where the limit is, for people."""
+    """What is available, and where the limit is, for people."""
     return f"{mib(memory.available)} available of {mib(memory.limit)} ({memory.where})"
 
 

@@ -133,7 +133,7 @@ def _run(given: argparse.Namespace) -> int:
     for option in TABLE:
         value = getattr(given, option.name)
         if value:  # as in the environment, empty is unset
-            option.parse(option.flag, value)  # so that what is wrong is called as it was given
+            option.parse(option.flag, value)  # so that an error names the flag
         if value is not None:
             settings[option.variable] = value
     for name in ("late", "verbose"):

@@ -25,7 +25,7 @@ def judge_directory(
     """What a candidate for images is good for.
 
     Args:
-        trial: what came of trying it.
+        trial: the result of trying it.
         directory: how it was found.
         settings: the kernel's.
         needed: bytes of the interpreter's image.

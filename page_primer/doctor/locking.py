@@ -68,7 +68,7 @@ def judge_available(memory: Memory | None, share: float, wanted: int) -> Check:
     """Whether the machine's memory and its cgroups' allow what is to be copied and locked.
 
     Args:
-        memory: what is to be had.
+        memory: what is available.
         share: of that, what may be taken.
         wanted: bytes to copy and to lock.
     """
