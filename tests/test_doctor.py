@@ -761,7 +761,7 @@ def test_backing() -> None:
     assert (found.status, found.fix) == ("problem", "PAGE_PRIMER_KEEP_PROFILERS=0")
 
 
-UNALIGNED = Alignment("/lib/libpython3.11.so.1.0", files.CAN_BE, chunks=2, libc="glibc",
+UNALIGNED = Alignment("/lib/libpython3.11.so.1.0", files.CAN_BE, chunks=2, share=0.98, libc="glibc",
                       version=(2, 41))  # fmt: skip
 
 
@@ -774,6 +774,9 @@ def test_alignment() -> None:
     assert (found.status, found.fix) == ("info", "page-primer align")
     assert "it has 2 huge pages of 2.0 MiB with code" in found.found
     assert judge_file(UNALIGNED, share=0.5).status == "warning"
+    small = replace(UNALIGNED, chunks=1, share=0.77)  # as much as with a copy
+    assert judge_file(small, share=0.77).status == "info"
+    assert "it has 1 huge page of" in judge_file(small).found
     other = judge_file(replace(UNALIGNED, path="/usr/lib/embedded.so"))
     assert other.fix == "page-primer align /usr/lib/embedded.so"
     assert alignment.judge_alignment(UNALIGNED, (6, 18), 0, 1.0).fix is None

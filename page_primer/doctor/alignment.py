@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from page_primer.align import files
 from page_primer.align.aligned import listed
 from page_primer.doctor.findings import INFO, OK, WARNING, Check
-from page_primer.report import mib
+from page_primer.report import counted, mib
 
 _ALIGNED = (files.ALIGNED, files.SHIPPED)
 GLIBC_ALIGNS = (2, 35)  # libraries; before, p_align beyond a page was ignored
 GLIBC_TUNABLE = (2, 44)
+_MUCH = 0.1  # of the code: what more on huge pages than by a copy is a shortfall
 IN_PLACE_EVERYWHERE = (7, 2)  # MADV_COLLAPSE of file mappings, with large folios
 
 
@@ -25,6 +26,7 @@ class Alignment:
     state: str  # as align.files.look() has it
     reason: str = ""
     chunks: int = 0  # whole huge pages that its span has, or would have
+    share: float = 0.0  # of its code, what that puts on huge pages
     listed: bool = False  # recorded as aligned
     huge: bool = False  # its own pages are huge now, in this process
     program: bool = False  # mapped by the kernel rather than by the loader
@@ -45,9 +47,11 @@ def read(path: str, loaded: list[str], *, huge: bool, program: bool, merge: bool
     path = os.path.realpath(path)
     state = files.look(path, merge=merge)
     libc, version = _libc(loaded)
+    share = state.after / state.code if state.code else 0.0
     return Alignment(
-        path, state.state, state.reason, state.chunks, listed(path), huge, program, libc, version
-    )
+        path, state.state, state.reason, state.chunks, share, listed(path), huge, program,
+        libc, version,
+    )  # fmt: skip
 
 
 def _libc(loaded: list[str]) -> tuple[str, tuple[int, int]]:
@@ -84,17 +88,13 @@ def judge_alignment(found: Alignment, kernel: tuple[int, int], pmd: int, share: 
         return _check(WARNING, text, "page-primer align --again")
     if found.state != files.CAN_BE:
         return _check(INFO, f"{name} cannot be aligned: {found.reason or found.state}")
-    text = (
-        f"{name} is not aligned; aligned, it has {found.chunks} huge pages of {mib(pmd)} with code"
-    )
+    pages = f"{counted(found.chunks, 'huge page')} of {mib(pmd)}"
+    text = f"{name} is not aligned; aligned, it has {pages} with code"
     if not found.program and found.libc == "musl":
         return _check(INFO, f"{text}, but musl's loader does not align libraries")
     text += ", in every process and without a copy"
-    status = INFO if share >= _ENOUGH else WARNING
+    status = INFO if found.share - share < _MUCH else WARNING
     return _check(status, text + _hints(found, kernel), _align(found.path))
-
-
-_ENOUGH = 0.9  # share of code on huge pages that is no reason to change a file
 
 
 def _check(status: str, text: str, fix: str | None = None) -> Check:
