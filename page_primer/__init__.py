@@ -13,7 +13,7 @@ import os
 import sys
 
 from page_primer._lean import is_ours
-from page_primer.options import Options
+from page_primer.options import Options, unknown_variables
 from page_primer.report import Report, shortage
 
 TYPE_CHECKING = False
@@ -25,11 +25,13 @@ if TYPE_CHECKING:
     from page_primer.apply.process import Process
     from page_primer.options import OptionValues
 
-__all__ = ["Options", "Report", "prime", "restore"]
+    __version__: str
+
+__all__ = ["Options", "Report", "__version__", "prime", "restore"]
 
 
 def prime(options: Options | None = None, /, **values: Unpack[OptionValues]) -> Report:
-    """Bring this process to the primed state, and return what came of it.
+    """Bring this process to the primed state, and return a report of it.
 
     Call it near the top of the process, before threads and forks. Calling it again is cheap and
     handles only what is new: libraries loaded since, and in a forked child the locks, which are not
@@ -39,20 +41,26 @@ def prime(options: Options | None = None, /, **values: Unpack[OptionValues]) -> 
     Args:
         options: ready-made options; then `values` must be empty.
         remap: move code onto huge pages.
-        mlock: lock what ELF objects have mapped, the hottest code first: "all" of it (or True), or
-            the "code" alone; False for nothing.
-        backing: "auto", or one of "image", "memfd", "anonymous", "hugetlb".
-        merge: let read-only data share a huge page with code, and so become executable. Without it,
-            only ranges of one protection are moved.
-        keep_profilers: leave on the original file what profilers need to see there, or map
-            anchors to it (small files beside the images) where that will do.
-        perf_map: write /tmp/perf-PID.map with the symbols of code in memory without a file's name.
-        include: only objects whose path or file name matches one of these fnmatch patterns.
+        mlock: lock what ELF objects have mapped, the hottest code first: `all` of it (or true), the
+            `code` alone, or off (false).
+        backing: where code is moved to: `in_place`, `image`, `memfd`, `anonymous`, `hugetlb`, or
+            `auto` for the first of the first four that works.
+        merge: let read-only data share a huge page with code and so become executable, as it was in
+            every binary before `-z separate-code`; off: only ranges of one protection are moved.
+        keep_profilers: leave on the original file what profilers look for there, or map anchors to
+            it (small files beside the images) where that is enough.
+        perf_map: write `/tmp/perf-PID.map` with the symbols of code in memory without a file's
+            name, for perf.
+        include: only objects whose path or file name matches one of these fnmatch patterns
+            (`libpython*,*/numpy/*`).
         exclude: no objects whose path or file name matches one of these fnmatch patterns.
-        limit: bytes to copy at most for objects other than the interpreter; "64M" works too.
+        limit: bytes to copy at most for objects other than the interpreter, the hottest first;
+            `64M` works too.
         memory_share: of the memory that is available to this process (of the machine, and within
-            the limits of its memory cgroups), the share that copies and locks may take at most.
-        image_dir: the directory for images, absolute; by default the first that fits.
+            the limits of its memory cgroups), the share that copies and locks may take at most:
+            above 0, up to 1.
+        image_dir: absolute path of the directory for images; by default the first that gives huge
+            pages.
 
     What is not given comes from the environment (`PAGE_PRIMER_REMAP` and so on), then from the
     defaults. `PAGE_PRIMER=0` switches everything off.
@@ -66,7 +74,7 @@ def prime(options: Options | None = None, /, **values: Unpack[OptionValues]) -> 
     elif values:
         raise TypeError("prime() takes either Options or keyword arguments")
     if not options.enabled:
-        return Report(pid=os.getpid(), reason="switched off")
+        return _nothing_done("switched off")
     return on_process(lambda process: process.prime(options))
 
 
@@ -93,7 +101,11 @@ def on_process(action: Callable[[Process], Report]) -> Report:
         if not is_ours(error):
             raise
         reason = f"{type(error).__name__}: {error}"
-    return Report(pid=os.getpid(), reason=reason)
+    return _nothing_done(reason)
+
+
+def _nothing_done(reason: str) -> Report:
+    return Report(pid=os.getpid(), reason=reason, unknown_variables=unknown_variables())
 
 
 def _alone(action: Callable[[Process], Report]) -> Report:
@@ -106,8 +118,7 @@ def _alone(action: Callable[[Process], Report]) -> Report:
     fork.enter()
     try:
         if process.owner == get_ident():
-            reason = "called by a signal handler while it was under way"
-            return Report(pid=os.getpid(), reason=reason)
+            return _nothing_done("called by a signal handler while it was under way")
         with deferred():
             process.owner = get_ident()
             try:
@@ -139,3 +150,19 @@ def _unsupported() -> str | None:
     if machine not in ("x86_64", "aarch64") or sys.maxsize < 1 << 32:
         return f"not supported on {machine}, {sys.maxsize.bit_length() + 1} bits"
     return None
+
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name):
+        """The version, found when it is asked for: importlib.metadata takes 20 ms to import."""
+        if name != "__version__":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        global __version__
+        from importlib import metadata
+
+        # Beside this package first: it need not be the one that sys.path leads to.
+        places = [os.path.dirname(os.path.dirname(os.path.abspath(__file__))), *sys.path]
+        found = metadata.distributions(name="page-primer", path=places)
+        __version__ = next((distribution.version for distribution in found), "unknown")
+        return __version__

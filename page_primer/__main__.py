@@ -2,7 +2,7 @@
 
 import sys
 
-from page_primer.cli import main
+from page_primer.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -8,7 +8,7 @@ from page_primer._lean import Record, suppress
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from typing import Any, Literal, TypedDict
 
     Mlock = Literal["all", "code"]
@@ -41,13 +41,23 @@ DEFAULT_LIMIT = 64 << 20
 # three quarters of what is there stay for the application to grow into.
 DEFAULT_MEMORY_SHARE = 0.25
 
+SWITCH = "PAGE_PRIMER"  # the off switch; and how every variable begins
+# Of the launcher, of integrations and of `page-primer align`, which are no options of prime().
+OTHER_VARIABLES = (
+    "PAGE_PRIMER_LATE",
+    "PAGE_PRIMER_VERBOSE",
+    "PAGE_PRIMER_ALIGNED",
+    "PAGE_PRIMER_APP",
+    "PAGE_PRIMER_GUNICORN_CONF",
+)
+
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _TRUE = ("1", "true", "yes", "on")
 _FALSE = ("0", "false", "no", "off")
 
 
 class Options(Record, aside=("explicit",)):
-    """Validated options; see the README's table for what each one means.
+    """Validated options; TABLE below says what each one means.
 
     `explicit` names those that somebody set, by argument or environment: a shortfall in what was
     asked for is a warning, in what was merely tried it is not.
@@ -80,16 +90,15 @@ class Options(Record, aside=("explicit",)):
             ValueError: a value that does not make sense; the message names the option or variable.
         """
         found: dict[str, Any] = {}
-        for name in _PARSERS:
-            variable = f"PAGE_PRIMER_{name.upper()}"
-            if environ.get(variable, "") != "":
-                found[name] = _PARSERS[name](variable, environ[variable])
+        for option in TABLE:
+            if environ.get(option.variable, "") != "":
+                found[option.name] = option.parse(option.variable, environ[option.variable])
         for name, value in (values or {}).items():
-            if name not in _PARSERS:
-                known = ", ".join(sorted(_PARSERS))
+            if name not in BY_NAME:
+                known = ", ".join(sorted(BY_NAME))
                 raise TypeError(f"unknown page-primer option {name!r}: known are {known}")
-            found[name] = _PARSERS[name](name, value)
-        enabled = flag("PAGE_PRIMER", environ.get("PAGE_PRIMER") or True)
+            found[name] = BY_NAME[name].parse(name, value)
+        enabled = flag(SWITCH, environ.get(SWITCH) or True)
         return cls(enabled=enabled, explicit=frozenset(found), **found)
 
     def as_dict(self) -> dict[str, Any]:
@@ -173,18 +182,104 @@ def _directory(name: str, value: Any) -> str | None:
     return path.rstrip("/") or "/"
 
 
-_PARSERS = {
-    "remap": flag,
-    "mlock": _mlock,
-    "backing": _backing,
-    "merge": flag,
-    "keep_profilers": flag,
-    "perf_map": flag,
-    "include": _patterns,
-    "exclude": _patterns,
-    "limit": _bytes,
-    "memory_share": _share,
-    "image_dir": _directory,
-}
+class Option(Record):
+    """How one option is given and what it means: what prime()'s docstring, README and the command
+    line say of it."""
 
-NAMES = tuple(_PARSERS)
+    name: str  # of the keyword argument
+    parse: Callable[[str, Any], Any]  # from the name to blame, and a value; else raises ValueError
+    default: str  # in words; the value is Options'
+    help: str
+
+    @property
+    def variable(self) -> str:
+        return f"{SWITCH}_{self.name.upper()}"
+
+    @property
+    def flag(self) -> str:
+        return f"--{self.name.replace('_', '-')}"
+
+
+TABLE = (
+    Option("remap", flag, "on", "move code onto huge pages"),
+    Option(
+        "mlock", _mlock, "all",
+        "lock what ELF objects have mapped, the hottest code first: `all` of it (or true), the "
+        "`code` alone, or off (false)",
+    ),
+    Option(
+        "backing", _backing, "auto",
+        "where code is moved to: `in_place`, `image`, `memfd`, `anonymous`, `hugetlb`, or `auto` "
+        "for the first of the first four that works",
+    ),
+    Option(
+        "merge", flag, "on",
+        "let read-only data share a huge page with code and so become executable, as it was in "
+        "every binary before `-z separate-code`; off: only ranges of one protection are moved",
+    ),
+    Option(
+        "keep_profilers", flag, "on",
+        "leave on the original file what profilers look for there, or map anchors to it (small "
+        "files beside the images) where that is enough",
+    ),
+    Option(
+        "perf_map", flag, "off",
+        "write `/tmp/perf-PID.map` with the symbols of code in memory without a file's name, "
+        "for perf",
+    ),
+    Option(
+        "include", _patterns, "all",
+        "only objects whose path or file name matches one of these fnmatch patterns "
+        "(`libpython*,*/numpy/*`)",
+    ),
+    Option(
+        "exclude", _patterns, "none",
+        "no objects whose path or file name matches one of these fnmatch patterns",
+    ),
+    Option(
+        "limit", _bytes, "64M",
+        "bytes to copy at most for objects other than the interpreter, the hottest first; `64M` "
+        "works too",
+    ),
+    Option(
+        "memory_share", _share, "0.25",
+        "of the memory that is available to this process (of the machine, and within the limits "
+        "of its memory cgroups), the share that copies and locks may take at most: above 0, up "
+        "to 1",
+    ),
+    Option(
+        "image_dir", _directory, "see below",
+        "absolute path of the directory for images; by default the first that gives huge pages",
+    ),
+)  # fmt: skip
+
+BY_NAME = {option.name: option for option in TABLE}
+NAMES = tuple(BY_NAME)
+
+
+def unknown_variables(environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
+    """The variables that are named like ours and are none, which somebody may have misspelt.
+
+    Those that Kubernetes sets in every pod for a service called page-primer are not among them.
+    """
+    ours = [name for name in environ if name.startswith(f"{SWITCH}_")]
+    return tuple(
+        name
+        for name in sorted(ours)
+        if name.removeprefix(f"{SWITCH}_").lower() not in BY_NAME
+        and name not in OTHER_VARIABLES
+        and not name.startswith((f"{SWITCH}_SERVICE_", f"{SWITCH}_PORT"))
+    )
+
+
+def nearest_variable(name: str) -> str | None:
+    """The variable that a misspelt one may have been meant for."""
+    import difflib  # which a start without such a mistake does not need: 3 ms
+
+    # Without what all have in common, which would make any two alike.
+    known = {
+        variable.removeprefix(SWITCH): variable
+        for variable in (*(option.variable for option in TABLE), *OTHER_VARIABLES)
+    }
+    found = difflib.get_close_matches(name.removeprefix(SWITCH), known, 1, 0.75)
+    return known[found[0]] if found else None

@@ -1,10 +1,11 @@
-"""What came of it: data first, then the lines that a person reads in a server's log."""
+"""The report of a call of prime(): data first, then the lines for people, in a server's log."""
 
 from __future__ import annotations
 
 import os
 
 from page_primer._lean import Record, asdict
+from page_primer.options import nearest_variable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 # Reasons for leaving code alone that are worth words of their own.
 OVER_LIMIT = "over the limit"
 OVER_MEMORY = "short of memory"
+
+TOTALS = ("code_bytes", "code_huge_bytes", "locked_bytes", "copied_bytes")  # of all objects
 
 
 class SegmentReport(Record):
@@ -56,6 +59,7 @@ class ObjectReport(Record):
     segments: tuple[SegmentReport, ...]
     notes: tuple[str, ...]  # attempts that failed, in order
     aligned: bool = False  # its own mappings can have huge pages, without a copy
+    no_longer_aligned: bool = False  # recorded as aligned, but another file has taken its place
 
     @property
     def name(self) -> str:
@@ -97,11 +101,12 @@ class Report(Record):
     lock_limit: int | None = None  # RLIMIT_MEMLOCK; None: no limit
     perf_map: str | None = None  # the perf map's path, or why it was not written
     lock_withheld_bytes: int = 0  # not tried, to leave memory to others
-    memory: Memory | None = None  # what was to be had then
+    memory: Memory | None = None  # what was available then
     memory_share: float | None = None  # of it, what copies and locks may take
     warn: tuple[str, ...] = ()  # what was asked for by name: "remap", "mlock"
     milliseconds: float = 0.0
     threads: int = 0
+    unknown_variables: tuple[str, ...] = ()  # named PAGE_PRIMER_*, and nothing reads them
 
     @property
     def code_bytes(self) -> int:
@@ -127,15 +132,15 @@ class Report(Record):
         return next((obj for obj in self.objects if obj.interpreter), None)
 
     def as_dict(self) -> dict[str, Any]:
-        """The report as plain data, ready for json.dumps()."""
+        """The report as plain data, ready for json.dumps(); schema.py has its JSON schema."""
         data: dict[str, Any] = asdict(self)
-        for name in ("code_bytes", "code_huge_bytes", "locked_bytes", "copied_bytes"):
+        for name in TOTALS:
             data[name] = getattr(self, name)
         return data
 
     def __str__(self) -> str:
-        lines = [self.summary()]
-        lines += filter(None, (self._lock_shortfall(), self._memory_shortfall()))
+        shortfalls = self._lock_shortfall(), self._memory_shortfall(), self._replaced()
+        lines = filter(None, (self.summary(), *shortfalls, self._misspelt()))
         return "\n".join([*lines, *(f"  {line}" for line in self._details())])
 
     def log(self, logger: Logger | logging.Logger, *, since: Report | None = None) -> None:
@@ -161,15 +166,14 @@ class Report(Record):
             logger.debug("page-primer: as before, %.1f ms", self.milliseconds)
         core = self.interpreter
         needed = "mlock" in self.warn or (core is not None and not core.locked_bytes)
-        for shortfall, before in (
-            (self._lock_shortfall(), since and since._lock_shortfall()),
-            (self._memory_shortfall(), since and since._memory_shortfall()),
-        ):
-            if shortfall and shortfall != before:
+        for part in (Report._lock_shortfall, Report._memory_shortfall):
+            shortfall = part(self)
+            if shortfall and (since is None or shortfall != part(since)):
                 (logger.warning if needed else logger.info)("page-primer: %s", shortfall)
-        missed = self._remap_shortfall()
-        if missed and (since is None or missed != since._remap_shortfall()):
-            logger.warning("page-primer: %s", missed)
+        for part in (Report._remap_shortfall, Report._replaced, Report._misspelt):
+            shortfall = part(self)
+            if shortfall and (since is None or shortfall != part(since)):
+                logger.warning("page-primer: %s", shortfall)
 
     def summary(self) -> str:
         """The one line that log() writes at INFO."""
@@ -184,7 +188,8 @@ class Report(Record):
                 + (f" ({core.place}{core.remedy})" if core.backing else "")
             )
         parts.append(
-            f"{mib(self.code_huge_bytes)} of {mib(self.code_bytes)} in {len(self.objects)} objects"
+            f"{mib(self.code_huge_bytes)} of {mib(self.code_bytes)} in "
+            f"{counted(len(self.objects), 'object')}"
         )
         left_out = self._left_out(OVER_LIMIT)
         if left_out:
@@ -221,7 +226,7 @@ class Report(Record):
         )
 
     def _memory_shortfall(self) -> str | None:
-        """What was not done lest memory run short."""
+        """What was not done, to leave memory to others."""
         unmoved = self._left_out(OVER_MEMORY)
         if self.memory is None or not (unmoved or self.lock_withheld_bytes):
             return None
@@ -242,6 +247,24 @@ class Report(Record):
             return None
         why = "; ".join(core.notes) or "; ".join(_reasons(core)) or "no reason known"
         return f"no code of {core.name} is on huge pages ({why}); `page-primer doctor` explains"
+
+    def _replaced(self) -> str | None:
+        """The files that were aligned once."""
+        names = [obj.name for obj in self.objects if obj.no_longer_aligned]
+        if not names:
+            return None
+        return (
+            f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} no longer aligned (replaced "
+            "by an upgrade?); run `page-primer align --again`"
+        )
+
+    def _misspelt(self) -> str | None:
+        """The variables that nothing reads, with those that may have been meant."""
+        if not self.unknown_variables:
+            return None
+        nearest = [(name, nearest_variable(name)) for name in self.unknown_variables]
+        words = [f"{name} (did you mean {near}?)" if near else name for name, near in nearest]
+        return f"unknown environment variable{'s' * (len(words) > 1)} {', '.join(words)}"
 
     def _details(self) -> list[str]:
         lines = []
@@ -301,13 +324,18 @@ def memlock_remedy(size: int) -> str:
 
 
 def shortage(memory: Memory) -> str:
-    """What is to be had, and where the limit is, for people."""
+    """What is available, and where the limit is, for people."""
     return f"{mib(memory.available)} available of {mib(memory.limit)} ({memory.where})"
 
 
 def mib(size: int) -> str:
     """A size for people."""
     return f"{size / (1 << 20):.1f} MiB"
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things for people: "1 object", "2 objects"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def percent(part: int, whole: int) -> str:

@@ -64,7 +64,10 @@ class ProcessStatus:
         text = f"{mib(wanted - locked)} of {mib(wanted)} not locked"
         # Locks of something else may take their part of the limit.
         if self.lock_limit is None or self.locked_bytes - locked + wanted <= self.lock_limit:
-            return f"{text}, which nothing forbids: not asked for, or see its log"
+            return (
+                f"{text}, although its limit allows it: mlock is off or "
+                "not called yet, or its log has the reason"
+            )
         return (
             f"{text}: RLIMIT_MEMLOCK is {mib(self.lock_limit)}; "
             f"allow it with {memlock_remedy(self.locked_bytes - locked + wanted)}"

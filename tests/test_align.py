@@ -156,7 +156,7 @@ def test_overlayfs(tmp_path: Path) -> None:
     link(lower / "above.so", "-Wl,-z,separate-code")
     program = (
         "import ctypes, sys\n"
-        "from page_primer import cli\n"
+        "from page_primer.cli import main as cli\n"
         "assert cli.main(['align', 'above.so']) == 0\n"
         "found = []\n"
         "for name in ('below', 'above'):\n"

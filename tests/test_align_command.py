@@ -334,7 +334,7 @@ def test_directories_that_do_not_take_it(kind: str, file: Path) -> None:
     if kind == "other's":
         # The user may read the file, and execute Python, but not write here.
         wrapper = ["setpriv", "--reuid", "4002", "--regid", "4002", "--clear-groups"]
-        if subprocess.run([*wrapper, sys.executable, "-c", "import page_primer.cli"],
+        if subprocess.run([*wrapper, sys.executable, "-c", "import page_primer.cli.main"],
                           capture_output=True).returncode:  # fmt: skip
             pytest.skip("other users cannot execute this Python")
         for directory in (place, *place.parents):
@@ -368,7 +368,8 @@ def test_ended_at_a_step(step: str, number: signal.Signals, file: Path, own_list
     before = digest(file)
     module, name = step.split(".")
     program = (
-        f"import sys, time\nfrom page_primer import cli\nfrom page_primer.align import {module}\n"
+        "import sys, time\nfrom page_primer.cli import main as cli\n"
+        f"from page_primer.align import {module}\n"
         f"def wait(*arguments):\n    print('here', flush=True)\n    time.sleep(60)\n"
         f"{module}.{name} = wait\nsys.exit(cli.main(['align', {str(file)!r}]))"
     )

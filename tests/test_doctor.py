@@ -20,9 +20,16 @@ if sys.platform != "linux":
 
 from page_primer import _lean as record
 from page_primer import doctor, plan
-from page_primer.doctor import Coverage, Directory, Mount, Process, Settings, Trial
+from page_primer.align import files
+from page_primer.cli import tables
+from page_primer.doctor import alignment, checks, coverage, directories, facts, locking
+from page_primer.doctor.alignment import Alignment
+from page_primer.doctor.coverage import Coverage
+from page_primer.doctor.facts import Directory, Process, Settings
+from page_primer.doctor.probes import Trial
 from page_primer.elf.file import PF_R, PF_W, PF_X
 from page_primer.elf.objects import Object, Segment
+from page_primer.kernel.mounts import Mount, mount_of
 from page_primer.options import Options
 from page_primer.survey import Survey
 
@@ -36,12 +43,13 @@ needs_root = pytest.mark.skipif(not ROOT, reason="needs root, to give a director
 PRELUDE = """
 import ctypes, json, os, subprocess, sys
 from page_primer import doctor, prime
+from page_primer.doctor import examination, facts, locking
 from page_primer.options import Options
 
 def examine(**values):
     options = Options.load(values)
     checks = doctor.examine(options)
-    doctor.render(checks, doctor.interpreter(options))
+    doctor.render(checks, doctor.interpreter(options), lambda *table: repr(table))
     return doctor.as_dict(checks)["checks"]
 
 def check(name, **values):
@@ -279,7 +287,7 @@ def test_memory_lock_limit(tmp_path: Path) -> None:
 
 
 def test_memory_lock_limit_that_holds_the_code_alone(tmp_path: Path) -> None:
-    sizes = "say(doctor.lock_sizes(*doctor._Examination(Options()).seen(), Options()))"
+    sizes = "say(locking.lock_sizes(*examination.Examination(Options()).seen(), Options()))"
     code, everything = run(sizes, tmp_path)
     assert 0 < code < everything
     found, refused, locked, _ = run(LOCKING, tmp_path, *limited(code))
@@ -300,7 +308,7 @@ def test_capability_overrides_the_limit(tmp_path: Path) -> None:
 def test_lock_sizes_are_those_that_prime_locks(tmp_path: Path) -> None:
     program = """
 options = Options.load()
-sizes = doctor.lock_sizes(*doctor._Examination(options).seen(), options)
+sizes = locking.lock_sizes(*examination.Examination(options).seen(), options)
 report = prime(options)
 core = report.interpreter
 code = 0
@@ -325,9 +333,9 @@ say([sizes, code, report.lock_wanted_bytes, core.backing])
 DIRECTORY = """
 path = sys.argv[1] if len(sys.argv) > 1 else os.environ["DIRECTORY"]
 before = check("image directory " + path, image_dir=path)
-doctor.read_container = lambda: ("made up", "overlay")
+facts.read_container = lambda: ("made up", "overlay")
 inside = check("image directory " + path, image_dir=path)
-doctor.read_container = lambda: (None, "ext4")
+facts.read_container = lambda: (None, "ext4")
 fix = check("image directory " + path, image_dir=path)["fix"]
 if fix:
     subprocess.run(fix, shell=True, check=True)
@@ -469,7 +477,7 @@ from page_primer.options import Options
 assert (only.name, only.status) == ("platform", "problem"), only
 assert "_core" in only.found, only
 assert doctor.interpreter(Options()) is None
-assert "1 problems" in doctor.render((only,), None)
+assert doctor.render((only,), None, lambda *table: "").endswith("0 warnings, 1 problem")
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
@@ -494,7 +502,7 @@ FREE = Process(thp_disabled=False, mdwe=0, soft=8 * MIB, hard=8 * MIB, capable=F
     ],
 )
 def test_kernel(version: tuple[int, int], status: str, ext4: bool, xfs: bool) -> None:
-    found = doctor.judge_kernel(version)
+    found = checks.judge_kernel(version)
     assert found.status == status
     assert found.found.startswith(f"Linux {version[0]}.{version[1]}: ")
     assert ("images on ext4" in found.found) == ext4
@@ -516,7 +524,7 @@ def test_kernel(version: tuple[int, int], status: str, ext4: bool, xfs: bool) ->
 )
 def test_shmem(kernel: tuple[int, int], shmem: str, of_size: str, fix: str | None) -> None:
     settings = replace(PLAIN, kernel=kernel, shmem=shmem, shmem_of_size=of_size)
-    found = doctor.judge_shmem(settings)
+    found = checks.judge_shmem(settings)
     assert found.status == ("warning" if fix else "ok")
     if fix is None:
         assert found.fix is None
@@ -524,20 +532,20 @@ def test_shmem(kernel: tuple[int, int], shmem: str, of_size: str, fix: str | Non
         assert found.fix is not None
         assert found.fix.endswith(f"> /sys/kernel/mm/transparent_hugepage/{fix}")
     # What a failed trial of a memfd is put down to.
-    failed = doctor.judge_memory(Trial("memfd", "memfd", 2 * PMD, 0), settings, FREE)
+    failed = directories.judge_memory(Trial("memfd", "memfd", 2 * PMD, 0), settings, FREE)
     assert ("shmem_enabled" in failed.found) == (fix is not None)
 
 
 def test_thp() -> None:
-    assert doctor.judge_thp(PLAIN).status == "ok"
-    assert doctor.judge_thp(replace(PLAIN, pmd=0)).status == "problem"
-    assert doctor.judge_thp(replace(PLAIN, pmd=512 * MIB)).status == "problem"
+    assert checks.judge_thp(PLAIN).status == "ok"
+    assert checks.judge_thp(replace(PLAIN, pmd=0)).status == "problem"
+    assert checks.judge_thp(replace(PLAIN, pmd=512 * MIB)).status == "problem"
     never = replace(PLAIN, thp="never")
-    assert doctor.judge_thp(never).status == "ok"  # MADV_COLLAPSE does not ask
-    old = doctor.judge_thp(replace(never, kernel=(5, 10), thp_of_size=""))
+    assert checks.judge_thp(never).status == "ok"  # MADV_COLLAPSE does not ask
+    old = checks.judge_thp(replace(never, kernel=(5, 10), thp_of_size=""))
     assert old.status == "warning"
     assert old.fix == "echo madvise > /sys/kernel/mm/transparent_hugepage/enabled"
-    assert doctor.judge_thp(replace(never, kernel=(5, 10), thp_of_size="always")).status == "ok"
+    assert checks.judge_thp(replace(never, kernel=(5, 10), thp_of_size="always")).status == "ok"
 
 
 def test_mount_of() -> None:
@@ -548,23 +556,23 @@ def test_mount_of() -> None:
         "25 22 8:2 / /mnt/a rw - xfs /dev/sda2 ro\n"
         "garbage\n"
     )
-    assert doctor.mount_of("/mnt/ab", mountinfo).point == "/"
-    assert doctor.mount_of("/", mountinfo).filesystem == "overlay"
-    blank = doctor.mount_of("/mnt/a b/c", mountinfo)
+    assert mount_of("/mnt/ab", mountinfo).point == "/"
+    assert mount_of("/", mountinfo).filesystem == "overlay"
+    blank = mount_of("/mnt/a b/c", mountinfo)
     assert (blank.point, blank.filesystem) == ("/mnt/a b", "tmpfs")
     assert "noexec" in blank.options
-    later = doctor.mount_of("/mnt/a", mountinfo)  # hides the earlier one
+    later = mount_of("/mnt/a", mountinfo)  # hides the earlier one
     assert later.filesystem == "xfs"
     assert "ro" in later.options
-    assert doctor.mount_of("/mnt", "") == Mount("", "")
+    assert mount_of("/mnt", "") == Mount("", "")
 
 
 def test_mount_of_agrees_with_the_kernel(tmp_path: Path) -> None:
     mountinfo = Path("/proc/self/mountinfo").read_text()
     for path in ("/", "/proc", "/sys/kernel", str(tmp_path.resolve())):
-        mount = doctor.mount_of(path, mountinfo)
+        mount = mount_of(path, mountinfo)
         assert os.stat(path).st_dev == os.stat(mount.point).st_dev, path
-    assert doctor.mount_of("/proc/self", mountinfo).filesystem == "proc"
+    assert mount_of("/proc/self", mountinfo).filesystem == "proc"
 
 
 @pytest.mark.parametrize(
@@ -580,47 +588,47 @@ def test_mount_of_agrees_with_the_kernel(tmp_path: Path) -> None:
 def test_container_sign(
     files: tuple[str, ...], environment: str, cgroup: str, sign: str | None
 ) -> None:
-    assert doctor.container_sign(files, environment, cgroup) == sign
+    assert facts.container_sign(files, environment, cgroup) == sign
 
 
 def test_container() -> None:
-    assert doctor.judge_container(None, "ext4").status == "ok"
-    found = doctor.judge_container(None, "overlay")
+    assert checks.judge_container(None, "ext4").status == "ok"
+    found = checks.judge_container(None, "overlay")
     assert found.status == "info"
     assert "unaligned" in found.found
 
 
 def test_locking() -> None:
     code, everything = 4 * MIB, 20 * MIB
-    fits = doctor.judge_locking(replace(FREE, soft=None, hard=None), code, everything, None, None)
+    fits = locking.judge_locking(replace(FREE, soft=None, hard=None), code, everything, None, None)
     assert fits.status == "ok"
     assert "unlimited" in fits.found
 
-    some = doctor.judge_locking(FREE, code, everything, None, "no")
+    some = locking.judge_locking(FREE, code, everything, None, "no")
     assert some.status == "warning"
     assert some.fix == (
         "LimitMEMLOCK=21M (systemd), --ulimit memlock=22020096 (Docker) or ulimit -l 21504"
     )
-    easy = doctor.judge_locking(replace(FREE, hard=64 * MIB), code, everything, None, "no")
+    easy = locking.judge_locking(replace(FREE, hard=64 * MIB), code, everything, None, "no")
     assert easy.fix == f"{some.fix}, which needs no privilege here"
 
-    used = doctor.judge_locking(replace(FREE, locked=8 * MIB), code, everything, "no", "no")
+    used = locking.judge_locking(replace(FREE, locked=8 * MIB), code, everything, "no", "no")
     assert used.status == "problem"
     assert used.fix is not None
     assert used.fix.startswith("LimitMEMLOCK=29M ")
 
     # No limit explains it, so none is to be raised: a sandbox.
-    odd = doctor.judge_locking(replace(FREE, soft=None), code, everything, "no", "no")
+    odd = locking.judge_locking(replace(FREE, soft=None), code, everything, "no", "no")
     assert (odd.status, odd.fix) == ("problem", None)
 
 
 def test_pool() -> None:
     asked = Options(backing="hugetlb")
-    assert doctor.judge_pool(PLAIN, Options(), 2).status == "info"
-    short = doctor.judge_pool(replace(PLAIN, pool=5, pool_free=1), asked, 2)
+    assert checks.judge_pool(PLAIN, Options(), 2).status == "info"
+    short = checks.judge_pool(replace(PLAIN, pool=5, pool_free=1), asked, 2)
     assert (short.status, short.fix) == ("problem", "sysctl vm.nr_hugepages=6")
-    assert doctor.judge_pool(replace(PLAIN, pool=5, pool_free=2), asked, 2).status == "ok"
-    none = doctor.judge_pool(replace(PLAIN, pool=None), asked, 2)
+    assert checks.judge_pool(replace(PLAIN, pool=5, pool_free=2), asked, 2).status == "ok"
+    none = checks.judge_pool(replace(PLAIN, pool=None), asked, 2)
     assert (none.status, none.fix) == ("problem", "sysctl vm.nr_hugepages=2")
 
 
@@ -628,7 +636,7 @@ def judge(filesystem: str, kernel: tuple[int, int], huge: int, **values: Any) ->
     directory = Directory("/i", Mount("/", filesystem), user=1000, free=1 << 30)
     trial = Trial("image", "/i", 2 * PMD, huge)
     settings = replace(PLAIN, kernel=kernel)
-    return doctor.judge_directory(trial, directory, settings, needed=8 * MIB, **values)
+    return directories.judge_directory(trial, directory, settings, needed=8 * MIB, **values)
 
 
 def test_directory_that_is_not_huge() -> None:
@@ -650,7 +658,7 @@ def test_directory_that_is_not_huge() -> None:
 def test_directory_that_may_not_be_made() -> None:
     directory = Directory("/srv/i", Mount("/", "ext4", frozenset({"rw"})), user=1000)
     trial = Trial("image", "/srv/i", refused="Permission denied", number=errno.EACCES)
-    found = doctor.judge_directory(trial, directory, PLAIN, needed=8 * MIB)
+    found = directories.judge_directory(trial, directory, PLAIN, needed=8 * MIB)
     assert found.fix == "install -d -m 0755 -o 1000 /srv/i"
 
 
@@ -674,14 +682,14 @@ def made_up(phase: int, *, fixed: bool = False) -> Object:
 def test_anchors_need_a_directory_that_is_ours_alone(tmp_path: Path) -> None:
     directory = tmp_path / "store"
     options = Options(image_dir=str(directory))
-    assert doctor._has_directory(options)  # it can be made
+    assert coverage.has_directory(options)  # it can be made
     directory.symlink_to(tmp_path / "nothing")
-    assert not doctor._has_directory(options)
+    assert not coverage.has_directory(options)
     directory.unlink()
     directory.mkdir()
     for mode, usable in ((0o755, True), (0o777, False)):
         directory.chmod(mode)
-        assert doctor._has_directory(options) == usable
+        assert coverage.has_directory(options) == usable
 
 
 @pytest.mark.parametrize("merge", [True, False])
@@ -692,7 +700,7 @@ def test_coverage_of_made_up_layouts(merge: bool, keep: bool) -> None:
     for phase in range(0, PMD, 0x3B000 // 0x1000 * 0x1000):
         obj = made_up(phase)
         survey = Survey((obj,), PMD, False, 1, (1, 0))
-        layout = doctor._describe(survey, plan.make(survey, options))
+        layout = coverage.describe(survey, plan.make(survey, options))
         code = next(s for s in obj.segments if s.code)
         low, high = -(-obj.start // PMD) * PMD, obj.segments[2].end // PMD * PMD
         if not merge:
@@ -700,8 +708,8 @@ def test_coverage_of_made_up_layouts(merge: bool, keep: bool) -> None:
         expected = max(min(high, code.address + code.size) - max(low, code.start), 0)
         assert layout.image.huge_bytes == expected, hex(phase)
         assert layout.phase == phase
-        for coverage in (layout.image, layout.memory):
-            assert coverage.huge_bytes + sum(coverage.left.values()) == layout.code_bytes
+        for share in (layout.image, layout.memory):
+            assert share.huge_bytes + sum(share.left.values()) == layout.code_bytes
         heads = {obj.start // PMD, code.start // PMD} if keep else set()
         in_memory = sum(
             max(min(chunk * PMD + PMD, code.address + code.size) - max(chunk * PMD, code.start), 0)
@@ -709,7 +717,7 @@ def test_coverage_of_made_up_layouts(merge: bool, keep: bool) -> None:
             if chunk not in heads
         )
         assert layout.memory.huge_bytes == in_memory, hex(phase)
-        found = doctor.judge_interpreter(layout, options)
+        found = coverage.judge_interpreter(layout, options)
         seen.add(found.status)
         if not expected:
             assert found.status == "problem"
@@ -723,48 +731,224 @@ def test_coverage_of_made_up_layouts(merge: bool, keep: bool) -> None:
 def test_interpreter_that_cannot_be_moved() -> None:
     obj = record.replace(made_up(0, fixed=True), problem="file deleted or replaced on disk")
     survey = Survey((obj,), PMD, False, 1, (1, 0))
-    layout = doctor._describe(survey, plan.make(survey, Options()))
+    layout = coverage.describe(survey, plan.make(survey, Options()))
     assert layout.kind == "static, ET_EXEC"
-    found = doctor.judge_interpreter(layout, Options())
+    found = coverage.judge_interpreter(layout, Options())
     assert (found.status, found.fix) == ("problem", "restart this process")
 
 
 def test_backing() -> None:
     survey = Survey((made_up(0),), PMD, False, 1, (1, 0))
-    layout = doctor._describe(survey, plan.make(survey, Options()))
+    layout = coverage.describe(survey, plan.make(survey, Options()))
     image, memfd = Trial("image", "/i", 4, 4), Trial("memfd", "memfd", 4, 4)
     failed = Trial("image", "/i", 4, 2)
 
-    found = doctor.judge_backing([failed, image, memfd], layout, Options(), (6, 18))
+    found = coverage.judge_backing([failed, image, memfd], layout, Options(), (6, 18))
     assert found.status == "ok"
     assert found.found.startswith("image in /i, with 100 %")
 
-    found = doctor.judge_backing([failed, memfd], layout, Options(), (6, 18))
+    found = coverage.judge_backing([failed, memfd], layout, Options(), (6, 18))
     assert found.status == "warning"
     assert "profilers lose" in found.found
-    named = doctor.judge_backing([memfd], layout, Options(backing="memfd"), (6, 18))
+    named = coverage.judge_backing([memfd], layout, Options(backing="memfd"), (6, 18))
     assert named.status == "ok"
-    old = doctor.judge_backing([memfd], layout, Options(), (5, 10))
+    old = coverage.judge_backing([memfd], layout, Options(), (5, 10))
     assert old.fix == "boot Linux 6.1 or newer"
 
-    assert doctor.judge_backing([failed], layout, Options(), (6, 18)).status == "problem"
+    assert coverage.judge_backing([failed], layout, Options(), (6, 18)).status == "problem"
     nothing = replace(layout, memory=Coverage(0, 0.0, {plan.PROFILERS_HEAD: layout.code_bytes}))
-    found = doctor.judge_backing([memfd], nothing, Options(), (6, 18))
+    found = coverage.judge_backing([memfd], nothing, Options(), (6, 18))
     assert (found.status, found.fix) == ("problem", "PAGE_PRIMER_KEEP_PROFILERS=0")
+
+
+UNALIGNED = Alignment("/lib/libpython3.11.so.1.0", files.CAN_BE, chunks=2, share=0.98, libc="glibc",
+                      version=(2, 41))  # fmt: skip
+
+
+def judge_file(found: Alignment, kernel: tuple[int, int] = (6, 18), share: float = 1.0) -> Any:
+    return alignment.judge_alignment(found, kernel, PMD, share)
+
+
+def test_alignment() -> None:
+    found = judge_file(UNALIGNED)
+    assert (found.status, found.fix) == ("info", "page-primer align")
+    assert "it has 2 huge pages of 2.0 MiB with code" in found.found
+    assert judge_file(UNALIGNED, share=0.5).status == "warning"
+    small = replace(UNALIGNED, chunks=1, share=0.77)  # as much as with a copy
+    assert judge_file(small, share=0.77).status == "info"
+    assert "it has 1 huge page of" in judge_file(small).found
+    other = judge_file(replace(UNALIGNED, path="/usr/lib/embedded.so"))
+    assert other.fix == "page-primer align /usr/lib/embedded.so"
+    assert alignment.judge_alignment(UNALIGNED, (6, 18), 0, 1.0).fix is None
+
+    replaced = judge_file(replace(UNALIGNED, listed=True))
+    assert (replaced.status, replaced.fix) == ("warning", "page-primer align --again")
+    assert "no longer aligned" in replaced.found
+
+    small = judge_file(replace(UNALIGNED, state=files.ALIGNED, listed=True))
+    assert (small.status, small.fix) == ("ok", "page-primer warm")
+    assert "in memory on small pages" in small.found
+    huge = judge_file(replace(UNALIGNED, state=files.ALIGNED, listed=True, huge=True))
+    assert (huge.status, huge.fix) == ("ok", None)
+    assert "its pages are huge now" in huge.found
+    placed = judge_file(replace(UNALIGNED, huge=True))  # by glibc.elf.thp, or arm64 as shipped
+    assert placed.status == "ok"
+    assert "placed on a huge page boundary" in placed.found
+
+    refused = judge_file(replace(UNALIGNED, state=files.REFUSED, reason="has text relocations"))
+    assert (refused.status, refused.fix) == ("info", None)
+    assert "cannot be aligned: has text relocations" in refused.found
+
+
+def test_alignment_by_kernel_and_c_library() -> None:
+    assert "in place" not in judge_file(UNALIGNED).found
+    assert "huge in place, on every file system" in judge_file(UNALIGNED, (7, 2)).found
+    new = replace(UNALIGNED, version=(2, 44))
+    assert judge_file(new).found.endswith("GLIBC_TUNABLES=glibc.elf.thp=1")
+    assert "TUNABLES" not in judge_file(UNALIGNED).found
+    old = replace(UNALIGNED, version=(2, 31))
+    assert "glibc 2.31 does not align libraries" in judge_file(old).found
+    assert "2.31" not in judge_file(replace(old, program=True)).found
+    musl = judge_file(replace(UNALIGNED, libc="musl", version=(0, 0)), share=0.0)
+    assert (musl.status, musl.fix) == ("info", None)
+    assert "musl's loader does not align" in musl.found
+    assert alignment._libc(["/usr/bin/python3", "/lib/ld-musl-x86_64.so.1"])[0] == "musl"
+
+
+def test_alignment_of_this_interpreter(tmp_path: Path) -> None:
+    """Recorded as aligned, which it is not."""
+    program = "say([doctor.interpreter(Options()).path, check('alignment')])"
+    path, found = run(program, tmp_path, PAGE_PRIMER_ALIGNED=str(tmp_path / "none"))
+    if "not aligned" not in found["found"]:
+        pytest.skip(f"this interpreter is of another kind: {found['found']}")
+    assert found["fix"] == "page-primer align"
+    (tmp_path / "list").write_text(f"{os.path.realpath(path)}\n")
+    _, found = run(program, tmp_path, PAGE_PRIMER_ALIGNED=str(tmp_path / "list"))
+    assert (found["status"], found["fix"]) == ("warning", "page-primer align --again")
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> tuple[str, Path]:
+    """An interpreter, and a copy of its libpython on the temporary directory's file system."""
+    from conftest import KINDS, python_of
+    from elves import copy_of_libpython, huge_files_here
+
+    if "shared" not in KINDS:
+        pytest.skip("no CPython with a shared libpython here")
+    if why := huge_files_here(tmp_path):
+        pytest.skip(why)
+    python = python_of(tmp_path, KINDS["shared"])
+    (tmp_path / "lib").mkdir()
+    copy = copy_of_libpython(python, tmp_path / "lib")
+    assert copy is not None
+    return python, copy
+
+
+def test_aligned_interpreter(shared: tuple[str, Path], tmp_path: Path) -> None:
+    """The doctor knows an aligned file, and that there is nothing left to do; and after an upgrade
+    the log and the doctor say what is to be done."""
+    python, libpython = shared
+    original = libpython.read_bytes()
+    environ = {
+        "PAGE_PRIMER_ALIGNED": str(tmp_path / "list"), "LD_LIBRARY_PATH": str(libpython.parent),
+        "PAGE_PRIMER_IMAGE_DIR": str(tmp_path / "images"), "HOME": str(tmp_path),
+    }  # fmt: skip
+    program = (
+        PRELUDE
+        + """
+import logging
+checks = {name: check(name) for name in ("alignment", "interpreter", "backing")}
+in_place = {name: check(name, backing="in_place") for name in ("interpreter", "backing")}
+lines = []
+class Logger:
+    debug = info = lambda *_: None
+    def warning(self, text, *values): lines.append(text % values)
+report = prime()
+report.log(Logger())
+report.log(Logger(), since=report)
+say([checks, in_place, report.interpreter.backing, lines, report.interpreter.no_longer_aligned])
+"""
+    )
+
+    def look() -> Any:
+        done = subprocess.run([python, "-c", program], env=environ, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    command = [python, "-m", "page_primer", "align", str(libpython)]
+    subprocess.run(command, env=environ, check=True, stdout=subprocess.DEVNULL)
+    checks, in_place, backing, lines, replaced = look()
+    assert checks["alignment"]["status"] == "ok"
+    assert "libpython" in checks["alignment"]["found"]
+    assert (lines, replaced) == ([], False)
+    if backing == "already":
+        assert "its pages are huge now" in checks["alignment"]["found"]
+        assert "% of it is on huge pages of its own file already" in checks["interpreter"]["found"]
+        assert checks["backing"]["found"].startswith("already: ")
+        assert {found["status"] for found in (*checks.values(), *in_place.values())} == {"ok"}
+    else:
+        assert checks["alignment"]["fix"] == "page-primer warm"
+        assert checks["backing"]["found"].startswith("in place first")
+
+    libpython.unlink()
+    libpython.write_bytes(original)
+    checks, in_place, backing, lines, replaced = look()
+    assert (checks["alignment"]["status"], checks["alignment"]["fix"]) == (
+        "warning", "page-primer align --again",
+    )  # fmt: skip
+    assert replaced
+    assert lines == [
+        f"page-primer: {libpython.name} is no longer aligned (replaced by an upgrade?); "
+        "run `page-primer align --again`"
+    ]
+    again = [python, "-m", "page_primer", "align", "--again"]
+    subprocess.run(again, env=environ, check=True, stdout=subprocess.DEVNULL)
+    checks, _, _, lines, replaced = look()
+    assert checks["alignment"]["status"] == "ok"
+    assert (lines, replaced) == ([], False)
+
+
+def test_in_place_alone_where_nothing_is_aligned() -> None:
+    options = Options(backing="in_place")
+    survey = Survey((made_up(0),), PMD, False, 1, (1, 0))
+    layout = coverage.describe(survey, plan.make(survey, options))
+    for found in (
+        coverage.judge_interpreter(layout, options),
+        coverage.judge_backing([], layout, options, (6, 18)),
+    ):
+        assert (found.status, found.fix) == ("problem", "page-primer align")
+    copied = coverage.describe(survey, plan.make(survey, Options())).image
+    fits = replace(layout, in_place=copied, aligned=True, filesystem="ext4")
+    assert coverage.judge_interpreter(fits, options).status == "ok"
+    old = coverage.judge_backing([], fits, options, (6, 18))
+    assert (old.status, old.fix) == ("warning", "page-primer warm")
+    assert coverage.judge_backing([], fits, options, (7, 2)).status == "ok"
+    memory = replace(fits, filesystem="tmpfs")
+    assert coverage.judge_backing([], memory, options, (6, 1)).status == "ok"
+
+
+def lay_out(titles: Any, rows: Any, notes: Any) -> str:
+    return tables.plain(tables.Table(titles, rows, (0, 1, 2), wraps=True, notes=notes), 60)
 
 
 def test_render() -> None:
     fix = "echo " + " ".join(["something"] * 40)
-    checks = (
-        doctor.Check("a", "problem", "a finding of many words " * 10, fix),
+    found = (
+        doctor.Check("a", "problem", "2.0 MiB of many words " * 10, fix),
         doctor.Check("b", "ok", "well"),
+        doctor.Check("c", "warning", "not so well"),
+        doctor.Check("d", "warning", "neither"),
     )
     survey = Survey((made_up(0x1000),), PMD, False, 1, (1, 0))
-    layout = doctor._describe(survey, plan.make(survey, Options()))
-    text = doctor.render(checks, layout, width=60)
+    layout = coverage.describe(survey, plan.make(survey, Options()))
+    text = doctor.render(found, layout, lay_out)
     lines = text.splitlines()
-    assert f"         fix: {fix}" in lines
-    assert all(len(line) <= 60 for line in lines[: lines.index("")] if "fix:" not in line)
-    assert lines[-1] == "1 ok, 0 warnings, 1 problems"
+    start = lines[0].index("found")
+    assert lines[1].startswith("  problem  a      2.0 MiB of many words 2.0 MiB")
+    assert f"{' ' * start}fix: {fix}" in lines
+    table = lines[: lines.index("")]
+    assert all(len(line) <= 60 for line in table if "fix:" not in line)
+    assert not [line for line in table if line.endswith("2.0")], "a number parted from its unit"
+    assert lines[-1] == "1 ok, 2 warnings, 1 problem"
     assert "load address is 0x1000 modulo" in text
-    assert json.loads(json.dumps(doctor.as_dict(checks, layout)))["checks"][1]["found"] == "well"
+    assert json.loads(json.dumps(doctor.as_dict(found, layout)))["checks"][1]["found"] == "well"

@@ -108,7 +108,7 @@ def test_version_1_in_a_container_and_without_a_limit(tmp_path):
 
 def test_a_real_cgroup_and_the_one_around_it(python):
     source = (
-        "from page_primer import memory\n"
+        "from page_primer.kernel import memory\n"
         "result = [[m.available, m.limit, m.where] for m in memory.bounds()], memory.read().where"
     )
     with Cgroup(96 * MIB) as around, Cgroup(128 * MIB, inside=around) as cgroup:

@@ -1,5 +1,7 @@
 """Options: from arguments, the environment and defaults, and what is refused."""
 
+import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +9,13 @@ from pathlib import Path
 import pytest
 
 import page_primer
-from page_primer.options import DEFAULT_LIMIT, Options
+from page_primer.options import (
+    DEFAULT_LIMIT,
+    OTHER_VARIABLES,
+    TABLE,
+    Options,
+    unknown_variables,
+)
 
 
 def test_defaults():
@@ -163,3 +171,125 @@ def test_without_the_core_the_report_says_so():
     )
     done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
     assert done.stdout.startswith("not available here: "), done.stderr
+
+
+# ------------------------------------------------------------------------- each described once
+
+ROOT = Path(__file__).parents[1]
+
+
+def words(text):
+    return " ".join(text.split())
+
+
+def test_the_table_has_the_options_that_there_are():
+    fields = [name for name in Options._fields if name not in ("enabled", "explicit")]
+    assert [option.name for option in TABLE] == fields
+    source = (ROOT / "page_primer" / "options.py").read_text()  # for type checkers alone
+    typed = source.partition("class OptionValues")[2].partition("\n\n\n")[0]
+    assert re.findall(r"^        (\w+): ", typed, re.MULTILINE) == fields
+
+
+@pytest.mark.parametrize("option", TABLE, ids=lambda option: option.name)
+def test_defaults_in_words_are_the_defaults(option):
+    if option.name in ("include", "exclude", "image_dir"):
+        assert not getattr(Options(), option.name)
+    else:
+        assert option.parse(option.name, option.default) == getattr(Options(), option.name)
+
+
+def test_docstring_says_what_the_table_says():
+    text = inspect.getdoc(page_primer.prime).partition("Args:\n")[2].partition("\n\n")[0]
+    said = [words(entry) for entry in re.split(r"\n    (?=\w)", text.rstrip())]
+    assert said[1:] == [f"{option.name}: {option.help}." for option in TABLE]
+    assert said[0].startswith("options: ")
+
+
+def test_readme_says_what_the_table_says():
+    readme = (ROOT / "README.md").read_text()
+    table = readme.partition("| argument | variable | default | meaning |\n")[2].partition("\n\n")[
+        0
+    ]
+    assert table.splitlines()[2:] == [
+        f"| `{o.name}` | `{o.variable}` | {o.default} | {o.help} |" for o in TABLE
+    ]
+
+
+def test_help_says_what_the_table_says():
+    done = subprocess.run(
+        [sys.executable, "-m", "page_primer", "run", "--help"], capture_output=True, text=True
+    )
+    said = words(done.stdout)
+    for option in TABLE:
+        assert f"{option.flag} VALUE {option.help} (default: {option.default}; " in said
+
+
+# ----------------------------------------------------------------------------- unknown variables
+
+
+def test_every_variable_that_the_sources_name_is_known():
+    named = set()
+    for path in (ROOT / "page_primer").rglob("*"):
+        if path.suffix in (".py", ".c"):
+            named |= set(re.findall(r"\bPAGE_PRIMER_[A-Z_]*[A-Z]\b", path.read_text()))
+    assert named >= {*OTHER_VARIABLES, "PAGE_PRIMER_MERGE"}
+    assert unknown_variables(dict.fromkeys(named, "1")) == ()
+
+
+def test_unknown_variables():
+    environ = {
+        "PAGE_PRIMER": "1", "PAGE_PRIMER_LIMIT": "1M", "PAGE_PRIMER_LATE": "0",
+        "PAGE_PRIMER_Z": "", "PAGE_PRIMER_LIMT": "1M", "PAGE_PRIMERS": "1", "page_primer_x": "1",
+        # A service called page-primer, in each pod of its Kubernetes namespace.
+        "PAGE_PRIMER_SERVICE_HOST": "10.0.0.1", "PAGE_PRIMER_PORT": "tcp://10.0.0.1:80",
+        "PAGE_PRIMER_PORT_80_TCP_ADDR": "10.0.0.1",
+    }  # fmt: skip
+    assert unknown_variables(environ) == ("PAGE_PRIMER_LIMT", "PAGE_PRIMER_Z")
+    Options.load({}, environ)  # is no error
+
+
+PROGRAM = """
+import logging, sys, page_primer
+logging.basicConfig(format="%(levelname)s %(message)s", stream=sys.stdout)
+report = page_primer.prime(remap=False, mlock=False)
+report.log(logging.getLogger())
+assert "difflib" in sys.modules or not report.unknown_variables
+again = page_primer.prime(remap=False, mlock=False, merge=False)
+again.log(logging.getLogger(), since=report)
+print(str(report).count("unknown environment variable"))
+"""
+
+
+@pytest.mark.parametrize("switch", ["1", "0"])
+def test_unknown_variables_are_one_warning(switch):
+    environ = {
+        "PAGE_PRIMER": switch, "PAGE_PRIMER_LIMT": "1M", "PAGE_PRIMER_WHATEVER": "1",
+        "PAGE_PRIMER_IMAGES_DIR": "x",
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], env=environ, capture_output=True, text=True
+    )
+    assert done.stdout.splitlines() == [
+        "WARNING page-primer: unknown environment variables "
+        "PAGE_PRIMER_IMAGES_DIR (did you mean PAGE_PRIMER_IMAGE_DIR?), "
+        "PAGE_PRIMER_LIMT (did you mean PAGE_PRIMER_LIMIT?), PAGE_PRIMER_WHATEVER",
+        "1",
+    ], done.stderr
+
+
+def test_without_unknown_variables_nothing_is_said_or_imported():
+    """Nor that no code is on huge pages, by those who switched that off."""
+    program = PROGRAM + "print('difflib' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], env={}, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["0", "False"], done.stderr
+
+
+def test_a_mistake_on_the_command_line_is_called_as_it_was_given():
+    for flag, value in (("--limit", "banana"), ("--image-dir", "images"), ("--merge", "perhaps")):
+        done = subprocess.run(
+            [sys.executable, "-m", "page_primer", "run", flag, value, "--", "true"],
+            capture_output=True, text=True, env={"PAGE_PRIMER_BACKING": "memfd"},
+        )  # fmt: skip
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"page-primer: {flag} must be ")
+        assert done.stderr.count("\n") == 1

@@ -116,3 +116,13 @@ def test_command_line_errors():
     done = status("nonsense")
     assert done.returncode == 2
     assert "invalid int value" in done.stderr
+
+
+def test_what_is_not_locked_has_a_reason():
+    from page_primer.status import ObjectStatus, ProcessStatus
+
+    obj = ObjectStatus("/lib/a", None, 0, 0, 0, 9 * MIB, 0, 0, 0)
+    unlimited = ProcessStatus(1, 0, "python", (obj,))
+    assert "9.0 MiB of 9.0 MiB not locked, although its limit allows it" in unlimited.unlocked
+    limited = ProcessStatus(1, 0, "python", (obj,), lock_limit=8 * MIB)
+    assert "RLIMIT_MEMLOCK is 8.0 MiB; allow it with " in limited.unlocked

@@ -20,7 +20,7 @@ from page_primer.kernel import smaps
 from page_primer.kernel.memory import Memory
 from page_primer.kernel.smaps import Mapping
 from page_primer.kernel.thp import fault_in
-from page_primer.options import IN_PLACE, Options
+from page_primer.options import IN_PLACE, Options, unknown_variables
 from page_primer.plan import Move
 from page_primer.report import Report
 
@@ -265,7 +265,8 @@ class Process:
         refused = sum(where.length for where in self.mlocks.refused)
         withheld = sum(lock.range.length for lock in self.mlocks.withheld)
         made = sum(where.length for where in self.mlocks.made)
-        explicit = self.options.explicit if self.options else frozenset()
+        options = self.options
+        explicit = options.explicit if options else ()
         return Report(
             pid=self.pid,
             reason=None,
@@ -278,10 +279,15 @@ class Process:
             lock_limit=_core.limit(_core.RLIMIT_MEMLOCK) if over else None,
             perf_map=self._perf_map_outcome(),
             memory=self.memory,
-            memory_share=self.options.memory_share if self.options else None,
-            warn=tuple(sorted(explicit & {"remap", "mlock", "backing"})),
+            memory_share=options.memory_share if options else None,
+            warn=tuple(
+                name
+                for name in ("backing", "mlock", "remap")
+                if name in explicit and getattr(options, name)
+            ),
             milliseconds=_since(began),
             threads=_core.threads(),
+            unknown_variables=unknown_variables(),
         )
 
     def _write_perf_map(self) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from page_primer import _core, plan
 from page_primer._lean import Record, replace, suppress
+from page_primer.align.aligned import all_listed, is_aligned
 from page_primer.apply.swap import Key, Primed, key_of, put_back
 from page_primer.backing.in_place import ALREADY
 from page_primer.backing.pieces import reason_of
@@ -38,6 +39,8 @@ class Registry:
         self.pmd = 0  # the size of a huge page, bytes
         self._mapped: dict[Key, tuple[str, int]] = {}  # device and inode, as in smaps
         self._aligned: set[Key] = set()  # objects that need no copy, if their pages were huge
+        self._listed: Collection[str] | None = None  # the files that were aligned, once read
+        self._replaced: set[Key] = set()  # objects whose file was aligned, and is no longer
         self._remainders: dict[Key, list[Remainder]] = {}
         self._notes: dict[Key, tuple[str, ...]] = {}
 
@@ -87,8 +90,20 @@ class Registry:
             self.in_place.setdefault(key_of(move.object), InPlace(move.in_place, ALREADY))
         whole = {key_of(m.object) for m in (*planned.moves, *planned.already) if m.aligned}
         self._aligned = (self._aligned | whole) & loaded.keys()
+        self._note_replaced(loaded)
         for key, kept in self.in_place.items():
             self._remainders[key] = plan.explain(loaded[key], kept.mappings, self.pmd)
+
+    def _note_replaced(self, loaded: dict[Key, Object]) -> None:
+        """Note which files are recorded as aligned and are not: an upgrade has replaced them."""
+        if self._listed is None:
+            self._listed = all_listed()
+        self._replaced = {
+            key
+            for key, obj in loaded.items()
+            if self._listed and self.pmd and obj.path in self._listed
+            and not is_aligned(obj.headers, self.pmd, fixed=obj.fixed)
+        }  # fmt: skip
 
     def enter_in_place(self, move: Move, backing: str) -> None:
         """Enter an object that has huge pages where it is."""
@@ -200,4 +215,5 @@ class Registry:
             segments=segments,
             notes=primed.notes if primed else self._notes.get(key, ()),
             aligned=key in self._aligned,
+            no_longer_aligned=key in self._replaced,
         )

@@ -25,7 +25,7 @@ _trials = itertools.count()
 
 
 class Trial(Record):
-    """What came of trying a backing with two huge pages at a scratch address."""
+    """The result of trying a backing with two huge pages at a scratch address."""
 
     backing: str
     where: str

@@ -1,4 +1,4 @@
-"""The command: page-primer run | align | warm | status | doctor.
+"""Which command it is, and what each is given.
 
 Only what every command needs is imported here: `run` is in the way of a server's start.
 """
@@ -8,14 +8,15 @@ from __future__ import annotations
 import os
 import sys
 
-from page_primer.options import NAMES
+import page_primer
+from page_primer.options import TABLE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
-    from page_primer.status import ObjectStatus
+    from page_primer.status import ObjectStatus, ProcessStatus
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,6 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if words[:1] == ["warm"]:
             return _warm(words[1:])
+        if words[:1] == ["--version"]:
+            print(f"page-primer {page_primer.__version__}")
+            return 0
         command = _plainly_run(words)
         return _execute(command, {}) if command else _parse_and_run(words)
     except ValueError as error:
@@ -65,15 +69,17 @@ def _parser() -> argparse.ArgumentParser:
         prog="page-primer",
         description="Machine code on huge pages and locked in memory, for Python servers.",
     )
+    # What main() has seen to: argparse would want the version itself, which takes a while to find.
+    parser.add_argument("--version", action="store_true", help="print the version")
     commands = parser.add_subparsers(dest="command", required=True)
 
     run = commands.add_parser(
         "run", help="start a command, and prime every Python process it leads to",
         usage="page-primer run [options] [--] COMMAND ...",
     )  # fmt: skip
-    for name in sorted(NAMES):
-        flag = f"--{name.replace('_', '-')}"
-        run.add_argument(flag, metavar="VALUE", help=f"as PAGE_PRIMER_{name.upper()}")
+    for option in TABLE:
+        text = f"{option.help} (default: {option.default}; {option.variable})".replace("%", "%%")
+        run.add_argument(option.flag, metavar="VALUE", help=text)
     late = run.add_mutually_exclusive_group()
     late.add_argument("--late", action="store_const", const="1", dest="late",
                       help="prime libraries that are imported later as well: the default, and "
@@ -100,9 +106,10 @@ def _parser() -> argparse.ArgumentParser:
     doctor.set_defaults(run=_doctor)
 
     from page_primer.align import command as align_command
+    from page_primer.cli.tables import show_table
 
     align_command.add_parser(commands).set_defaults(
-        run=lambda given: align_command.run(given, _show_table)
+        run=lambda given: align_command.run(given, show_table)
     )
 
     # With a parser of its own, for argparse does not tell COMMAND from the paths before `--`.
@@ -122,11 +129,16 @@ def _run(given: argparse.Namespace) -> int:
     command = given.argv[1:] if given.argv[:1] == ["--"] else given.argv
     if not command:
         raise ValueError("run: no command")
-    settings = {
-        f"PAGE_PRIMER_{name.upper()}": value
-        for name in (*NAMES, "late", "verbose")
-        if (value := getattr(given, name)) is not None
-    }
+    settings = {}
+    for option in TABLE:
+        value = getattr(given, option.name)
+        if value:  # as in the environment, empty is unset
+            option.parse(option.flag, value)  # so that an error names the flag
+        if value is not None:
+            settings[option.variable] = value
+    for name in ("late", "verbose"):
+        if (value := getattr(given, name)) is not None:
+            settings[f"PAGE_PRIMER_{name.upper()}"] = value
     return _execute(command, settings)
 
 
@@ -142,7 +154,7 @@ def _status(given: argparse.Namespace) -> int:
         return 1
     import json
 
-    from page_primer.report import mib, percent
+    from page_primer.cli.tables import show_table
 
     try:
         from page_primer.status import examine, family
@@ -162,41 +174,39 @@ def _status(given: argparse.Namespace) -> int:
         if process.problem:
             print(f"  {process.problem}")
             continue
-        objects = [
-            obj
-            for obj in process.objects
-            if given.all or obj.copied_bytes or obj.code_huge_bytes or obj.code_bytes >= 1 << 20
-        ]
-        rows = [
-            [
-                os.path.basename(obj.path),
-                mib(obj.code_bytes),
-                percent(obj.code_huge_bytes, obj.code_bytes),
-                mib(obj.locked_bytes),
-                mib(obj.copied_bytes),
-                mib(obj.shared_bytes),
-                mib(obj.pss_bytes),
-                _place(obj),
-            ]
-            for obj in sorted(objects, key=lambda obj: -obj.code_bytes)
-        ]
-        others = len(process.objects) - len(objects)
-        rows.append(
-            [
-                f"all {len(process.objects)} objects" if others else "all",
-                mib(process.sum("code_bytes")),
-                percent(process.sum("code_huge_bytes"), process.sum("code_bytes")),
-                mib(process.sum("locked_bytes")),
-                mib(process.sum("copied_bytes")),
-                mib(process.sum("shared_bytes")),
-                mib(process.sum("pss_bytes")),
-                "",
-            ]
-        )
-        _show_table(("object", "code", "huge", "locked", "copied", "shared", "PSS", "on"), rows)
+        titles = ("object", "code", "huge", "locked", "copied", "shared", "PSS", "on")
+        show_table(titles, list(_rows(process, everything=given.all)))
         if process.unlocked:
             print(f"  {process.unlocked}")
     return 0 if any(process.problem is None for process in processes) else 1
+
+
+def _rows(process: ProcessStatus, *, everything: bool) -> Iterator[list[str]]:
+    """A row for each object, the large ones alone or all, and one for their sum."""
+    from page_primer.report import counted, mib, percent
+
+    objects = [
+        obj
+        for obj in process.objects
+        if everything or obj.copied_bytes or obj.code_huge_bytes or obj.code_bytes >= 1 << 20
+    ]
+    sizes = ("locked_bytes", "copied_bytes", "shared_bytes", "pss_bytes")
+    for obj in sorted(objects, key=lambda obj: -obj.code_bytes):
+        yield [
+            os.path.basename(obj.path),
+            mib(obj.code_bytes),
+            percent(obj.code_huge_bytes, obj.code_bytes),
+            *(mib(getattr(obj, name)) for name in sizes),
+            _place(obj),
+        ]
+    others = len(process.objects) - len(objects)
+    yield [
+        f"all {counted(len(process.objects), 'object')}" if others else "all",
+        mib(process.sum("code_bytes")),
+        percent(process.sum("code_huge_bytes"), process.sum("code_bytes")),
+        *(mib(process.sum(name)) for name in sizes),
+        "",
+    ]
 
 
 def _place(obj: ObjectStatus) -> str:
@@ -219,34 +229,13 @@ def _doctor(given: argparse.Namespace) -> int:
     if given.json:
         print(json.dumps(doctor.as_dict(checks, layout), indent=2))
     else:
-        print(doctor.render(checks, layout))
+        print(doctor.render(checks, layout, _laid_out))
     return 0
 
 
-def _show_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print columns: the first and the last aligned to the left, numbers to the right."""
-    import contextlib
+def _laid_out(
+    titles: tuple[str, ...], rows: tuple[tuple[str, ...], ...], notes: tuple[str | None, ...]
+) -> str:
+    from page_primer.cli.tables import Table, render
 
-    last = len(titles) - 1
-    if sys.stdout.isatty():
-        # With the extra `cli` long names fold to the width of the terminal.
-        with contextlib.suppress(ImportError):
-            from rich.console import Console
-            from rich.markup import escape
-            from rich.table import Table
-
-            table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 1), header_style="bold")
-            for column, title in enumerate(titles):
-                left = column in (0, last)
-                table.add_column(title, justify="left" if left else "right", overflow="fold")
-            for row in rows:
-                table.add_row(*map(escape, row))
-            Console(highlight=False).print(table)
-            return
-    widths = [max(len(line[i]) for line in (titles, *rows)) for i in range(len(titles))]
-    for line in (titles, *rows):
-        cells = [
-            cell.ljust(width) if column in (0, last) else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ]
-        print("  " + "  ".join(cells).rstrip())
+    return render(Table(titles, rows, left=(0, 1, 2), wraps=True, notes=notes))

@@ -1,0 +1,1 @@
+"""The command line: page-primer run | align | warm | status | doctor."""

@@ -1,0 +1,123 @@
+"""The command line itself: its version, its tables."""
+
+import os
+import pty
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import page_primer
+from page_primer.cli import tables
+
+COMMAND = [sys.executable, "-m", "page_primer"]
+ROWS = (("/a/file", "12.0 MiB", "on ext4"), ("/b", "1.0 MiB", ""))
+
+
+def output(*arguments, **options):
+    return subprocess.run(
+        [*COMMAND, *arguments], capture_output=True, text=True, timeout=100, **options
+    )
+
+
+def on_terminal(*arguments, columns=80):
+    """What a command writes to a terminal."""
+    master, slave = pty.openpty()
+    try:
+        done = subprocess.Popen(
+            [*COMMAND, *arguments], stdout=slave, stderr=subprocess.PIPE,
+            env={**os.environ, "COLUMNS": str(columns), "TERM": "xterm"},
+        )  # fmt: skip
+        os.close(slave)
+        written = b""
+        while True:
+            try:
+                part = os.read(master, 1 << 16)
+            except OSError:  # the other end is closed: a terminal's end of file
+                break
+            written += part
+        assert done.wait(100) == 0, done.stderr.read()
+        done.stderr.close()
+        return written.decode().replace("\r\n", "\n")
+    finally:
+        os.close(master)
+
+
+def test_version():
+    version = metadata.version("page-primer")
+    assert page_primer.__version__ == version
+    assert output("--version").stdout == f"page-primer {version}\n"
+    assert "--version" in output("--help").stdout
+
+
+def test_version_of_the_package_that_is_imported(tmp_path):
+    """Under `page-primer run` it need not be one that sys.path leads to, or any."""
+    (tmp_path / "page_primer").symlink_to(Path(page_primer.__file__).parent)
+    program = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\nimport page_primer\n"
+    isolated = [sys.executable, "-I", "-S", "-c"]
+    program += "print(page_primer.__version__)"
+    done = subprocess.run([*isolated, program], capture_output=True, text=True)
+    assert done.stdout == "unknown\n", done.stderr
+    information = tmp_path / "page_primer-9.8.7.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text("Name: page-primer\nVersion: 9.8.7\n")
+    done = subprocess.run([*isolated, program], capture_output=True, text=True)
+    assert done.stdout == "9.8.7\n", done.stderr
+
+
+def test_importing_the_package_does_not_look_for_the_version():
+    program = "import sys, page_primer; print('importlib.metadata' in sys.modules)"
+    done = subprocess.run([sys.executable, "-I", "-S", "-c",
+                           f"import sys; sys.path[:0] = {sys.path!r}\n{program}"],
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.stdout == "False\n", done.stderr
+    with pytest.raises(AttributeError, match="has no attribute 'prim'"):
+        page_primer.prim  # noqa: B018
+
+
+def test_plain_table():
+    text = tables.plain(tables.Table(("file", "size", "where"), ROWS), 10)
+    assert text.splitlines() == [
+        "  file         size  where",
+        "  /a/file  12.0 MiB  on ext4",
+        "  /b        1.0 MiB",
+    ]
+
+
+def test_plain_table_with_notes():
+    table = tables.Table(
+        ("", "found"), (("ok", "many words " * 5), ("problem", "none")), wraps=True,
+        notes=(None, "fix: " + "x" * 100),
+    )  # fmt: skip
+    lines = tables.plain(table, 42).splitlines()
+    assert lines[1:3] == [
+        "  ok       many words many words many",
+        " " * 11 + "words many words many words",
+    ]
+    assert lines[3:] == ["  problem  none", " " * 11 + "fix: " + "x" * 100]
+
+
+def test_doctor_on_a_terminal_and_in_a_pipe():
+    pytest.importorskip("rich")
+    plain = output("doctor", env={**os.environ, "COLUMNS": "80"}).stdout
+    fancy = on_terminal("doctor", columns=80)
+    assert "\x1b[1m" in fancy, "by rich, with a bold heading"
+    assert "\x1b" not in plain
+    for text in (plain, fancy):
+        assert "Linux" in text
+        assert text.splitlines()[-1].count(",") == 2
+        notes = [line for line in text.splitlines() if line.lstrip().startswith("fix: ")]
+        assert len({len(line) - len(line.lstrip()) for line in notes}) <= 1
+    fixes = [
+        [line.strip() for line in text.splitlines() if "fix: " in line] for text in (plain, fancy)
+    ]
+    assert fixes[0] == fixes[1], "a fix is in one line, whatever the width"
+
+
+def test_status_on_a_terminal():
+    pytest.importorskip("rich")
+    text = on_terminal("status", str(os.getpid()), "--all", columns=200)
+    assert "\x1b[1m" in text
+    assert "libc.so.6" in text

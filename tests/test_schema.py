@@ -1,0 +1,92 @@
+"""The published schema of reports, held against those of real processes."""
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+from process import Process
+
+from page_primer import schema
+
+jsonschema = pytest.importorskip("jsonschema", reason="needs jsonschema (the extra `test`)")
+
+
+@pytest.fixture(scope="module")
+def validator():
+    published = subprocess.run(
+        [sys.executable, "-m", "page_primer.schema"], capture_output=True, text=True, check=True
+    )
+    found = json.loads(published.stdout)
+    assert found == schema.build()
+    jsonschema.Draft202012Validator.check_schema(found)
+    return jsonschema.Draft202012Validator(found)
+
+
+def test_primed(validator, python, images):
+    with Process(python) as process:
+        report = process.prime(image_dir=str(images))
+    assert report["objects"]
+    assert report["reason"] is None
+    validator.validate(report)
+
+
+def test_unprimed(validator, python):
+    """Nothing moved and nothing locked; and a report of what restore() left."""
+    with Process(python) as process:
+        report = process.prime(remap=False, mlock=False)
+        assert report["copied_bytes"] == 0
+        validator.validate(report)
+        validator.validate(process.restore())
+
+
+@pytest.mark.parametrize(
+    ("before", "environ", "reason"),
+    [
+        ("", {"PAGE_PRIMER": "0", "PAGE_PRIMER_LIMT": "1"}, "switched off"),
+        ("sys.platform = 'darwin'", {}, "not supported on darwin"),
+        ("sys.modules['page_primer._core'] = None", {}, "not available here: "),
+    ],
+)
+def test_refused(validator, before, environ, reason):
+    program = (
+        f"import json, sys; {before}\n"
+        "import page_primer; print(json.dumps(page_primer.prime().as_dict()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environ, capture_output=True, text=True, check=True
+    )
+    report = json.loads(done.stdout)
+    assert report["reason"].startswith(reason)
+    assert report["unknown_variables"] == [name for name in environ if "LIMT" in name]
+    validator.validate(report)
+
+
+def test_locks_that_were_refused(validator, python):
+    with Process(python) as process:
+        process.run("import resource; resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, 0))")
+        report = process.prime(remap=False)
+    validator.validate(report)
+
+
+def test_what_is_no_report_is_refused(validator, python):
+    with Process(python) as process:
+        report = process.prime(remap=False)
+    validator.validate(report)
+    for path, value in (
+        (("pid",), "1"),
+        (("objects", 0, "code_bytes"), None),
+        (("objects", 0, "segments", 0, "left"), {"why": "many"}),
+        (("memory",), []),
+        (("surplus",), 1),
+        (("objects", 0, "surplus"), 1),
+    ):
+        wrong = copy.deepcopy(report)
+        place = wrong
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = value
+        assert list(validator.iter_errors(wrong)), path
+    for name in report:
+        assert list(validator.iter_errors({k: v for k, v in report.items() if k != name})), name
