@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from debian_python import DEBIAN, LIBRARY, PACKAGE, build_shared
 from elftools.elf.elffile import ELFFile
 
 import page_primer
@@ -115,12 +116,23 @@ def python() -> str:
     return sys.executable
 
 
+@pytest.fixture(scope="session")
+def debian_shared(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An interpreter with a shared libpython, where no other has one."""
+    if not LIBRARY.exists() or shutil.which("gcc") is None:
+        pytest.skip(f"no shared interpreter here, nor {PACKAGE} to build one with")
+    build_shared(path := tmp_path_factory.mktemp("shared") / os.path.basename(DEBIAN))
+    return str(path)
+
+
 @pytest.fixture(params=["static", "shared"])
 def base(request: pytest.FixtureRequest) -> str:
     """An interpreter of each kind, outside a virtual environment."""
-    if request.param not in KINDS:
-        pytest.skip(f"no {request.param} interpreter here")
-    return KINDS[request.param]
+    if request.param in KINDS:
+        return KINDS[request.param]
+    if request.param == "shared":
+        return str(request.getfixturevalue("debian_shared"))
+    pytest.skip(f"no {request.param} interpreter here")
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from pathlib import Path
 import outside
 import pytest
 from conftest import KINDS, python_of
+from debian_python import ARCHIVE, DEBIAN, PACKAGE, build_pie
 from process import Process, interpreter, left_of
-from static_pie import ARCHIVE, DEBIAN, PACKAGE, build_pie
 
 import page_primer
 

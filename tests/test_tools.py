@@ -13,9 +13,9 @@ import outside
 import probes
 import pytest
 from conftest import INTERPRETERS, python_of
+from debian_python import ARCHIVE, PACKAGE, build_pie
 from probes import PROBES, UNPRIMED, WORKS, NotHere, Shape, Target
 from process import Process, interpreter
-from static_pie import ARCHIVE, PACKAGE, build_pie
 
 pytestmark = [
     pytest.mark.slow,

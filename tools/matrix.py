@@ -29,8 +29,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 import conftest  # noqa: E402
+import debian_python  # noqa: E402
 import probes  # noqa: E402
-import static_pie  # noqa: E402
 from probes import ABSENT, CANNOT, NOTE, PROBES, UNPRIMED, WORKS, Shape, Verdict, Way  # noqa: E402
 
 KEPT = ROOT / ".venv-tools"  # a Debian unstable, and memray for each interpreter: built once
@@ -61,17 +61,17 @@ def shapes() -> Iterator[Shape | str]:
         form = "shared libpython" if "/libpython3" in maps else "static, not PIE"
         install_memray(python)
         yield Shape(f"CPython {name.partition('-')[0]}, {form}", python)
-    if static_pie.ARCHIVE.exists():
+    if debian_python.ARCHIVE.exists():
         home = KEPT / "pie"
         home.mkdir(exist_ok=True)
-        python = conftest.python_of(home, static_pie.DEBIAN)
+        python = conftest.python_of(home, debian_python.DEBIAN)
         install_memray(python)
         if os.path.islink(python):
-            static_pie.build_pie(Path(python))
-        version = os.path.basename(static_pie.DEBIAN).removeprefix("python")
+            debian_python.build_pie(Path(python))
+        version = os.path.basename(debian_python.DEBIAN).removeprefix("python")
         yield Shape(f"CPython {version}, static PIE", python)
     else:
-        yield f"a static PIE: needs {static_pie.PACKAGE} to build it from"
+        yield f"a static PIE: needs {debian_python.PACKAGE} to build it from"
     yield unstable()
 
 
