@@ -52,6 +52,11 @@ def prime(options: Options | None = None, /, **values: Unpack[OptionValues]) -> 
         memory_share: of the memory that is available to this process (of the machine, and within
             the limits of its memory cgroups), the share that copies and locks may take at most.
         image_dir: the directory for images, absolute; by default the first that fits.
+        heap: have the heap on huge pages, too: pymalloc's "arenas", or "all": malloc's heap and
+            large blocks as well; "auto" (or True) leaves large blocks alone; False for nothing.
+        heap_min_memory: bytes; with a smaller memory limit the heap is left alone.
+        heap_unshare: collapse in a forked child what it shares with its parent, and so copy it.
+        freeze: gc.collect() and gc.freeze(), once, in a process that is about to fork.
 
     What is not given comes from the environment (`PAGE_PRIMER_REMAP` and so on), then from the
     defaults. `PAGE_PRIMER=0` switches everything off.

@@ -194,6 +194,7 @@ def _status(given: argparse.Namespace) -> int:
             ]
         )
         _show_table(("object", "code", "huge", "locked", "copied", "shared", "PSS", "on"), rows)
+        print(f"  heap: {process.heap}")
         if process.unlocked:
             print(f"  {process.unlocked}")
     return 0 if any(process.problem is None for process in processes) else 1

@@ -30,6 +30,7 @@ try:
     from page_primer.doctor.probes import Trial, try_directory, try_lock, try_memory
     from page_primer.elf.file import PF_R, PF_X
     from page_primer.elf.objects import Object, Region
+    from page_primer.heap.advice import advice
     from page_primer.images import store
     from page_primer.kernel.memory import Memory
     from page_primer.kernel.thp import pmd_size
@@ -258,6 +259,7 @@ class _Examination:
             ),
             ("locking", self.locking),
             ("available memory", self.available),
+            ("heap", lambda: [Check("heap", *advice(options, settings.pmd))]),
         ]
 
     @property
