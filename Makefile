@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 # Files of tests beside each other: tests of one file may share servers.
 PARALLEL := $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist loadfile
-SOURCES := pyproject.toml setup.py page_primer/_core.c $(wildcard page_primer/launcher/*.[ch])
+SOURCES := pyproject.toml setup.py $(wildcard page_primer/*.[ch] page_primer/launcher/*.[ch])
 
 .PHONY: demo demo-celery test test-fast trixie lint bench bench-pressure tools-matrix kernels clean
 

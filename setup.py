@@ -48,12 +48,14 @@ setup(
     ext_modules=[
         Extension(
             "page_primer._core",
-            ["page_primer/_core.c"],
+            ["page_primer/_core.c", "page_primer/_heap.c"],
+            depends=["page_primer/_heap.h"],
             py_limited_api=stable_abi,
-            extra_compile_args=["-std=gnu11", "-Wall", "-Wextra"],
+            extra_compile_args=["-std=gnu11", "-Wall", "-Wextra", "-Werror=implicit"],
             # No lazy binding: looking a symbol up would read the hash tables of the very object
             # that is being put back.
-            extra_link_args=["-Wl,-z,relro,-z,now"],
+            # Never unloaded: pymalloc may call _heap.c up to the process's end.
+            extra_link_args=["-Wl,-z,relro,-z,now", "-Wl,-z,nodelete"],
         )
     ]
     if linux

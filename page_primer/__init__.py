@@ -61,6 +61,14 @@ def prime(options: Options | None = None, /, **values: Unpack[OptionValues]) -> 
             above 0, up to 1.
         image_dir: absolute path of the directory for images; by default the first that gives huge
             pages.
+        heap: have the heap on huge pages, too: pymalloc's `arenas`; `auto` (or true): these and
+            malloc's `[heap]`; `all`: large blocks as well; or off (false).
+        heap_min_memory: bytes; with a smaller memory limit (a cgroup's, or the machine's memory)
+            the heap is left alone.
+        heap_unshare: collapse in a forked child what it shares with its parent as well, and so copy
+            it.
+        freeze: call `gc.collect()` and `gc.freeze()` once in a process that is about to fork, so
+            that its children share the heap for longer.
 
     What is not given comes from the environment (`PAGE_PRIMER_REMAP` and so on), then from the
     defaults. `PAGE_PRIMER=0` switches everything off.

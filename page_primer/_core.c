@@ -14,6 +14,8 @@
 #endif
 #include <Python.h>
 
+#include "_heap.h"
+
 #include <errno.h>
 #include <link.h>
 #include <stdint.h>
@@ -967,6 +969,8 @@ core_exec(PyObject *module)
 {
     core_state *state = PyModule_GetState(module);
 
+    if (PyModule_AddFunctions(module, page_primer_heap_methods) < 0)
+        return -1;
     state->error =
         PyErr_NewException("page_primer._core.Error", PyExc_OSError, NULL);
     if (state->error == NULL)

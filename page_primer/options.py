@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from typing import Any, Literal, TypedDict
 
     Mlock = Literal["all", "code"]
+    HeapMode = Literal["auto", "arenas", "all"]
 
     class OptionValues(TypedDict, total=False):
         """The keyword arguments of `page_primer.prime()`."""
@@ -27,9 +28,14 @@ if TYPE_CHECKING:
         limit: int | str
         memory_share: float | str
         image_dir: str | os.PathLike[str] | None
+        heap: HeapMode | bool
+        heap_min_memory: int | str
+        heap_unshare: bool
+        freeze: bool
 
 
 IN_PLACE = "in_place"
+HEAP_MODES = ("auto", "arenas", "all")
 BACKINGS = ("auto", IN_PLACE, "image", "memfd", "anonymous", "hugetlb")
 
 # Room for an interpreter, OpenSSL, a database driver and an array library or two. What a web
@@ -40,6 +46,11 @@ DEFAULT_LIMIT = 64 << 20
 # All that a web worker has mapped fits a container of 128 MiB, and the interpreter one of 64 MiB;
 # three quarters of what is there stay for the application to grow into.
 DEFAULT_MEMORY_SHARE = 0.25
+
+# A huge page counts whole when one byte of it is touched, which a process of some ten megabytes in
+# a small container should not have to pay. (Others' heap on huge pages by default had containers
+# killed that were sized to the megabyte.)
+DEFAULT_HEAP_MIN_MEMORY = 256 << 20
 
 SWITCH = "PAGE_PRIMER"  # the off switch; and how every variable begins
 # Of the launcher, of integrations and of `page-primer align`, which are no options of prime().
@@ -75,6 +86,10 @@ class Options(Record, aside=("explicit",)):
     limit: int = DEFAULT_LIMIT
     memory_share: float = DEFAULT_MEMORY_SHARE
     image_dir: str | None = None
+    heap: HeapMode | Literal[False] = False
+    heap_min_memory: int = DEFAULT_HEAP_MIN_MEMORY
+    heap_unshare: bool = False
+    freeze: bool = False
     explicit: frozenset[str] = frozenset()
 
     @classmethod
@@ -126,6 +141,18 @@ def _mlock(name: str, value: Any) -> str | bool:
     if truth is None:
         raise ValueError(f'{name} must be "all" (or true), "code" or false, not {value!r}')
     return truth and "all"
+
+
+def _heap(name: str, value: Any) -> str | bool:
+    text = value.strip().lower() if isinstance(value, str) else ""
+    if text in HEAP_MODES:
+        return text
+    truth = _truth(value)
+    if truth is None:
+        raise ValueError(
+            f'{name} must be "auto" (or true), "arenas", "all" or false, not {value!r}'
+        )
+    return truth and "auto"
 
 
 def _backing(name: str, value: Any) -> str:
@@ -250,6 +277,26 @@ TABLE = (
     Option(
         "image_dir", _directory, "see below",
         "absolute path of the directory for images; by default the first that gives huge pages",
+    ),
+    Option(
+        "heap", _heap, "off",
+        "have the heap on huge pages, too: pymalloc's `arenas`; `auto` (or true): these "
+        "and malloc's `[heap]`; `all`: large blocks as well; or off (false)",
+    ),
+    Option(
+        "heap_min_memory", _bytes, "256M",
+        "bytes; with a smaller memory limit (a cgroup's, or the machine's memory) the "
+        "heap is left alone",
+    ),
+    Option(
+        "heap_unshare", flag, "off",
+        "collapse in a forked child what it shares with its parent as well, and so copy "
+        "it",
+    ),
+    Option(
+        "freeze", flag, "off",
+        "call `gc.collect()` and `gc.freeze()` once in a process that is about to fork, "
+        "so that its children share the heap for longer",
     ),
 )  # fmt: skip
 

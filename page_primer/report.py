@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from typing import Any, Protocol
 
     from page_primer.kernel.memory import Memory
+    from page_primer.outcome import HeapReport
 
     class Logger(Protocol):
         """What `Report.log()` needs: logging.Logger has it, and so has gunicorn's logger."""
@@ -107,6 +108,8 @@ class Report(Record):
     milliseconds: float = 0.0
     threads: int = 0
     unknown_variables: tuple[str, ...] = ()  # named PAGE_PRIMER_*, and nothing reads them
+    heap: HeapReport | None = None  # None: the heap was not to be touched
+    frozen: int | None = None  # objects that the collector does not look at, if asked for
 
     @property
     def code_bytes(self) -> int:
@@ -140,7 +143,8 @@ class Report(Record):
 
     def __str__(self) -> str:
         shortfalls = self._lock_shortfall(), self._memory_shortfall(), self._replaced()
-        lines = filter(None, (self.summary(), *shortfalls, self._misspelt()))
+        heap = str(self.heap) if self.heap else None
+        lines = filter(None, (self.summary(), *shortfalls, self._misspelt(), heap))
         return "\n".join([*lines, *(f"  {line}" for line in self._details())])
 
     def log(self, logger: Logger | logging.Logger, *, since: Report | None = None) -> None:
@@ -164,6 +168,7 @@ class Report(Record):
                 logger.debug("page-primer: %s", line)
         elif self.pid != since.pid:
             logger.debug("page-primer: as before, %.1f ms", self.milliseconds)
+        self._log_heap(logger, since)
         core = self.interpreter
         needed = "mlock" in self.warn or (core is not None and not core.locked_bytes)
         for part in (Report._lock_shortfall, Report._memory_shortfall):
@@ -174,6 +179,19 @@ class Report(Record):
             shortfall = part(self)
             if shortfall and (since is None or shortfall != part(since)):
                 logger.warning("page-primer: %s", shortfall)
+
+    def _log_heap(self, logger: Logger | logging.Logger, since: Report | None) -> None:
+        """The heap's line: a WARNING where a named `heap` was refused; DEBUG where reason and notes
+        are those of the report before."""
+        if self.heap is None:
+            return
+        before = since and since.heap
+        if before and (self.heap.reason, self.heap.notes) == (before.reason, before.notes):
+            logger.debug("page-primer: %s", self.heap)
+        elif self.heap.reason and "heap" in self.warn:
+            logger.warning("page-primer: %s", self.heap)
+        else:
+            logger.info("page-primer: %s", self.heap)
 
     def summary(self) -> str:
         """The one line that log() writes at INFO."""
@@ -196,6 +214,8 @@ class Report(Record):
             parts.append(f"over the limit: {', '.join(left_out)}")
         parts.append(f"{mib(self.locked_bytes)} locked")
         written = sum(obj.written_bytes for obj in self.objects if obj.path in self.moved)
+        if self.frozen is not None:
+            parts.append(f"{self.frozen} objects frozen")
         done = f"{self.milliseconds:.1f} ms"
         if written:
             done += f", {mib(written)} written"

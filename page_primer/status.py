@@ -10,12 +10,14 @@ import contextlib
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from page_primer._lean import asdict as plain
 from page_primer.elf import file as elf
 from page_primer.elf.file import PROGRAM_HEADER, PT_LOAD
 from page_primer.elf.objects import Segment, segments_of
+from page_primer.kernel.anonymous import Use, named_by_us, use_of
 from page_primer.kernel.smaps import Mapping, overlapping, read_smaps, total
 from page_primer.kernel.thp import page_size, pmd_size
 from page_primer.report import memlock_remedy, mib
@@ -50,6 +52,9 @@ class ProcessStatus:
     locked_bytes: int = 0  # VmLck: all of the process, not only ELF objects
     lock_limit: int | None = None  # RLIMIT_MEMLOCK; None: there is none, or CAP_IPC_LOCK
     problem: str | None = None
+    # Private anonymous memory. Arenas are told by their name, where the kernel has names, so those
+    # that are older than page-primer's count as other.
+    heap: Use = field(default_factory=Use)
 
     def sum(self, name: str) -> int:
         """One number of all objects, by its field name."""
@@ -77,6 +82,7 @@ class ProcessStatus:
         """Plain data, ready for json.dumps()."""
         data = asdict(self)
         data["unlocked"] = self.unlocked
+        data["heap"] = plain(self.heap)
         for name in ("code_bytes", "code_huge_bytes", "copied_bytes", "shared_bytes", "pss_bytes"):
             data[name] = self.sum(name)
         return data
@@ -122,7 +128,8 @@ def examine(pid: int) -> ProcessStatus:
     except OSError as error:
         return replace(status, problem=f"cannot read its mappings: {error.strerror}")
     objects = tuple(_objects(pid, mappings))
-    return replace(status, objects=objects, locked_bytes=locked, lock_limit=limit)
+    heap = use_of(mappings, named_by_us)
+    return replace(status, objects=objects, locked_bytes=locked, lock_limit=limit, heap=heap)
 
 
 def _objects(pid: int, mappings: Sequence[Mapping]) -> Iterator[ObjectStatus]:

@@ -16,11 +16,14 @@ from page_primer.backing import image as image_backing
 from page_primer.backing import in_place
 from page_primer.backing.pieces import Place, reason_of
 from page_primer.elf.objects import Object, Range
+from page_primer.heap import freeze
+from page_primer.heap.driver import Heap
 from page_primer.kernel import smaps
 from page_primer.kernel.memory import Memory
 from page_primer.kernel.smaps import Mapping
-from page_primer.kernel.thp import fault_in
+from page_primer.kernel.thp import fault_in, pmd_size
 from page_primer.options import IN_PLACE, Options, unknown_variables
+from page_primer.outcome import HeapReport
 from page_primer.plan import Move
 from page_primer.report import Report
 
@@ -48,6 +51,7 @@ class Process:
         self.perf_map: PerfMap | None = None
         self.huge = 0  # bytes on huge pages of what is to be, when last measured
         self.report: Report | None = None
+        self.heap: Heap | None = None
         self.owner = 0  # the thread whose call is under way; another of its is a signal handler's
 
     def prime(self, options: Options) -> Report:
@@ -61,6 +65,8 @@ class Process:
                 last = self._measure((), smaps.read_smaps(), began)
             elif child or last.moved:
                 last = replace(last, pid=self.pid, moved=(), milliseconds=_since(began))
+            if self.heap is not None and (self.heap.is_new() or (child and options.heap_unshare)):
+                last = replace(last, heap=self.heap.prime(options, self.registry.pmd))
             self.report = last  # from now on the same, which costs a frequent caller least
             return last
         self.report = None  # should this not come to its end
@@ -77,8 +83,29 @@ class Process:
                 mappings = self._lock_and_look(moved, options, held)
         self.registry.enter_files(moved, mappings)
         self._write_perf_map()
-        self.report = self._measure(moved, mappings, began)
+        report = self._measure(moved, mappings, began)
+        frozen = freeze.freeze() if options.freeze else None
+        self.report = replace(report, heap=self._prime_heap(options), frozen=frozen)
         return self.report
+
+    def start_heap(self, options: Options) -> Report:
+        """Before an application is loaded: have its arenas huge, and leave the rest to prime()."""
+        if options.enabled and options.heap:
+            self.heap = self.heap or Heap()
+            self.heap.start(options, pmd_size())
+        return self.report or Report(os.getpid(), None)
+
+    def _prime_heap(self, options: Options) -> HeapReport | None:
+        if not options.heap:
+            self._restore_heap()
+            return None
+        self.heap = self.heap or Heap()
+        return self.heap.prime(options, self.registry.pmd)
+
+    def _restore_heap(self) -> None:
+        if self.heap is not None:
+            self.heap.restore()
+        self.heap = None
 
     def restore(self) -> Report:
         """Put everything back; see page_primer.restore()."""
@@ -86,6 +113,7 @@ class Process:
         self.mlocks.unlock()
         self.registry.put_back_all()
         self.mlocks.give_back_to_host()
+        self._restore_heap()
         loaded = {(base, headers) for _, base, headers in _core.objects()[2]}
         self.objects = tuple(obj for obj in self.objects if key_of(obj) in loaded)
         self.options = None
@@ -282,7 +310,7 @@ class Process:
             memory_share=options.memory_share if options else None,
             warn=tuple(
                 name
-                for name in ("backing", "mlock", "remap")
+                for name in ("backing", "heap", "mlock", "remap")
                 if name in explicit and getattr(options, name)
             ),
             milliseconds=_since(began),

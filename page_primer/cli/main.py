@@ -176,6 +176,7 @@ def _status(given: argparse.Namespace) -> int:
             continue
         titles = ("object", "code", "huge", "locked", "copied", "shared", "PSS", "on")
         show_table(titles, list(_rows(process, everything=given.all)))
+        print(f"  heap: {process.heap}")
         if process.unlocked:
             print(f"  {process.unlocked}")
     return 0 if any(process.problem is None for process in processes) else 1

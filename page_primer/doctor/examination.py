@@ -10,6 +10,7 @@ from page_primer.doctor import alignment, checks, coverage, directories, facts, 
 from page_primer.doctor.coverage import Interpreter
 from page_primer.doctor.findings import INFO, Check
 from page_primer.doctor.probes import Trial, try_directory, try_lock, try_memory
+from page_primer.heap.advice import advice
 from page_primer.kernel.thp import pmd_size
 from page_primer.options import IN_PLACE, Options
 from page_primer.plan import Plan
@@ -52,6 +53,7 @@ class Examination:
             ),
             ("locking", self.locking),
             ("available memory", self.available),
+            ("heap", lambda: [Check("heap", *advice(options, settings.pmd))]),
         ]
 
     @property

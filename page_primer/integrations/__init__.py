@@ -27,6 +27,19 @@ def prime_and_log(logger: Logger | logging.Logger, options: Options | None = Non
     return report
 
 
+def freeze_again(options: Options | None = None) -> None:
+    """In a parent that has loaded its application, before it forks: freeze all of it, whatever was
+    frozen before, if that is asked for."""
+    try:
+        options = options or Options.load()
+    except ValueError:  # which prime_and_log() says
+        return
+    if options.enabled and options.freeze:
+        from page_primer.heap import freeze
+
+        freeze.freeze(again=True)
+
+
 def announce(report: Report, logger: Logger | logging.Logger) -> None:
     """Log what differs from the last report, which may be one of the process that this one was
     forked from. However many hooks call it, each thing is said once."""

@@ -23,7 +23,7 @@ from celery.utils.log import get_logger
 
 import page_primer
 from page_primer._lean import replace
-from page_primer.integrations import announce, prime_and_log
+from page_primer.integrations import announce, freeze_again, prime_and_log
 from page_primer.options import NAMES, Options
 from page_primer.report import Report
 
@@ -78,6 +78,7 @@ def _prime_parent(conf: Any = None, **_: Any) -> None:
 def _log_parent(**_: Any) -> None:
     """The first moment that logging works; modules that came since are primed as well."""
     if _first is not None:
+        freeze_again(_options)
         announce(_first, _LOGGER)
     _prime()
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from page_primer.integrations import asgi, prime_and_log
+from page_primer.integrations import asgi, freeze_again, prime_and_log
 
 if TYPE_CHECKING:
     from page_primer.integrations.asgi import Message, Receive, Send
@@ -27,11 +27,13 @@ if TYPE_CHECKING:
 
 def on_starting(server: Any) -> None:
     """Prime the master: after a preloaded application, before sockets, threads and forks."""
+    freeze_again()
     prime_and_log(server.log)
 
 
 def on_reload(server: Any) -> None:
     """After a HUP: prime what the reloaded configuration or preloaded application brought in."""
+    freeze_again()
     prime_and_log(server.log)
 
 

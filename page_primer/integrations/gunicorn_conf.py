@@ -25,6 +25,7 @@ from typing import Any
 
 from gunicorn.config import make_settings
 
+import page_primer
 from page_primer.integrations import gunicorn as _gunicorn
 from page_primer.options import Options
 
@@ -149,9 +150,12 @@ def _take_over(theirs: dict[str, Any]) -> dict[str, Any]:
 
 
 try:
-    Options.load()
+    _options = Options.load()
 except ValueError as error:
     sys.exit(f"page-primer: {error}")
+
+if _options.heap:  # before an application is preloaded
+    page_primer.on_process(lambda process: process.start_heap(_options))
 
 if _loaded_by_gunicorn():
     globals().update(_take_over(_user_settings()))

@@ -11,6 +11,7 @@ import os
 import signal
 
 from page_primer._lean import suppress
+from page_primer.heap.malloc import add_tunable
 from page_primer.launcher.child import LATE, SITE, VERBOSE, say
 from page_primer.launcher.warm import through_warm
 from page_primer.options import Options, flag
@@ -48,6 +49,8 @@ def run(command: Sequence[str], settings: Mapping[str, str]) -> int:
     _undo_coercion()
     if options.enabled:
         _add_site()
+        if options.heap == "all":
+            add_tunable(os.environ)
     try:
         _execute(through_warm(command))
     except OSError as error:

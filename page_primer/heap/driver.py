@@ -1,0 +1,196 @@
+"""Bring the heap onto huge pages, as the options say, and measure what came of it."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from page_primer import _core
+from page_primer.heap import arenas, chunks, malloc
+from page_primer.kernel import memory, smaps
+from page_primer.kernel.anonymous import is_anonymous, use_of
+from page_primer.kernel.smaps import overlapping
+from page_primer.outcome import HeapReport
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from page_primer.kernel.memory import Memory
+    from page_primer.kernel.smaps import Mapping
+    from page_primer.options import Options
+
+_THP = "/sys/kernel/mm/transparent_hugepage"
+
+# A collapse may add so much to what is resident: a share of it, or half a huge page.
+_GROWTH = 0.03
+
+
+class Heap:
+    """What was done to this process's heap. A forked child inherits all of it."""
+
+    def __init__(self) -> None:
+        self.mark = -1  # heap_mark() when it was last looked at
+        self.older: list[tuple[int, int]] = []  # mappings of arenas that are not ours
+        self.searched = False
+        self.malloc: str | None = None  # the allocator that is not glibc's
+
+    def is_new(self) -> bool:
+        """Whether there may be something to do. Takes a tenth of a microsecond."""
+        return self.mark != _core.heap_mark()
+
+    def start(self, options: Options, huge: int) -> None:
+        """Have new arenas huge from now on, and leave the rest to prime(). The earlier the better:
+        arenas that were mapped singly seldom lie side by side."""
+        if refusal(options, huge, list(memory.bounds())) is None:
+            self._search(smaps.read_maps())
+            arenas.install(huge)
+
+    def _search(self, mappings: Sequence[Mapping]) -> None:
+        """Once, before new arenas are ours: find those that there are."""
+        if not self.searched:
+            # Objects too large for pymalloc are malloc's.
+            found = [m for m in arenas.find(mappings) if is_anonymous(m) and m.path != "[heap]"]
+            self.older = [(m.start, m.end) for m in found]
+            self.malloc = malloc.other_allocator()
+            self.searched = True
+
+    def prime(self, options: Options, huge: int) -> HeapReport:
+        """Install what serves new memory, and collapse what is there.
+
+        Args:
+            options: `heap` must not be off.
+            huge: the size of a huge page, bytes; 0 without THP.
+        """
+        began = time.perf_counter()
+        found = list(memory.bounds())
+        reason = refusal(options, huge, found)
+        least = options.heap_min_memory
+        if reason is not None:
+            _core.arenas_retire()
+            self.mark = _core.heap_mark()
+            return HeapReport(str(options.heap), reason, least_memory=least)
+        before = smaps.read_smaps()
+        self._search(before)
+        notes = [note for note in (arenas.install(huge), self._malloc_note(options)) if note]
+        available = min((bound.available for bound in found), default=sys.maxsize)
+        done = self._collapse(before, options, huge, int(available * options.memory_share))
+        after = smaps.read_smaps() if done.bytes else before
+        self.mark = _core.heap_mark()
+        regions, _, spare, _, small, _, slowest = _core.arenas_counts()
+        return HeapReport(
+            mode=str(options.heap),
+            use=use_of(after, self._is_arena()),
+            collapsed_bytes=done.bytes,
+            resident_before=smaps.total(before, "Rss"),
+            resident_after=smaps.total(after, "Rss"),
+            regions=regions,
+            small_regions=small,
+            spare_bytes=spare,
+            slowest_region=slowest / 1e6,
+            least_memory=least,
+            notes=(*notes, *done.notes),
+            milliseconds=(time.perf_counter() - began) * 1000,
+        )
+
+    def restore(self) -> None:
+        """Make no more arenas. What was collapsed stays: it is the same memory."""
+        _core.arenas_retire()
+        self.__init__()  # type: ignore[misc]
+
+    def _malloc_note(self, options: Options) -> str | None:
+        if options.heap == "arenas":
+            return None
+        if self.malloc is not None:
+            return f"malloc is {self.malloc}, left alone"
+        return "glibc advises malloc's memory itself" if malloc.tunable_in_force() else None
+
+    def _collapse(
+        self, mappings: Sequence[Mapping], options: Options, huge: int, room: int
+    ) -> chunks.Collapsed:
+        """Advise and collapse what the options name and what is full enough."""
+        is_arena = self._is_arena()
+        mine, heap, other = [], [], []
+        for mapping in filter(is_anonymous, mappings):
+            if is_arena(mapping):
+                mine.append(mapping)
+            elif mapping.path == "[heap]":
+                heap.append(mapping)
+            else:
+                other.append(mapping)
+        if options.heap == "arenas" or self.malloc is not None:
+            heap = []
+        wanted = [*mine, *heap, *(other if options.heap == "all" and not self.malloc else ())]
+        for mapping in heap:  # what is touched next in it, too
+            low, high = chunks.within(mapping, huge)
+            if low < high and "hg" not in mapping.flags:
+                chunks.advise(low, high)
+        growth = max(huge // 2, int(_GROWTH * smaps.total(mappings, "Rss")))
+        found = chunks.candidates(wanted, huge)
+        if not options.heap_unshare:
+            growth = min(growth, room)
+        else:
+            found = [chunk for chunk in found if (room := room - chunk.shared) >= 0]
+        return chunks.collapse(found, huge, growth, unshare=options.heap_unshare)
+
+    def _is_arena(self) -> _IsArena:
+        return _IsArena([*self.older, *_regions()])
+
+
+class _IsArena:
+    """Whether arenas lie in a mapping."""
+
+    def __init__(self, ranges: Sequence[tuple[int, int]]) -> None:
+        self._ranges = [smaps.Mapping(a, b, "", 0, "", 0, "") for a, b in sorted(ranges)]
+
+    def __call__(self, mapping: Mapping) -> bool:
+        return next(overlapping(self._ranges, mapping.start, mapping.end), None) is not None
+
+
+def _regions() -> list[tuple[int, int]]:
+    bases = _core.arenas_regions()
+    size = _core.region_size()
+    return [(base, base + size) for base in bases]
+
+
+def refusal(options: Options, huge: int, bounds: Sequence[Memory]) -> str | None:
+    """Why the heap is to be left alone here, or None."""
+    if not huge:
+        return "no huge pages on this kernel"
+    if enabled(huge) == "never":
+        return f"transparent huge pages are off ({_THP}/enabled: never)"
+    if _core.thp_disabled():
+        return "huge pages are disabled for this process (PR_SET_THP_DISABLE)"
+    for bound in bounds:
+        if bound.limit < options.heap_min_memory:
+            return (
+                f"a memory limit of {bound.limit >> 20} MiB ({bound.where}) is below "
+                f"PAGE_PRIMER_HEAP_MIN_MEMORY ({options.heap_min_memory >> 20} MiB)"
+            )
+        if bound.available * options.memory_share < 4 * huge:
+            return (
+                f"too little memory, {bound.available >> 20} MiB available of "
+                f"{bound.limit >> 20} MiB ({bound.where})"
+            )
+    return None
+
+
+def enabled(huge: int) -> str:
+    """The setting that decides on anonymous huge pages: "always", "madvise" or "never"; empty where
+    it cannot be read."""
+    of_size = _chosen(f"{_THP}/hugepages-{huge >> 10}kB/enabled")
+    return _chosen(f"{_THP}/enabled") if of_size in ("", "inherit") else of_size
+
+
+def defrag() -> str:
+    """How far the kernel goes at a page fault for a huge page."""
+    return _chosen(f"{_THP}/defrag")
+
+
+def _chosen(path: str) -> str:
+    """What is in brackets in a file of sysfs."""
+    try:
+        with open(path) as file:
+            return file.read().partition("[")[2].partition("]")[0]
+    except OSError:
+        return ""
