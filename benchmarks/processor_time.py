@@ -1,4 +1,4 @@
-"""Processor time of a script with its interpreter's code on small pages, in an image, and aligned.
+"""Processor time of a script with its code and its heap on small and on huge pages.
 
     python benchmarks/processor_time.py [--python P] [--rounds N] [--processes N] [--lanes N]
                                         [--json FILE]
@@ -32,15 +32,26 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-VARIANTS = ("plain", "plain again", "image", "aligned")
+# What prime() is called with in each variant; None: not at all. "aligned" needs no call.
+VARIANTS: dict[str, dict[str, Any] | None] = {
+    "plain": None,
+    "plain again": None,
+    "image": {"heap": False},
+    "aligned": None,
+    "heap": {"remap": False, "heap": "all"},
+    "image + heap": {"heap": "all"},
+}
 
 # What a web application's request consists of, without a framework: parsing, matching, templates,
 # a database, sorting, arithmetic.
 WORK = r"""
 import json, re, sqlite3, string, sys, time, decimal, collections, hashlib
-if sys.argv[1] == "image":
-    import page_primer
-    page_primer.prime(mlock=False, image_dir=sys.argv[3])
+options = json.loads(sys.argv[1])
+def prime():
+    if options is not None:
+        import page_primer
+        page_primer.prime(mlock=False, image_dir=sys.argv[3], **options)
+prime()
 rows = [{"id": i, "name": f"user {i}", "tags": ["a", "b", str(i)], "score": i * 1.5}
         for i in range(60)]
 table = sqlite3.connect(":memory:")
@@ -53,7 +64,10 @@ class User:
         self.id, self.name, self.tags, self.score = id, name, tags, score
     def __lt__(self, other):
         return (self.score, self.name) < (other.score, other.name)
+cache = {i: User(i, f"cached {i}", [], i * 0.5) for i in range(int(sys.argv[4]))}
+prime()  # as integrations do once an application is loaded
 def request(n):
+    seen = sum(cache[(n * 7919 + k * 104729) % len(cache)].score for k in range(200))
     users = sorted(User(**row) for row in json.loads(json.dumps(rows)))
     page = "".join(template.substitute(cls="odd" if u.id % 2 else "even", name=u.name,
                                        score=u.score)
@@ -62,7 +76,7 @@ def request(n):
     got = table.execute("select name, sum(score) from users where id % ? = 0 group by name",
                         (n % 7 + 2,)).fetchall()
     total = sum(decimal.Decimal(str(score)) for _, score in got)
-    return hashlib.sha256(f"{page}{found}{total}".encode()).hexdigest()
+    return hashlib.sha256(f"{page}{found}{total}{seen}".encode()).hexdigest()
 loops = int(sys.argv[2])
 for n in range(loops // 4):
     request(n)
@@ -113,23 +127,27 @@ def interpreter_in(directory: Path, python: str, *, aligned: bool) -> Interprete
     return Interpreter(program if library else str(copy), environment, str(copy))
 
 
-def huge_share(smaps: str, name: str) -> float:
-    """The share of a file's executable mappings that is on huge pages."""
+def huge_shares(smaps: str, name: str) -> tuple[float, float]:
+    """The share of a file's executable mappings that is on huge pages, and that of what is resident
+    of anonymous memory."""
     size = huge = 0
+    resident = sum(map(int, re.findall(r"^Anonymous:\s+(\d+)", smaps, re.MULTILINE)))
+    anonymous = sum(map(int, re.findall(r"^AnonHugePages:\s+(\d+)", smaps, re.MULTILINE)))
     for block in re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", smaps, flags=re.MULTILINE)[1:]:
         line = block.splitlines()[0]
         if line.split()[1][2] == "x" and line.rstrip().endswith("/" + name):
             counters = dict(re.findall(r"^(\w+):\s+(\d+) kB$", block, re.MULTILINE))
             size += int(counters["Size"])
             huge += int(counters["FilePmdMapped"])
-    return huge / size if size else 0.0
+    return huge / size if size else 0.0, anonymous / max(resident, 1)
 
 
 def measure(
     variant: str, use: Interpreter, core: int, options: Any, images: str
-) -> tuple[float, float]:
-    """Processor time of all processes of one variant, seconds, and the huge share of the last."""
-    command = [use.program, "-c", WORK, variant, str(options.loops), images]
+) -> tuple[float, tuple[float, float]]:
+    """Processor time of all processes of one variant, seconds, and the huge shares of the last."""
+    call = json.dumps(VARIANTS[variant])
+    command = [use.program, "-c", WORK, call, str(options.loops), images, str(options.cache)]
     keep = {key: os.environ[key] for key in ("PATH", "HOME") if key in os.environ}
     started = [
         subprocess.Popen(
@@ -145,7 +163,7 @@ def measure(
             raise SystemExit(f"{variant}: exit status {process.returncode}")
         took, smaps = json.loads(out)
         total += took
-    return total, huge_share(smaps, os.path.basename(use.code))
+    return total, huge_shares(smaps, os.path.basename(use.code))
 
 
 def interval(ratios: list[float], draws: int = 4000) -> tuple[float, float]:
@@ -176,6 +194,8 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=4, help="on one core, taking turns")
     parser.add_argument("--lanes", type=int, default=1)
     parser.add_argument("--loops", type=int, default=400)
+    parser.add_argument("--cache", type=int, default=100_000,
+                        help="objects that live on, of which a request looks at 200")  # fmt: skip
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="page-primer-bench-", dir="/var/tmp") as name:
@@ -184,7 +204,7 @@ def main() -> None:
         plain = interpreter_in(directory / "plain", options.python, aligned=False)
         aligned = interpreter_in(directory / "aligned", options.python, aligned=True)
         cores = sorted(os.sched_getaffinity(0))[:: max(1, os.cpu_count() // options.lanes or 1)]
-        seen: dict[str, float] = {}
+        seen: dict[str, tuple[float, float]] = {}
 
         def lane(number: int) -> list[dict[str, float]]:
             rounds = []
@@ -223,16 +243,17 @@ def main() -> None:
     for pages, small, huge in chased:
         print(f"pointer chase, {pages:6.0f} pages: {small:6.2f} ns small, {huge:6.2f} ns huge, "
               f"ratio {small / huge:.2f}")  # fmt: skip
-    for variant in VARIANTS[1:]:
+    for variant in list(VARIANTS)[1:]:
         ratios = [took[variant] / took["plain"] for took in rounds]
         low, high = interval(ratios)
         result["variants"][variant] = {
             "ratio": statistics.median(ratios), "low": low, "high": high, "ratios": ratios,
-            "huge_share": seen[variant],
+            "code_huge": seen[variant][0], "anonymous_huge": seen[variant][1],
         }  # fmt: skip
+        code, anonymous = seen[variant]
         print(f"{variant:12} {statistics.median(ratios):.3f} of plain's processor time "
-              f"(95 %: {low:.3f} to {high:.3f}), {100 * seen[variant]:.0f} % of the executable "
-              f"mapping huge")  # fmt: skip
+              f"(95 %: {low:.3f} to {high:.3f}); huge: {100 * code:.0f} % of the executable "
+              f"mapping, {100 * anonymous:.0f} % of anonymous memory")  # fmt: skip
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
 
