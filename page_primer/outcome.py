@@ -1,11 +1,27 @@
-"""What came of the heap: a part of the report."""
+"""Parts of the report: what came of a segment of an object, and of the heap."""
 
 from __future__ import annotations
 
 from page_primer._lean import Record
 from page_primer.kernel.anonymous import Use
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 MIB = 1 << 20
+
+
+class SegmentReport(Record):
+    """One PT_LOAD: addresses, bytes, and what was left alone of it and why."""
+
+    start: int
+    end: int
+    kind: str  # "code", "rodata" or "data"
+    bytes: int  # p_memsz
+    huge_bytes: int  # of them on huge pages
+    locked_bytes: int
+    left: dict[str, int]  # reason -> bytes left on small pages
 
 
 class HeapReport(Record):
@@ -24,6 +40,14 @@ class HeapReport(Record):
     least_memory: int = 0  # heap_min_memory
     notes: tuple[str, ...] = ()
     milliseconds: float = 0.0
+
+    def log(self, logger: Any, before: HeapReport | None, *, named: bool) -> None:
+        """Write the one line: a WARNING where a `heap` that was named is refused, DEBUG where
+        reason and notes are those of the report before."""
+        if before and (self.reason, self.notes) == (before.reason, before.notes):
+            logger.debug("page-primer: %s", self)
+        else:
+            (logger.warning if self.reason and named else logger.info)("page-primer: %s", self)
 
     def __str__(self) -> str:
         """The one line for people."""

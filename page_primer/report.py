@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from typing import Any, Protocol
 
     from page_primer.kernel.memory import Memory
-    from page_primer.outcome import HeapReport
+    from page_primer.outcome import HeapReport, SegmentReport
 
     class Logger(Protocol):
         """What `Report.log()` needs: logging.Logger has it, and so has gunicorn's logger."""
@@ -28,18 +28,6 @@ OVER_LIMIT = "over the limit"
 OVER_MEMORY = "short of memory"
 
 TOTALS = ("code_bytes", "code_huge_bytes", "locked_bytes", "copied_bytes")  # of all objects
-
-
-class SegmentReport(Record):
-    """One PT_LOAD: addresses, bytes, and what was left alone of it and why."""
-
-    start: int
-    end: int
-    kind: str  # "code", "rodata" or "data"
-    bytes: int  # p_memsz
-    huge_bytes: int  # of them on huge pages
-    locked_bytes: int
-    left: dict[str, int]  # reason -> bytes left on small pages
 
 
 class ObjectReport(Record):
@@ -143,7 +131,7 @@ class Report(Record):
 
     def __str__(self) -> str:
         shortfalls = self._lock_shortfall(), self._memory_shortfall(), self._replaced()
-        heap = str(self.heap) if self.heap else None
+        heap = str(self.heap or "")
         lines = filter(None, (self.summary(), *shortfalls, self._misspelt(), heap))
         return "\n".join([*lines, *(f"  {line}" for line in self._details())])
 
@@ -168,7 +156,8 @@ class Report(Record):
                 logger.debug("page-primer: %s", line)
         elif self.pid != since.pid:
             logger.debug("page-primer: as before, %.1f ms", self.milliseconds)
-        self._log_heap(logger, since)
+        if self.heap is not None:
+            self.heap.log(logger, since.heap if since else None, named="heap" in self.warn)
         core = self.interpreter
         needed = "mlock" in self.warn or (core is not None and not core.locked_bytes)
         for part in (Report._lock_shortfall, Report._memory_shortfall):
@@ -179,19 +168,6 @@ class Report(Record):
             shortfall = part(self)
             if shortfall and (since is None or shortfall != part(since)):
                 logger.warning("page-primer: %s", shortfall)
-
-    def _log_heap(self, logger: Logger | logging.Logger, since: Report | None) -> None:
-        """The heap's line: a WARNING where a named `heap` was refused; DEBUG where reason and notes
-        are those of the report before."""
-        if self.heap is None:
-            return
-        before = since and since.heap
-        if before and (self.heap.reason, self.heap.notes) == (before.reason, before.notes):
-            logger.debug("page-primer: %s", self.heap)
-        elif self.heap.reason and "heap" in self.warn:
-            logger.warning("page-primer: %s", self.heap)
-        else:
-            logger.info("page-primer: %s", self.heap)
 
     def summary(self) -> str:
         """The one line that log() writes at INFO."""

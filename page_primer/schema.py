@@ -13,10 +13,9 @@ from page_primer import report
 from page_primer._lean import Record
 from page_primer.kernel.anonymous import Use
 from page_primer.kernel.memory import Memory
-from page_primer.outcome import HeapReport
+from page_primer.outcome import HeapReport, SegmentReport
 
-# What annotations name and is imported for type checkers alone.
-_OTHERS = {record.__name__: record for record in (Memory, HeapReport, Use)}
+_NAMES = {"Memory": Memory, "HeapReport": HeapReport, "SegmentReport": SegmentReport, "Use": Use}
 _PLAIN = {str: "string", bool: "boolean", int: "integer", float: "number", type(None): "null"}
 
 
@@ -55,8 +54,8 @@ def _of(kind: Any) -> dict[str, Any]:
 
 
 def _type_of(record: type[Record], name: str) -> Any:
-    # Annotations are strings.
-    return eval(record.__annotations__[name], {**vars(report), **_OTHERS})
+    # Annotations are strings; what they name is imported for type checkers alone.
+    return eval(record.__annotations__[name], {**vars(report), **_NAMES})
 
 
 if __name__ == "__main__":

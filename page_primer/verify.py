@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from page_primer.elf.objects import Region, Segment
 from page_primer.kernel.smaps import Mapping, overlapping
+from page_primer.outcome import SegmentReport
 from page_primer.plan import Remainder
-from page_primer.report import SegmentReport
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -16,14 +16,11 @@ from page_primer.backing import image as image_backing
 from page_primer.backing import in_place
 from page_primer.backing.pieces import Place, reason_of
 from page_primer.elf.objects import Object, Range
-from page_primer.heap import freeze
-from page_primer.heap.driver import Heap
 from page_primer.kernel import smaps
 from page_primer.kernel.memory import Memory
 from page_primer.kernel.smaps import Mapping
 from page_primer.kernel.thp import fault_in, pmd_size
 from page_primer.options import IN_PLACE, Options, unknown_variables
-from page_primer.outcome import HeapReport
 from page_primer.plan import Move
 from page_primer.report import Report
 
@@ -33,6 +30,8 @@ if TYPE_CHECKING:
     from threading import get_ident
 
     from page_primer.apply.perfmap import PerfMap
+    from page_primer.heap.driver import Heap
+    from page_primer.outcome import HeapReport
 else:
     from _thread import get_ident  # threading takes 2 ms to import
 
@@ -84,28 +83,33 @@ class Process:
         self.registry.enter_files(moved, mappings)
         self._write_perf_map()
         report = self._measure(moved, mappings, began)
-        frozen = freeze.freeze() if options.freeze else None
+        frozen = self._freeze() if options.freeze else None
         self.report = replace(report, heap=self._prime_heap(options), frozen=frozen)
         return self.report
 
     def start_heap(self, options: Options) -> Report:
         """Before an application is loaded: have its arenas huge, and leave the rest to prime()."""
         if options.enabled and options.heap:
-            self.heap = self.heap or Heap()
-            self.heap.start(options, pmd_size())
+            self._heap().start(options, pmd_size())
         return self.report or Report(os.getpid(), None)
 
-    def _prime_heap(self, options: Options) -> HeapReport | None:
-        if not options.heap:
-            self._restore_heap()
-            return None
-        self.heap = self.heap or Heap()
-        return self.heap.prime(options, self.registry.pmd)
+    def _heap(self) -> Heap:
+        if self.heap is None:
+            from page_primer.heap.driver import Heap  # modules that only this option needs
 
-    def _restore_heap(self) -> None:
-        if self.heap is not None:
-            self.heap.restore()
-        self.heap = None
+            self.heap = Heap()
+        return self.heap
+
+    def _prime_heap(self, options: Options) -> HeapReport | None:
+        if options.heap or self.heap is not None:
+            return self._heap().prime(options, self.registry.pmd)
+        return None
+
+    @staticmethod
+    def _freeze() -> int:
+        from page_primer.heap import freeze
+
+        return freeze.freeze()
 
     def restore(self) -> Report:
         """Put everything back; see page_primer.restore()."""
@@ -113,7 +117,8 @@ class Process:
         self.mlocks.unlock()
         self.registry.put_back_all()
         self.mlocks.give_back_to_host()
-        self._restore_heap()
+        if self.heap is not None:
+            self.heap.restore()
         loaded = {(base, headers) for _, base, headers in _core.objects()[2]}
         self.objects = tuple(obj for obj in self.objects if key_of(obj) in loaded)
         self.options = None

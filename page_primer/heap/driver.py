@@ -30,6 +30,7 @@ class Heap:
     """What was done to this process's heap. A forked child inherits all of it."""
 
     def __init__(self) -> None:
+        self.primed = False
         self.mark = -1  # heap_mark() when it was last looked at
         self.older: list[tuple[int, int]] = []  # mappings of arenas that are not ours
         self.searched = False
@@ -37,7 +38,7 @@ class Heap:
 
     def is_new(self) -> bool:
         """Whether there may be something to do. Takes a tenth of a microsecond."""
-        return self.mark != _core.heap_mark()
+        return self.primed and self.mark != _core.heap_mark()
 
     def start(self, options: Options, huge: int) -> None:
         """Have new arenas huge from now on, and leave the rest to prime(). The earlier the better:
@@ -55,20 +56,23 @@ class Heap:
             self.malloc = malloc.other_allocator()
             self.searched = True
 
-    def prime(self, options: Options, huge: int) -> HeapReport:
+    def prime(self, options: Options, huge: int) -> HeapReport | None:
         """Install what serves new memory, and collapse what is there.
 
         Args:
-            options: `heap` must not be off.
+            options: with `heap` off, what was installed is retired, and there is no report.
             huge: the size of a huge page, bytes; 0 without THP.
         """
+        if not options.heap:
+            self.restore()
+            return None
         began = time.perf_counter()
         found = list(memory.bounds())
         reason = refusal(options, huge, found)
         least = options.heap_min_memory
         if reason is not None:
             _core.arenas_retire()
-            self.mark = _core.heap_mark()
+            self._done()
             return HeapReport(str(options.heap), reason, least_memory=least)
         before = smaps.read_smaps()
         self._search(before)
@@ -76,7 +80,7 @@ class Heap:
         available = min((bound.available for bound in found), default=sys.maxsize)
         done = self._collapse(before, options, huge, int(available * options.memory_share))
         after = smaps.read_smaps() if done.bytes else before
-        self.mark = _core.heap_mark()
+        self._done()
         regions, _, spare, _, small, _, slowest = _core.arenas_counts()
         return HeapReport(
             mode=str(options.heap),
@@ -92,6 +96,9 @@ class Heap:
             notes=(*notes, *done.notes),
             milliseconds=(time.perf_counter() - began) * 1000,
         )
+
+    def _done(self) -> None:
+        self.primed, self.mark = True, _core.heap_mark()
 
     def restore(self) -> None:
         """Make no more arenas. What was collapsed stays: it is the same memory."""
