@@ -134,15 +134,13 @@ _LIBRARY = os.path.dirname(os.path.abspath(os.__file__)) + os.sep
 def is_ours(error: BaseException) -> bool:
     """Whether an exception comes of this package's own work: a signal handler of the host, which
     may run in the midst of it, is other people's code, and what it raises is for them."""
-    inside = False
+    ours, inside = True, False
     trace = error.__traceback__
-    while trace is not None:
+    while trace is not None:  # on to where it was raised
         file = trace.tb_frame.f_code.co_filename
         if file.startswith(_HERE):
-            inside = True
+            ours = inside = True
         elif inside and not file.startswith("<frozen "):
-            library = file.startswith(_LIBRARY) and "site-packages" not in file
-            if not library:
-                return False
+            ours = ours and file.startswith(_LIBRARY) and "site-packages" not in file
         trace = trace.tb_next
-    return True
+    return ours

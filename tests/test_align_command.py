@@ -368,7 +368,10 @@ def test_ended_at_a_step(step: str, number: signal.Signals, file: Path, own_list
     before = digest(file)
     module, name = step.split(".")
     program = (
-        "import sys, time\nfrom page_primer.cli import main as cli\n"
+        "import signal, sys, time\nfrom page_primer.cli import main as cli\n"
+        # Whatever this runs under, a nohup for one, ignores.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
         f"from page_primer.align import {module}\n"
         f"def wait(*arguments):\n    print('here', flush=True)\n    time.sleep(60)\n"
         f"{module}.{name} = wait\nsys.exit(cli.main(['align', {str(file)!r}]))"

@@ -43,7 +43,7 @@ def package_built_with(request, tmp_path_factory):
         core.unlink()
     subprocess.run(
         ["gcc", "-shared", "-fPIC", "-std=gnu11", "-O1", f"-I{HEADERS[request.param]}",
-         str(package / "_core.c"), "-o", str(package / "_core.abi3.so")], check=True,
+         *map(str, package.glob("_*.c")), "-o", str(package / "_core.abi3.so")], check=True,
     )  # fmt: skip
     return str(directory)
 
@@ -137,10 +137,11 @@ def test_an_unforeseen_failure_around_the_swap(python, images, error, when):
     source = f"""
         import page_primer, page_primer.apply.process, page_primer.apply.swap as move
         swap_in = move._swap_in
-        def fails(obj, prepared):
+        # As if it were a line of the package: what the host's own code raises is for the host.
+        exec(compile('''def fails(obj, prepared):
             if {when!r} == "after":
                 swap_in(obj, prepared)
-            raise {error}
+            raise {error}''', move.__file__, "exec"))
         move._swap_in = fails
         try:
             page_primer.prime(image_dir={str(images)!r})
@@ -195,7 +196,7 @@ def test_locks_of_the_host_are_kept(python, images):
         return [
             v.path for v in outside.smaps(process.pid)
             if v.path.startswith("/") and "lo" not in v.flags and v.perms != "---p"
-            and "-signpost/" not in v.path  # a page for tools, which the process never reads
+            and "-anchor/" not in v.path  # a page for tools, which the process never reads
         ]  # fmt: skip
 
     for mlock in (True, False):
@@ -219,7 +220,8 @@ def test_a_failed_call_does_not_spoil_the_next(python, images, tmp_path):
         page_primer.prime(image_dir={str(images)!r})
         ctypes.CDLL({str(library)!r})
         read = apply.smaps.read_maps
-        def fails(*_): raise OSError(errno.EMFILE, "Too many open files")
+        fails = "def fails(*_): raise OSError(errno.EMFILE, 'Too many open files')"
+        exec(compile(fails, apply.__file__, "exec"))
         apply.smaps.read_maps = fails
         first = page_primer.prime(image_dir={str(images)!r}).reason
         apply.smaps.read_maps = read
@@ -311,12 +313,12 @@ def test_no_descriptors_are_left_open(python, images, tmp_path):
                 process.prime(image_dir=str(images), backing=backing, keep_profilers=False)
                 process.restore()
         assert process.run(count) == before
-        # One for each image and each signpost in use: the lock.
+        # One for each image and each anchor in use: the lock.
         report = process.prime(image_dir=str(images))
         moved = sum(obj["backing"] == "image" for obj in report["objects"])
         mapped = {v.path for v in outside.smaps(process.pid) if v.path.startswith(str(images))}
         used = {os.path.dirname(path) for path in mapped}
-        assert len([path for path in used if not path.endswith("-signpost")]) == moved > 0
+        assert len([path for path in used if not path.endswith("-anchor")]) == moved > 0
         assert process.run(count) == before + len(used)
 
 

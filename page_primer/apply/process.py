@@ -7,7 +7,7 @@ import os
 import time
 
 from page_primer import _core, plan, survey
-from page_primer._lean import replace, suppress
+from page_primer._lean import is_ours, replace, suppress
 from page_primer.apply import fork
 from page_primer.apply.mlocks import Mlocks
 from page_primer.apply.registry import Registry
@@ -215,11 +215,16 @@ class Process:
         except NotMoved as why:
             registry.leave(move.object, str(why), why.notes)
             return False
-        except OSError as error:  # whatever it is, it concerns this object alone
+        except Exception as error:  # whatever it is, it concerns this object alone
+            if not is_ours(error):
+                raise
             if key in registry.primed:
                 with suppress(OSError):
                     self._put_back(key)
-            registry.leave(move.object, reason_of(error), ())
+            text = f"{type(error).__name__}: {error}"
+            registry.leave(
+                move.object, reason_of(error) if isinstance(error, OSError) else text, ()
+            )
             return False
         registry.enter_moved(key)
         return True
