@@ -18,7 +18,7 @@ class SegmentReport(Record):
     start: int
     end: int
     kind: str  # "code", "rodata" or "data"
-    bytes: int  # p_memsz
+    bytes: int  # p_memsz; of an aligned file's executable segment what is machine code
     huge_bytes: int  # of them on huge pages
     locked_bytes: int
     left: dict[str, int]  # reason -> bytes left on small pages

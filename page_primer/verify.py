@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from page_primer.elf.objects import Region, Segment
+from page_primer.elf.objects import Range, Region, Segment
 from page_primer.kernel.smaps import Mapping, overlapping
 from page_primer.outcome import SegmentReport
 from page_primer.plan import Remainder
@@ -45,12 +45,11 @@ def _measure(
     huge: Iterable[tuple[int, int, int]],
     left: Iterable[Remainder],
 ) -> SegmentReport:
-    end = segment.address + segment.size
     huge_bytes = 0
     for start, stop, size in huge:
         # smaps counts per mapping: what is missing from one is taken to be missing here.
-        both = min(end, stop) - max(segment.address, start)
         missing = stop - start - size
+        both = sum(part.clip(Range(start, stop)).length for part in segment.measured)
         huge_bytes += max(0, both - missing)
     locked = sum(
         min(segment.end, mapping.end) - max(segment.start, mapping.start)
@@ -62,5 +61,11 @@ def _measure(
         if segment.start <= part.start and part.end <= segment.end:
             reasons[part.reason] = reasons.get(part.reason, 0) + part.end - part.start
     return SegmentReport(
-        segment.start, segment.end, segment.kind, segment.size, huge_bytes, locked, reasons
+        segment.start,
+        segment.end,
+        segment.kind,
+        sum(part.length for part in segment.measured),
+        huge_bytes,
+        locked,
+        reasons,
     )

@@ -7,12 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from page_primer import plan
+from page_primer.elf import file as elf
 from page_primer.elf.file import PF_R, PF_W, PF_X
-from page_primer.elf.objects import Object, Segment, Source
+from page_primer.elf.objects import Object, Range, Segment, Source, segments_of
 from page_primer.kernel.memory import WORKING, Memory
 from page_primer.kernel.smaps import Mapping
 from page_primer.options import Options
 from page_primer.survey import Survey
+from page_primer.verify import measure
 
 MIB = 1 << 20
 PMD = 2 * MIB
@@ -497,3 +499,27 @@ def check_partition(made, regions, left):
         else:
             whole.append((s.start, s.end))
     assert merged == whole
+
+
+def test_of_an_aligned_file_only_machine_code_is_counted_as_code():
+    """Its one executable PT_LOAD stands for three; the entries that it replaces are kept."""
+    rows = [
+        (elf.PT_LOAD, PF_R | PF_X, 0, 0x400000, 0, 0x544968, 0x544968, PMD),
+        (elf.PT_NULL, PF_R | PF_X, 0x1F000, 0x41F000, 0, 0x2B2289, 0x2B2289, PAGE),
+        (elf.PT_NULL, PF_R, 0x2D2000, 0x6D2000, 0, 0x272968, 0x272968, PAGE),
+        (elf.PT_LOAD, PF_R | PF_W, 0x545DC8, 0x945DC8, 0, 0x13E4B0, 0x1832F0, PAGE),
+    ]
+    headers = b"".join(elf.PROGRAM_HEADER.pack(*row) for row in rows)
+    text, data = segments_of(headers, 0, PAGE)
+    assert text.measured == (Range(0x41F000, 0x41F000 + 0x2B2289),)
+    assert data.measured == (Range(0x945DC8, 0x945DC8 + 0x1832F0),)
+    made = obj(text, data, base=0)
+    assert made.code_bytes == 0x2B2289
+    mapping = Mapping(
+        text.start, text.end, "r-xp", 0, "08:01", 7, "/x", f"\nFilePmdMapped: {2 * PMD >> 10} kB\n"
+    )
+    code, _ = measure(made.segments, [mapping], PMD)
+    assert (code.bytes, code.huge_bytes) == (0x2B2289, 0x2B2289)
+    # As the linker made it, without such entries, all of it is code.
+    (text, _) = segments_of(headers[:56] + headers[3 * 56 :], 0, PAGE)
+    assert text.measured == (Range(0x400000, 0x400000 + 0x544968),)

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-PT_LOAD, PF_X, ET_DYN = 1, 1, 3
+PT_NULL, PT_LOAD, PF_X, ET_DYN = 0, 1, 1, 3
 PR_SET_MDWE, PR_MDWE_REFUSE_EXEC_GAIN = 65, 1
 PMD_SIZE = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
 
@@ -134,11 +134,13 @@ class Observer:
         data = Path(self.path).read_bytes()
         kind, entries, size, count = header(data)
         bias = first.start if kind == ET_DYN else 0
-        for index in range(count):
-            p_type, p_flags, p_offset, p_vaddr, _, p_filesz, _, _ = struct.unpack_from(
-                "=IIQQQQQQ", data, entries + index * size
-            )
-            if p_type == PT_LOAD and p_flags & PF_X:
+        table = [
+            struct.unpack_from("=IIQQQQQQ", data, entries + index * size) for index in range(count)
+        ]
+        # An aligned file has its machine code in an entry that is switched off (PT_NULL).
+        aligned = any(entry[0] == PT_NULL and entry[1] & PF_X for entry in table)
+        for p_type, p_flags, p_offset, p_vaddr, _, p_filesz, _, _ in table:
+            if p_type == (PT_NULL if aligned else PT_LOAD) and p_flags & PF_X:
                 self.code.append((bias + p_vaddr, bias + p_vaddr + p_filesz))
                 self.content.append(data[p_offset : p_offset + p_filesz])
         self.files = [m.line for m in mappings if m.path.startswith("/")]

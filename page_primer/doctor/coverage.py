@@ -142,7 +142,7 @@ def coverage(obj: Object, regions: Sequence[Region], pmd: int) -> Coverage:
     if not regions:
         left = {plan.PROFILERS_HEAD: obj.code_bytes}  # a move has no memory only for that reason
     else:
-        code = [(s.address, s.address + s.size) for s in obj.segments if s.code]
+        code = [part for s in obj.segments if s.code for part in s.measured]
         for part in plan.explain(obj, regions, pmd):
             for low, high in code if part.kind == "code" else ():
                 size = min(part.end, high) - max(part.start, low)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 from page_primer._lean import Record, replace
-from page_primer.elf.file import PF_W, PF_X, PROGRAM_HEADER, PT_LOAD
+from page_primer.elf.file import PF_W, PF_X, PROGRAM_HEADER, PT_LOAD, PT_NULL
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -79,6 +79,9 @@ class Segment(Record):
     flags: int  # PF_R | PF_W | PF_X
     address: int  # load bias + p_vaddr, not rounded
     size: int  # p_memsz, bytes, not rounded
+    # The machine code in it, where that is not all: of an aligned file, whose one executable
+    # PT_LOAD stands for several. Empty: all of it.
+    inner_code: tuple[Range, ...] = ()
 
     @property
     def code(self) -> bool:
@@ -87,6 +90,11 @@ class Segment(Record):
     @property
     def writable(self) -> bool:
         return bool(self.flags & PF_W)
+
+    @property
+    def measured(self) -> tuple[Range, ...]:
+        """What is measured of it: its machine code, or all that is not code."""
+        return self.inner_code or (Range(self.address, self.address + self.size),)
 
     @property
     def kind(self) -> str:
@@ -128,7 +136,8 @@ class Object(Record):
 
     @property
     def code_bytes(self) -> int:
-        return sum(segment.size for segment in self.segments if segment.code)
+        code = [segment for segment in self.segments if segment.code]
+        return sum(part.length for segment in code for part in segment.measured)
 
     def spans(self) -> list[tuple[Segment, ...]]:
         """The runs of PT_LOADs without PF_W that are contiguous in memory."""
@@ -146,9 +155,17 @@ class Object(Record):
 def segments_of(headers: bytes, base: int, page: int) -> tuple[Segment, ...]:
     """The PT_LOADs of a program header table, in the order of their addresses."""
     segments = []
-    for kind, flags, offset, vaddr, _, filesz, memsz, _ in PROGRAM_HEADER.iter_unpack(headers):
+    table = list(PROGRAM_HEADER.iter_unpack(headers))
+    # Of an aligned file the entries that its one executable PT_LOAD stands for (align/layout.py).
+    inner = [
+        Range(base + vaddr, base + vaddr + memsz)
+        for kind, flags, _, vaddr, _, _, memsz, _ in table
+        if kind == PT_NULL and flags & PF_X and memsz
+    ]
+    for kind, flags, offset, vaddr, _, filesz, memsz, _ in table:
         if kind != PT_LOAD or not memsz:
             continue
+        whole = Range(base + vaddr, base + vaddr + memsz)
         start = (base + vaddr) & -page
         segments.append(
             Segment(
@@ -159,6 +176,7 @@ def segments_of(headers: bytes, base: int, page: int) -> tuple[Segment, ...]:
                 flags=flags,
                 address=base + vaddr,
                 size=memsz,
+                inner_code=tuple(p for p in inner if flags & PF_X and whole.contains(p)),
             )
         )
     segments.sort(key=lambda segment: segment.start)
