@@ -233,7 +233,9 @@ def main() -> None:
         )[0],
         "cores": os.cpu_count(),
         "python": platform.python_version() if options.python == sys.executable else options.python,
-        "command": " ".join(["benchmarks/processor_time.py", *sys.argv[1:]]),
+        "options": {
+            name: value for name, value in vars(options).items() if name not in ("json", "python")
+        },
         "processes": options.processes,
         "rounds": len(rounds),
         "tlb_probe": chased,
