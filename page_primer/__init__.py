@@ -123,8 +123,7 @@ def _alone(action: Callable[[Process], Report]) -> Report:
     from page_primer.apply.process import process
     from page_primer.kernel.signals import deferred
 
-    fork.enter()
-    try:
+    def call() -> Report:
         if process.owner == get_ident():
             return _nothing_done("called by a signal handler while it was under way")
         with deferred():
@@ -133,8 +132,8 @@ def _alone(action: Callable[[Process], Report]) -> Report:
                 return action(process)
             finally:
                 process.owner = 0
-    finally:
-        fork.mutex.release()
+
+    return fork.alone(call)
 
 
 def _too_little_memory() -> str | None:

@@ -13,6 +13,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from threading import RLock, get_ident
+    from typing import TypeVar
+
+    Result = TypeVar("Result")
 else:
     from _thread import RLock, get_ident  # threading takes 2 ms to import
 
@@ -20,15 +23,23 @@ mutex = RLock()
 # Whoever forks closes it until it has the mutex, so that threads that prime without pause do not
 # starve it.
 _turnstile = RLock()
-_forking: set[int] = set()  # threads that fork, and hold the mutex for it
+_inside: set[int] = set()  # threads whose call is under way
 
 
-def enter() -> None:
-    """Take the mutex, behind forks that wait for it."""
+def alone(action: Callable[[], Result]) -> Result:
+    """Do something with the mutex held, behind forks that wait for it."""
     if not mutex._is_owned():  # type: ignore[attr-defined]
         with _turnstile:
             pass
-    mutex.acquire()
+    # `with` a lock in C: no exception of a signal handler falls between taking and releasing it.
+    with mutex:
+        outermost = get_ident() not in _inside
+        _inside.add(get_ident())
+        try:
+            return action()
+        finally:
+            if outermost:
+                _inside.discard(get_ident())
 
 
 def watch(in_child: Callable[[], None]) -> None:
@@ -43,37 +54,47 @@ def watch(in_child: Callable[[], None]) -> None:
     )
 
 
-def _before() -> None:
-    # Whatever a signal handler raises while this waits: a fork amid another thread's call would
-    # leave the child the loader's lock, which nobody there would release.
+def _persist(step: Callable[[], None]) -> None:
+    """Do a step, which may be done again, to its end, whatever signal handlers raise meanwhile.
+    That is raised then; of a fork hook's exception the interpreter makes an "unraisable" one."""
     raised: BaseException | None = None
-    if mutex._is_owned():  # type: ignore[attr-defined]
-        mutex.acquire()
-    else:
-        with _turnstile:
-            while not mutex._is_owned():  # type: ignore[attr-defined]
-                try:
-                    mutex.acquire()
-                except BaseException as error:
-                    raised = error
-    _forking.add(get_ident())
+    while True:
+        try:
+            step()
+            break
+        except BaseException as error:
+            raised = error
     if raised is not None:
-        raise raised  # of which the interpreter makes an "unraisable" one
+        raise raised
+
+
+def _before() -> None:
+    # A fork amid another thread's call would leave the child the loader's lock, which nobody there
+    # would release.
+    _persist(_take)
+
+
+def _take() -> None:
+    if not mutex._is_owned():  # type: ignore[attr-defined]
+        with _turnstile:
+            mutex.acquire()
 
 
 def _after_in_parent() -> None:
-    if get_ident() in _forking:
-        _forking.discard(get_ident())
+    _persist(_release)
+
+
+def _release() -> None:
+    # A signal handler's fork amid its own thread's call took nothing.
+    while get_ident() not in _inside and mutex._is_owned():  # type: ignore[attr-defined]
         mutex.release()
 
 
 def _after_in_child() -> None:
-    # Whoever held a mutex is not here: a thread of the parent, or this one, if its wait was
-    # interrupted.
-    mine = get_ident() in _forking
-    _forking.clear()
+    # Whoever else held something is not here.
+    _inside.intersection_update({get_ident()})
     _turnstile._at_fork_reinit()  # type: ignore[attr-defined]
-    if mine:
-        mutex.release()
+    if mutex._is_owned():  # type: ignore[attr-defined]
+        _release()
     else:
         mutex._at_fork_reinit()  # type: ignore[attr-defined]
