@@ -170,8 +170,9 @@ def test_no_permission_is_an_outcome(python, tmp_path):
     if subprocess.run([*wrapper, python, "-c", "import page_primer"]).returncode:
         pytest.skip("another user may not run this interpreter")
     with Process(python, wrapper=wrapper) as process:
-        core = interpreter(process.prime(image_dir=str(locked / "images")))
-        assert any("Permission denied" in note for note in core["notes"])
+        report = process.prime(image_dir=str(locked / "images"))
+        core = interpreter(report)
+        assert any("Permission denied" in note for note in core["notes"]), (core, report["memory"])
         assert core["backing"] in ("memfd", "anonymous", None)
 
 

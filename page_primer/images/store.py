@@ -253,12 +253,14 @@ def _make(path: str) -> bool:
     """Create a directory, and its parent where that would be ours: never a part of the system, nor
     of somebody else's home. Returns whether it was missing."""
     parent = os.path.dirname(path)
-    if not os.path.lexists(parent):
+    try:
+        os.lstat(parent)  # what cannot be looked at is there, perhaps: lexists() would say no
+    except FileNotFoundError:
         above = os.path.dirname(parent)
         if above in ("/", "/var", "/dev") or os.stat(above).st_uid != os.geteuid():
-            raise FileNotFoundError(errno.ENOENT, "its parent does not exist")
+            raise FileNotFoundError(errno.ENOENT, "its parent does not exist") from None
         os.mkdir(parent, 0o700)
-    elif not os.path.isdir(parent):
+    if not os.path.isdir(parent):
         raise NotADirectoryError(errno.ENOTDIR, "its parent is not a directory")
     try:
         os.mkdir(path, 0o755)
