@@ -38,18 +38,29 @@ def build_pie(path: Path, options: Sequence[str] = ()) -> None:
             bin/python.
         options: more for the linker.
     """
-    # The archive of 3.13 has the module _sha2 without the functions that it calls; hashlib has its
-    # own from OpenSSL, and nothing calls these.
     _build(path, "-pie", "-fPIE", "-Wl,--whole-archive", str(ARCHIVE), "-Wl,--no-whole-archive",
            "-Wl,--export-dynamic", "-lexpat", "-lz", "-lm", "-Wl,--unresolved-symbols=ignore-all",
            *options)  # fmt: skip
 
 
+# Debian's archive of 3.13 has the module _sha2 without the functions that it calls. Where there is
+# none, random and hashlib take OpenSSL's.
+_MAIN = """
+#include <Python.h>
+#include <string.h>
+int main(int argc, char **argv)
+{
+    for (struct _inittab *module = PyImport_Inittab; module->name != NULL; module++)
+        if (strcmp(module->name, "_sha2") == 0)
+            module->name = "_sha2_incomplete";
+    return Py_BytesMain(argc, argv);
+}
+"""
+
+
 def _build(path: Path, *options: str) -> None:
     path.unlink(missing_ok=True)
     source = path.with_name("main.c")
-    source.write_text(
-        "#include <Python.h>\nint main(int c, char **v) { return Py_BytesMain(c, v); }"
-    )
+    source.write_text(_MAIN)
     command = ["gcc", "-O1", "-o", str(path), str(source), f"-I/usr/include/{_NAME}", *options]
     subprocess.run(command, check=True)
