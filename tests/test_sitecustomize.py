@@ -213,11 +213,9 @@ int main(int argc, char **argv)
 
 
 @pytest.fixture(scope="module")
-def embedding(tmp_path_factory):
+def embedding(request, tmp_path_factory):
     """A program that embeds Python: the start of its command."""
-    if "shared" not in KINDS:
-        pytest.skip("no interpreter with a shared libpython here")
-    python = KINDS["shared"]
+    python = KINDS.get("shared") or request.getfixturevalue("debian_shared")
     ask = (
         "import sys, sysconfig as s; print(s.get_path('include'), s.get_config_var('LIBDIR'),"
         "s.get_config_var('LDVERSION'), sys.base_prefix)"
