@@ -24,6 +24,7 @@ mutex = RLock()
 # starve it.
 _turnstile = RLock()
 _inside: set[int] = set()  # threads whose call is under way
+_TIMES = 3  # that each hook is registered
 
 
 def alone(action: Callable[[], Result]) -> Result:
@@ -49,9 +50,12 @@ def watch(in_child: Callable[[], None]) -> None:
         in_child()
         _after_in_child()
 
-    os.register_at_fork(
-        before=_before, after_in_parent=_after_in_parent, after_in_child=after_in_child
-    )
+    # A signal handler's exception may also come as a hook is entered, before a line of it has run.
+    # Each can be done again, so the next of them does what that one did not.
+    for _ in range(_TIMES):
+        os.register_at_fork(
+            before=_before, after_in_parent=_after_in_parent, after_in_child=after_in_child
+        )
 
 
 def _persist(step: Callable[[], None]) -> None:
