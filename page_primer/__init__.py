@@ -133,7 +133,7 @@ def _alone(action: Callable[[Process], Report]) -> Report:
             finally:
                 process.owner = 0
 
-    return fork.alone(call)
+    return fork.alone(call, lambda: _nothing_done("another call has not ended"))
 
 
 def _too_little_memory() -> str | None:

@@ -24,16 +24,20 @@ mutex = RLock()
 # starve it.
 _turnstile = RLock()
 _inside: set[int] = set()  # threads whose call is under way
+_LONGEST_WAIT = 10.0  # seconds
 _TIMES = 3  # that each hook is registered
 
 
-def alone(action: Callable[[], Result]) -> Result:
-    """Do something with the mutex held, behind forks that wait for it."""
+def alone(action: Callable[[], Result], otherwise: Callable[[], Result]) -> Result:
+    """Do something with the mutex held, behind forks that wait for it; or something else where it
+    is not to be had."""
     if not mutex._is_owned():  # type: ignore[attr-defined]
         with _turnstile:
             pass
-    # `with` a lock in C: no exception of a signal handler falls between taking and releasing it.
-    with mutex:
+    # Never for ever: whatever left it held, the host goes on unprimed.
+    if not mutex.acquire(timeout=_LONGEST_WAIT):
+        return otherwise()
+    try:
         outermost = get_ident() not in _inside
         _inside.add(get_ident())
         try:
@@ -41,6 +45,8 @@ def alone(action: Callable[[], Result]) -> Result:
         finally:
             if outermost:
                 _inside.discard(get_ident())
+    finally:
+        mutex.release()
 
 
 def watch(in_child: Callable[[], None]) -> None:
