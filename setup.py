@@ -48,8 +48,8 @@ setup(
     ext_modules=[
         Extension(
             "page_primer._core",
-            ["page_primer/_core.c", "page_primer/_heap.c"],
-            depends=["page_primer/_heap.h"],
+            ["page_primer/_core.c", "page_primer/_heap.c", "page_primer/_alone.c"],
+            depends=["page_primer/_core.h"],
             py_limited_api=stable_abi,
             extra_compile_args=["-std=gnu11", "-Wall", "-Wextra", "-Werror=implicit"],
             # No lazy binding: looking a symbol up would read the hash tables of the very object

@@ -117,23 +117,17 @@ def _nothing_done(reason: str) -> Report:
 
 
 def _alone(action: Callable[[Process], Report]) -> Report:
-    from _thread import get_ident  # threading takes 2 ms to import
-
-    from page_primer.apply import fork
+    from page_primer import _core
     from page_primer.apply.process import process
-    from page_primer.kernel.signals import deferred
 
-    def call() -> Report:
-        if process.owner == get_ident():
-            return _nothing_done("called by a signal handler while it was under way")
-        with deferred():
-            process.owner = get_ident()
-            try:
-                return action(process)
-            finally:
-                process.owner = 0
+    def otherwise(is_mine: bool) -> Report:
+        return _nothing_done(
+            "called by a signal handler while it was under way"
+            if is_mine
+            else "another call has not ended"
+        )
 
-    return fork.alone(call, lambda: _nothing_done("another call has not ended"))
+    return _core.alone(lambda: action(process), otherwise)
 
 
 def _too_little_memory() -> str | None:

@@ -14,7 +14,7 @@
 #endif
 #include <Python.h>
 
-#include "_heap.h"
+#include "_core.h"
 
 #include <errno.h>
 #include <link.h>
@@ -969,7 +969,9 @@ core_exec(PyObject *module)
 {
     core_state *state = PyModule_GetState(module);
 
-    if (PyModule_AddFunctions(module, page_primer_heap_methods) < 0)
+    page_primer_alone_prepare();
+    if (PyModule_AddFunctions(module, page_primer_heap_methods) < 0
+        || PyModule_AddFunctions(module, page_primer_alone_methods) < 0)
         return -1;
     state->error =
         PyErr_NewException("page_primer._core.Error", PyExc_OSError, NULL);

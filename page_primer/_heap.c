@@ -22,7 +22,7 @@
 #ifndef Py_GIL_DISABLED
 #define Py_LIMITED_API 0x030A0000
 #endif
-#include "_heap.h"
+#include "_core.h"
 
 #include <dlfcn.h>
 #include <errno.h>

@@ -21,7 +21,8 @@ INTERRUPT = """
         status = dict(line.split(":", 1) for line in lines)
         spans = [line.split()[0].split("-") for line in open("/proc/self/maps")]
         size = sum(int(end, 16) - int(start, 16) for start, end in spans)
-        return [len(spans), size, int(status["VmLck"].split()[0]), len(os.listdir("/proc/self/fd"))]
+        return [len(spans), size, int(status["VmLck"].split()[0]), len(os.listdir("/proc/self/fd")),
+                len(signal.pthread_sigmask(signal.SIG_BLOCK, []))]
     for _ in range(20):
         once()
     began = time.time()

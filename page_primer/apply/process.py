@@ -8,7 +8,6 @@ import time
 
 from page_primer import _core, plan, survey
 from page_primer._lean import is_ours, replace, suppress
-from page_primer.apply import fork
 from page_primer.apply.mlocks import Mlocks
 from page_primer.apply.registry import Registry
 from page_primer.apply.swap import NO_BACKING, Key, NotMoved, carry_out, key_of
@@ -27,20 +26,18 @@ from page_primer.report import Report
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-    from threading import get_ident
 
     from page_primer.apply.perfmap import PerfMap
     from page_primer.heap.driver import Heap
     from page_primer.outcome import HeapReport
-else:
-    from _thread import get_ident  # threading takes 2 ms to import
 
 
 class Process:
     """The primed state of this process. A forked child inherits it, but for the locks."""
 
     def __init__(self) -> None:
-        self.pid = 0
+        # In another PID namespace a child may have its parent's number.
+        self.identity = (0, 0)  # PID, forks since the first
         self.loads = (0, 0)  # the loader's counters when it was surveyed last
         self.options: Options | None = None
         self.objects: tuple[Object, ...] = ()
@@ -51,19 +48,18 @@ class Process:
         self.huge = 0  # bytes on huge pages of what is to be, when last measured
         self.report: Report | None = None
         self.heap: Heap | None = None
-        self.owner = 0  # the thread whose call is under way; another of its is a signal handler's
 
     def prime(self, options: Options) -> Report:
         """Bring the process to the primed state; see page_primer.prime()."""
         began = time.perf_counter()
-        child = self.pid != os.getpid()
-        self.pid = os.getpid()
+        identity = (os.getpid(), _core.forks())
+        child, self.identity = self.identity != identity, identity
         last = self.report
         if last is not None and self.options == options and self.loads == _core.loads():
             if child and not self._inherit():
                 last = self._measure((), smaps.read_smaps(), began)
             elif child or last.moved:
-                last = replace(last, pid=self.pid, moved=(), milliseconds=_since(began))
+                last = replace(last, pid=self.identity[0], moved=(), milliseconds=_since(began))
             if self.heap is not None and (self.heap.is_new() or (child and options.heap_unshare)):
                 last = replace(last, heap=self.heap.prime(options, self.registry.pmd))
             self.report = last  # from now on the same, which costs a frequent caller least
@@ -129,12 +125,6 @@ class Process:
         """In a forked child: lock what the parent had locked, and nothing else."""
         self.mlocks.make_again()
         return self.report or Report(os.getpid(), None)
-
-    def after_fork(self) -> None:
-        """In a forked child: only the thread that forked is here."""
-        self.pid = 0  # in another PID namespace a child may have its parent's number
-        if self.owner != get_ident():
-            self.owner = 0
 
     def _inherit(self) -> bool:
         """In a forked child: lock what the parent had locked, which a fork does not inherit, and
@@ -306,7 +296,7 @@ class Process:
         options = self.options
         explicit = options.explicit if options else ()
         return Report(
-            pid=self.pid,
+            pid=self.identity[0],
             reason=None,
             objects=tuple(self.registry.describe(obj, mappings) for obj in self.objects),
             moved=tuple(self.registry.primed[key].object.path for key in moved),
@@ -344,4 +334,4 @@ def _since(began: float) -> float:
 
 
 process = Process()
-fork.watch(process.after_fork)
+os.register_at_fork(before=_core.before_fork, after_in_parent=_core.after_fork)
