@@ -36,7 +36,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
@@ -46,8 +45,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from cgroup import Cgroup  # noqa: E402
-from servers import NO_CONTROL_SOCKET, children, free_port, wait_for  # noqa: E402
+from harness.cgroup import Cgroup  # noqa: E402
+from harness.pressure import environment, private_copy, stream_through  # noqa: E402
+from harness.servers import NO_CONTROL_SOCKET, children, free_port, wait_for  # noqa: E402
 
 MIB = 1 << 20
 LIMIT = 144 * MIB
@@ -60,12 +60,6 @@ VARIANTS = {
     "both": {},
     "vmtouch -l": {"PAGE_PRIMER": "0"},
 }
-PACKAGES = ("gunicorn", "flask", "werkzeug", "jinja2", "markupsafe", "click", "itsdangerous",
-            "blinker", "packaging", "elftools", "celery", "kombu", "vine", "billiard", "amqp",
-            "redis", "dateutil", "six.py", "tzdata", "tzlocal", "exceptiongroup",
-            "click_didyoumean", "click_plugins", "click_repl", "prompt_toolkit", "wcwidth",
-            "typing_extensions.py")  # fmt: skip
-
 APP = """
 import json, os, re, resource, sqlite3, decimal, hashlib
 from flask import Flask, request
@@ -100,74 +94,6 @@ app.conf.update(imports=["page_primer.integrations.celery"], worker_prefetch_mul
 def do():
     return work()
 """
-NEIGHBOUR = """
-import mmap, os, sys
-path, passes = sys.argv[1:]
-fd = os.open(path, os.O_RDONLY)
-size = os.fstat(fd).st_size
-for _ in range(int(passes)):
-    # Each part twice in a row: pages in use, so that the kernel takes them for as good as others.
-    for part in range(0, size, 16 << 20):
-        for _ in range(2):
-            for at in range(part, min(size, part + (16 << 20)), 1 << 20):
-                os.pread(fd, 1 << 20, at)
-os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-"""
-
-
-def private_copy(home: Path) -> None:
-    """Copy this interpreter, the libraries and packages it uses here, and drop them from memory."""
-    version = f"python{sys.version_info[0]}.{sys.version_info[1]}"
-    (home / "bin").mkdir(parents=True)
-    (home / "lib").mkdir()
-    executable = os.path.realpath(sys._base_executable)
-    shutil.copy(executable, home / "bin" / version)
-    unwanted = ("test", "site-packages", "dist-packages", "idlelib", "tkinter", "lib2to3",
-                "ensurepip", "turtledemo", "config-*", "__pycache__", "*.a")  # fmt: skip
-    library = Path(sysconfig.get_path("stdlib"))
-    shutil.copytree(library, home / "lib" / version, ignore=shutil.ignore_patterns(*unwanted))
-    modules = [str(p) for p in library.glob("lib-dynload/*.so")]
-    listed = subprocess.run(["ldd", executable, *modules], capture_output=True, text=True).stdout
-    for path in set(re.findall(r"=> (/\S+)", listed)):
-        shutil.copy(path, home / "lib")
-    site = home / "site"
-    site.mkdir()
-    shutil.copytree(ROOT / "page_primer", site / "page_primer")
-    for name in PACKAGES:
-        source = Path(sysconfig.get_path("purelib")) / name
-        if source.is_dir():
-            shutil.copytree(source, site / name)
-        elif source.exists():
-            shutil.copy(source, site)
-    for info in Path(sysconfig.get_path("purelib")).glob("*.dist-info"):
-        shutil.copytree(info, site / info.name)
-    (site / "served.py").write_text(APP)
-    (site / "tasks.py").write_text(TASKS)
-    drop(home)
-
-
-def drop(home: Path) -> None:
-    """Put every file's pages out of memory: the next to touch them is charged for them."""
-    os.sync()
-    for path in home.rglob("*"):
-        if path.is_file():
-            fd = os.open(path, os.O_RDONLY)
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(fd)
-
-
-def environment(home: Path) -> dict[str, str]:
-    """What makes a private copy use itself alone."""
-    return {
-        "PYTHONHOME": str(home), "PYTHONPATH": str(home / "site"),
-        "LD_LIBRARY_PATH": str(home / "lib"),
-    }  # fmt: skip
-
-
-def stream_through(cgroup: Cgroup, path: Path) -> None:
-    """The neighbour."""
-    command = [*cgroup.wrapper, "/usr/bin/env", "-i", sys._base_executable, "-I", "-S"]
-    subprocess.run([*command, "-c", NEIGHBOUR, str(path), "2"], check=True)
 
 
 class Served:
@@ -176,7 +102,7 @@ class Served:
     def __init__(self, name: str, work: Path, broker: str | None) -> None:
         self.name, self.broker = name, broker
         self.home = work / name.replace(" ", "-")
-        private_copy(self.home)
+        private_copy(self.home, {"served.py": APP, "tasks.py": TASKS})
         self.stream = self.home / "stream"
         with open(self.stream, "wb") as file:
             file.truncate(FILE)

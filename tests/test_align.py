@@ -11,9 +11,8 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from conftest import INTERPRETERS, is_shared
 from elftools.elf.elffile import ELFFile
-from elves import (
+from harness.elves import (
     LAYOUTS,
     SOURCE,
     answers,
@@ -25,8 +24,9 @@ from elves import (
     loads,
     same_in_memory,
 )
-from outside import PMD, smaps, text_of
-from process import Process
+from harness.interpreters import INTERPRETERS, is_shared
+from harness.outside import PMD, smaps, text_of
+from harness.process import Process
 
 from page_primer.align import aligned
 from page_primer.align import files as align

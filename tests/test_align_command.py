@@ -17,11 +17,11 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-from conftest import INTERPRETERS, KINDS, is_shared
-from elves import SOURCE, answers, digest, link, loaded, same_in_memory
+from harness.elves import SOURCE, answers, digest, link, loaded, same_in_memory
+from harness.interpreters import INTERPRETERS, KINDS, is_shared
+from harness.outside import PMD
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from outside import PMD
 
 from page_primer.align import aligned, rewrite
 from page_primer.align import files as align

@@ -7,9 +7,9 @@ import textwrap
 import time
 from pathlib import Path
 
-import outside
 import pytest
-from servers import NO_CONTROL_SOCKET, Server, check, children, free_port, wait_for
+from harness import outside
+from harness.servers import NO_CONTROL_SOCKET, Server, check, children, free_port, wait_for
 
 BIN = Path(sys.executable).parent
 

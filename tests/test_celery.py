@@ -8,9 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import outside
 import pytest
-from servers import check, children, wait_for
+from harness import outside
+from harness.servers import check, children, wait_for
 
 pytest.importorskip("celery", reason="Celery is not installed")
 

@@ -830,8 +830,8 @@ def test_alignment_of_this_interpreter(tmp_path: Path) -> None:
 @pytest.fixture
 def shared(tmp_path: Path) -> tuple[str, Path]:
     """An interpreter, and a copy of its libpython on the temporary directory's file system."""
-    from conftest import KINDS, python_of
-    from elves import copy_of_libpython, huge_files_here
+    from harness.elves import copy_of_libpython, huge_files_here
+    from harness.interpreters import KINDS, python_of
 
     if "shared" not in KINDS:
         pytest.skip("no CPython with a shared libpython here")

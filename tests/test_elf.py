@@ -5,9 +5,9 @@ import os
 import struct
 import sys
 
-import outside
 import pytest
 from elftools.elf.elffile import ELFFile
+from harness import outside
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

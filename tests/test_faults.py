@@ -1,14 +1,13 @@
 """Every system call of the swap is made to fail in its turn: the process runs on, the report says
 at which step, and all mappings are whole."""
 
-import subprocess
 from errno import EACCES, EAGAIN, EINVAL, EIO, ENOMEM, EPERM
-from pathlib import Path
 
-import outside
 import pytest
-from conftest import KINDS, python_of
-from process import Process, interpreter
+from harness import outside
+from harness.faults import build_fault
+from harness.interpreters import KINDS, python_of
+from harness.process import Process, interpreter
 
 # What a program does that would notice code gone wrong.
 EXERCISE = (
@@ -21,13 +20,7 @@ EXERCISE = (
 
 @pytest.fixture(scope="module")
 def preload(tmp_path_factory):
-    path = tmp_path_factory.mktemp("fault") / "fault.so"
-    source = Path(__file__).with_name("fault.c")
-    subprocess.run(
-        ["gcc", "-O1", "-Wall", "-shared", "-fPIC", "-Wl,-z,now", "-o", str(path), str(source)],
-        check=True,
-    )
-    return str(path)
+    return build_fault(tmp_path_factory.mktemp("fault"))
 
 
 def backing_options(backing, images):

@@ -14,110 +14,12 @@ import threading
 import time
 from pathlib import Path
 
-import outside
 import pytest
-from conftest import python_of
-from servers import NO_CONTROL_SOCKET, check, children, free_port, get, wait_for
-
-CONF = "python:page_primer.integrations.gunicorn_conf"
-IS_ROOT = os.geteuid() == 0
-
-APP = """
-import os
-def app(environ, start_response):
-    if environ["PATH_INFO"] == "/late":
-        import ssl, decimal, sqlite3
-    body = str(os.getpid()).encode()
-    start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", str(len(body)))])
-    return [body]
-"""
-
-
-class Gunicorn:
-    """A gunicorn serving APP on a free port, with its log in a file."""
-
-    def __init__(self, python, directory, *options, conf=CONF, env=None, app=APP, wrapper=()):
-        self.directory = Path(directory)
-        (self.directory / "served.py").write_text(app)
-        self.log_file = self.directory / "gunicorn.log"
-        self.pid_file = self.directory / "gunicorn.pid"
-        self.port = free_port()
-        conf_option = ["-c", conf] if conf else []
-        command = [
-            *wrapper, python, "-m", "gunicorn", *conf_option, "--bind", f"127.0.0.1:{self.port}",
-            "--pid", str(self.pid_file), "--log-file", str(self.log_file), "--log-level", "debug",
-            *NO_CONTROL_SOCKET, *options, "served:app",
-        ]  # fmt: skip
-        self.output = open(self.directory / "output", "wb")
-        self.process = subprocess.Popen(
-            command, cwd=self.directory, stdin=subprocess.DEVNULL, stdout=self.output,
-            stderr=self.output, env={**os.environ, **(env or {})},
-        )  # fmt: skip
-
-    def __enter__(self):
-        try:
-            wait_for(lambda: self.get() and self.master, "gunicorn")
-        except AssertionError as error:
-            raise AssertionError(self.log()) from error
-        return self
-
-    def __exit__(self, *_):
-        # After a USR2 that a test did not see through there are two masters.
-        for path in self.directory.glob("gunicorn.pid*"):
-            with contextlib.suppress(OSError, ValueError):
-                os.kill(int(path.read_text()), signal.SIGTERM)
-        try:
-            self.process.wait(60)
-        finally:
-            if self.process.poll() is None:
-                self.process.kill()
-            self.output.close()
-
-    @property
-    def master(self):
-        return int(self.pid_file.read_text())
-
-    @property
-    def workers(self):
-        return children(self.master)
-
-    def log(self):
-        text = self.log_file.read_text() if self.log_file.exists() else ""
-        return text + (self.directory / "output").read_text()
-
-    def lines(self, level):
-        """page-primer's lines of a level: (pid, message)."""
-        pattern = rf"\[(\d+)\] \[{level}\] page-primer: (.*)"
-        return [(int(pid), message) for pid, message in re.findall(pattern, self.log())]
-
-    def get(self, path="/"):
-        return get(self.port, path)
-
-    def wait_for_workers(self, count, but_not=()):
-        wait_for(
-            lambda: len(self.workers) == count and not set(self.workers) & set(but_not),
-            f"{count} new workers",
-        )
-        for _ in range(3 * count):
-            self.get()
-
-    def wait_until_settled(self, count):
-        """Until there are so many workers, and the same ones a second later."""
-
-        def settled():
-            before = self.workers
-            time.sleep(1)
-            return len(before) == count and self.workers == before
-
-        wait_for(settled, f"{count} settled workers")
-
-
-def require_no_failure(server):
-    log = server.log()
-    assert "Traceback" not in log, log
-    assert "SIGSEGV" not in log, log
-    assert "SIGBUS" not in log, log
-    assert "SIGILL" not in log, log
+from harness import outside
+from harness.gunicorn_server import APP, CONF, Gunicorn, require_no_failure
+from harness.interpreters import python_of
+from harness.privileges import IS_ROOT
+from harness.servers import check, children, wait_for
 
 
 @pytest.mark.parametrize("preload", [(), ("--preload",)], ids=["", "preload"])

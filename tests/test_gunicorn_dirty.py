@@ -10,10 +10,10 @@ import textwrap
 import time
 
 import gunicorn
-import outside
 import pytest
-from servers import check, children, wait_for
-from test_gunicorn import Gunicorn, require_no_failure
+from harness import outside
+from harness.gunicorn_server import Gunicorn, require_no_failure
+from harness.servers import check, children, wait_for
 
 VERSION = tuple(int(part) for part in gunicorn.__version__.split(".")[:2])
 needs_dirty = pytest.mark.skipif(

@@ -7,11 +7,11 @@ import signal
 import subprocess
 from pathlib import Path
 
-import outside
 import pytest
-from cgroup import Cgroup
-from process import Process
-from test_gunicorn import Gunicorn
+from harness import outside
+from harness.cgroup import Cgroup
+from harness.gunicorn_server import Gunicorn
+from harness.process import Process
 
 MIB = 1 << 20
 PMD = outside.PMD

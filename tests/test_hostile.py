@@ -7,11 +7,13 @@ import sys
 import textwrap
 from pathlib import Path
 
-import outside
 import pytest
-from conftest import INTERPRETERS, python_of
-from process import Process, interpreter, left_of
-from test_prime import build_library, require_huge_files
+from harness import outside
+from harness.faults import build_fault
+from harness.interpreters import INTERPRETERS, python_of
+from harness.kernel import require_huge_files
+from harness.libraries import build_library
+from harness.process import Process, interpreter, left_of
 
 ROOT = Path(__file__).parents[1]
 MIB = 1 << 20
@@ -273,12 +275,7 @@ def test_a_new_hard_link_is_no_new_file(python, images, tmp_path):
 
 def test_the_file_is_replaced_in_the_midst_of_a_failing_swap(python, images, tmp_path):
     """To undo, the object's own file is mapped again, and nothing else."""
-    fault = tmp_path / "fault.so"
-    source_file = Path(__file__).with_name("fault.c")
-    subprocess.run(
-        ["gcc", "-O1", "-shared", "-fPIC", "-Wl,-z,now", "-o", str(fault), str(source_file)],
-        check=True,
-    )
+    fault = build_fault(tmp_path)
     library = build_library(tmp_path, "libbig.so")
     wrong = tmp_path / "wrong.so"
     subprocess.run(["cp", "/bin/true", str(wrong)], check=True)
@@ -297,7 +294,7 @@ def test_the_file_is_replaced_in_the_midst_of_a_failing_swap(python, images, tmp
         fault.fault_fired()
         result = lib.answer()
     """
-    with Process(python, env={"LD_PRELOAD": str(fault)}) as process:
+    with Process(python, env={"LD_PRELOAD": fault}) as process:
         assert process.run(textwrap.dedent(source)) == 42
 
 

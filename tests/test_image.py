@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from elftools.elf.elffile import ELFFile
-from process import Process, interpreter
+from harness.process import Process, interpreter
 
 
 @pytest.fixture(scope="module")

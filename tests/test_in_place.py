@@ -5,10 +5,10 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import outside
 import pytest
-from process import Process
-from test_prime import require_huge_files
+from harness import outside
+from harness.kernel import require_huge_files
+from harness.process import Process
 
 PMD = outside.PMD
 CODE = 1_300_000  # instructions of four bytes: five megabytes, two whole huge pages

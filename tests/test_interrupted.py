@@ -4,8 +4,8 @@ import os
 import textwrap
 
 import pytest
-from process import Process
-from test_hostile import build_library
+from harness.libraries import build_library
+from harness.process import Process
 
 INTERRUPT = """
     import os, random, signal, time, page_primer

@@ -5,11 +5,11 @@ import subprocess
 import sys
 import tempfile
 
-import outside
 import pytest
-from cgroup import Cgroup
-from process import Process, interpreter
-from test_gunicorn import Gunicorn, require_no_failure
+from harness import outside
+from harness.cgroup import Cgroup
+from harness.gunicorn_server import Gunicorn, require_no_failure
+from harness.process import Process, interpreter
 
 from page_primer.kernel import memory
 from page_primer.kernel.memory import Memory

@@ -5,20 +5,15 @@ the cgroup that touched them first, and other processes keep the machine's inter
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-import outside
 import pytest
-from cgroup import Cgroup
-from servers import wait_for
-from test_gunicorn import Gunicorn
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-import pressure
+from harness import outside, pressure
+from harness.cgroup import Cgroup
+from harness.gunicorn_server import Gunicorn
+from harness.servers import wait_for
 
 pytestmark = pytest.mark.slow
 

@@ -8,34 +8,18 @@ import sysconfig
 import textwrap
 from pathlib import Path
 
-import outside
 import pytest
-from conftest import KINDS, python_of
-from debian_python import ARCHIVE, DEBIAN, PACKAGE, build_pie
-from process import Process, interpreter, left_of
+from harness import outside
+from harness.debian_python import ARCHIVE, DEBIAN, PACKAGE, build_pie
+from harness.interpreters import KINDS, python_of
+from harness.kernel import release, require_huge_files
+from harness.libraries import BIG, build, build_library
+from harness.privileges import drop_memlock
+from harness.process import Process, interpreter, left_of
 
 import page_primer
 
 MIB = 1 << 20
-IS_ROOT = os.geteuid() == 0
-needs_root = pytest.mark.skipif(not IS_ROOT, reason="only root can drop capabilities or change ids")
-
-
-def kernel():
-    return tuple(int(part) for part in os.uname().release.split(".")[:2])
-
-
-def filesystem(path):
-    done = subprocess.run(["stat", "-f", "-c", "%T", path], capture_output=True, text=True)
-    return done.stdout.strip()
-
-
-def require_huge_files(path):
-    """Skip where the kernel gives no huge pages to files there; see the table in the README."""
-    kind = filesystem(path)
-    since = {"ext2/ext3": (6, 16), "xfs": (6, 12), "tmpfs": (6, 1)}.get(kind)
-    if since is None or kernel() < since:
-        pytest.skip(f"no huge pages for files on {kind} with Linux {os.uname().release}")
 
 
 @pytest.fixture(params=["disk", "tmpfs"])
@@ -345,14 +329,6 @@ def test_threads_run_through_the_swap(python, images):
         assert fewest > 0
 
 
-def drop_memlock(limit):
-    """A command prefix: no CAP_IPC_LOCK, and this RLIMIT_MEMLOCK in bytes."""
-    prefix = ["prlimit", f"--memlock={limit}:{limit}"]
-    if IS_ROOT:
-        prefix += ["setpriv", "--bounding-set=-ipc_lock", "--inh-caps=-ipc_lock"]
-    return prefix
-
-
 def test_default_memlock_locks_the_interpreter_first_and_tells_the_rest(every_python, images):
     with Process(every_python, wrapper=drop_memlock(8 * MIB)) as process:
         process.run("import ssl, decimal, sqlite3")
@@ -480,7 +456,7 @@ def test_thp_disabled_is_an_outcome(python, images):
         assert "PR_SET_THP_DISABLE" in str(core["segments"])
 
 
-@pytest.mark.skipif(kernel() < (6, 3), reason="PR_SET_MDWE is there from Linux 6.3 on")
+@pytest.mark.skipif(release() < (6, 3), reason="PR_SET_MDWE is there from Linux 6.3 on")
 @pytest.mark.parametrize(
     ("backing", "works"), [("image", True), ("memfd", True), ("anonymous", False), ("auto", True)]
 )
@@ -534,7 +510,7 @@ def test_modified_code_is_left_alone(python, images):
         assert interpreter(report)["code_huge_bytes"] > 0
 
 
-@pytest.mark.skipif(kernel() < (6, 10), reason="mseal(2) is there from Linux 6.10 on")
+@pytest.mark.skipif(release() < (6, 10), reason="mseal(2) is there from Linux 6.10 on")
 def test_sealed_code_is_left_alone(python, images):
     with Process(python) as process:
         process.run("import ssl, ctypes")
@@ -571,25 +547,6 @@ def test_file_replaced_on_disk_is_left_alone(python, images, tmp_path):
         report = process.prime(image_dir=str(images))
         assert list(left_of(report, "libbig.so")) == ["file deleted or replaced on disk"]
         assert process.run("result = lib.answer()") == 42
-
-
-def build(tmp_path, name, source, *flags):
-    path = tmp_path / name
-    (tmp_path / "source.c").write_text(source)
-    command = ["gcc", "-O1", "-o", str(path), str(tmp_path / "source.c"), *flags]
-    subprocess.run(command, check=True)
-    return path
-
-
-# Five mebibytes of code, spread over whole huge pages at any load address, and a function in it.
-BIG = """
-__asm__(".text\\n.rept 0x500000\\nnop\\n.endr\\n");
-int answer(void) { return 42; }
-"""
-
-
-def build_library(tmp_path, name, *flags):
-    return build(tmp_path, name, BIG, "-shared", "-fPIC", *flags)
 
 
 @pytest.mark.slow

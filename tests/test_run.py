@@ -9,13 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import outside
 import pytest
-from conftest import KINDS, python_of
-from launched import LAUNCHER, RUN, check_primed, environment, is_primed, run
-from servers import NO_CONTROL_SOCKET, Server, children, free_port, wait_for
-from test_gunicorn import Gunicorn
-from test_prime import require_huge_files
+from harness import outside
+from harness.gunicorn_server import Gunicorn
+from harness.interpreters import KINDS, python_of
+from harness.kernel import require_huge_files
+from harness.launched import LAUNCHER, RUN, check_primed, environment, is_primed, run
+from harness.servers import NO_CONTROL_SOCKET, Server, children, free_port, wait_for
 
 APP = """
 import os

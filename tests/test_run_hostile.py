@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from launched import LAUNCHER
+from harness.launched import LAUNCHER
 
 ROOT = Path(__file__).parents[1]
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from process import Process
+from harness.process import Process
 
 from page_primer import schema
 

@@ -10,9 +10,9 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from conftest import KINDS, python_of
-from launched import LAUNCHER, RUN, environment
-from test_prime import require_huge_files
+from harness.interpreters import KINDS, python_of
+from harness.kernel import require_huge_files
+from harness.launched import LAUNCHER, RUN, environment
 
 import page_primer
 

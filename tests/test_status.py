@@ -4,9 +4,9 @@ import json
 import subprocess
 import sys
 
-import outside
 import pytest
-from process import Process, interpreter
+from harness import outside
+from harness.process import Process, interpreter
 
 MIB = 1 << 20
 

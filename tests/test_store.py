@@ -9,12 +9,11 @@ import textwrap
 import time
 from pathlib import Path
 
-import outside
 import pytest
-from process import Process, interpreter
-from test_prime import drop_memlock, require_huge_files
-
-IS_ROOT = os.geteuid() == 0
+from harness import outside
+from harness.kernel import require_huge_files
+from harness.privileges import IS_ROOT, drop_memlock
+from harness.process import Process, interpreter
 
 
 def huge(process):

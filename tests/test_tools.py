@@ -9,13 +9,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-import outside
-import probes
 import pytest
-from conftest import INTERPRETERS, python_of
-from debian_python import ARCHIVE, PACKAGE, build_pie
-from probes import PROBES, UNPRIMED, WORKS, NotHere, Shape, Target
-from process import Process, interpreter
+from elftools.elf.elffile import ELFFile
+from harness import outside, probes
+from harness.debian_python import ARCHIVE, PACKAGE, build_pie
+from harness.interpreters import INTERPRETERS, python_of
+from harness.probes import PROBES, UNPRIMED, WORKS, NotHere, Shape, Target, cores, perf
+from harness.probes.commands import gdb
+from harness.probes.gdb import frames_of
+from harness.process import Process, interpreter
 
 pytestmark = [
     pytest.mark.slow,
@@ -66,7 +68,7 @@ def scratch():
             stack.enter_context(tempfile.TemporaryDirectory(prefix="page-primer-", dir=place))
             for place in ("/var/tmp", "/dev/shm")
         ]
-        stack.callback(shutil.rmtree, probes.BUILD_IDS, ignore_errors=True)
+        stack.callback(shutil.rmtree, perf.BUILD_IDS, ignore_errors=True)
         disk, memory = map(Path, directories)
         probes.build_module(disk)
         yield disk, memory
@@ -145,14 +147,14 @@ def test_the_tool_sees_what_it_sees_unprimed(targets, unprimed, form, way, name)
 def test_a_core_file_without_its_image(targets, unprimed, scratch, form, way):
     """The missing image is named, and there are full frames: by the objects' own files."""
     target = targets(form, way)
-    core = str(probes.core_of(target))
+    core = str(cores.core_of(target))
     image = target.interpreter_image
     folder = Path(image).parent
     exe = os.readlink(f"/proc/{target.pid}/exe")
     folder.rename(scratch[0] / "gone")
     try:
-        said = probes.gdb("bt", target=[exe, core])
-        frames = probes.gdb_frames(said)
+        said = gdb("bt", target=[exe, core])
+        frames = frames_of(said)
     finally:
         (scratch[0] / "gone").rename(folder)
     assert f"Can't open file {image}" in said
@@ -179,7 +181,7 @@ def test_a_perf_map_is_written_when_asked_for(python):
             assert path.stat().st_mode & 0o777 == 0o600
             for start, size, _ in lines:
                 assert any(v.start <= int(start, 16) < v.end for v in moved) and int(size, 16)
-            table = probes.Symbols(process.pid)
+            table = perf.Symbols(process.pid)
             assert all(name.partition("@")[0] in table.at(int(at, 16)) for at, _, name in lines)
             assert {"_PyEval_EvalFrameDefault", "PyList_Sort"} <= {name for _, _, name in lines}
             assert core["backing"] == "memfd"
@@ -254,9 +256,9 @@ def test_debug_information_is_left_out_where_there_is_no_room(python, images):
             capture_output=True, text=True, check=True,
         )  # fmt: skip
         with open(done.stdout.strip(), "rb") as file:
-            elf = probes.ELFFile(file)
+            elf = ELFFile(file)
             assert elf.get_section_by_name(".dynsym")
             sizes.append(bool(elf.get_section_by_name(".debug_info")))
     with open(outside.interpreter_file(os.getpid()), "rb") as file:
-        has_any = bool(probes.ELFFile(file).get_section_by_name(".debug_info"))
+        has_any = bool(ELFFile(file).get_section_by_name(".debug_info"))
     assert sizes == [has_any, False]

@@ -18,10 +18,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import outside
 import pytest
-from conftest import KINDS
-from servers import wait_for
+from harness import outside
+from harness.interpreters import KINDS
+from harness.kernel import release
+from harness.servers import wait_for
 
 from page_primer.align import files as align
 from page_primer.launcher import warm
@@ -232,7 +233,7 @@ def test_a_file_that_is_not_in_memory_is_read_once(program: str, small: Path) ->
 def test_a_file_held_in_small_pages_is_named_and_the_command_runs(
     program: str, small: Path
 ) -> None:
-    if kernel() >= (7, 2):
+    if release() >= (7, 2):
         pytest.skip("this kernel collapses the pages in place")
     with plain(small) as pid:
         done = run(program, small)
@@ -246,14 +247,10 @@ def test_a_file_held_in_small_pages_is_named_and_the_command_runs(
         assert code_of(pid, small).huge == 0
 
 
-def kernel() -> tuple[int, ...]:
-    return tuple(int(part) for part in os.uname().release.split(".")[:2])
-
-
 def test_rewrite_gives_new_processes_another_file_of_the_same_name(
     program: str, small: Path
 ) -> None:
-    if kernel() >= (7, 2):
+    if release() >= (7, 2):
         pytest.skip("this kernel collapses the pages in place")
     small.chmod(0o754)
     if os.geteuid() == 0:
@@ -291,7 +288,7 @@ def test_rewrite_goes_through_links_to_the_file(program: str, small: Path, tmp_p
 def test_a_directorys_default_acl_does_not_open_a_rewritten_file(
     program: str, linked: Path, capable: None, directory: Path
 ) -> None:
-    if kernel() >= (7, 2):
+    if release() >= (7, 2):
         pytest.skip("this kernel collapses the pages in place")
     home = directory / "acl"
     home.mkdir()
@@ -325,7 +322,7 @@ def set_user_id(path: Path) -> None:
 def test_a_file_that_would_lose_something_is_not_rewritten(
     program: str, small: Path, change: Callable[[Path], None], reason: str
 ) -> None:
-    if kernel() >= (7, 2):
+    if release() >= (7, 2):
         pytest.skip("this kernel collapses the pages in place")
     change(small)
     inode = small.stat().st_ino
@@ -356,7 +353,7 @@ def test_another_user_warms_but_does_not_rewrite(readable: str, small: Path) -> 
     done = run(*as_nobody(readable, small))
     assert (done.returncode, done.stderr) == (0, "")
     assert huge_in_new_process(small) == WANTED
-    if kernel() >= (7, 2):
+    if release() >= (7, 2):
         return
     write_small(small.read_bytes(), small)
     with plain(small):

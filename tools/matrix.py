@@ -4,8 +4,8 @@ write the table into docs/tools.md: `make tools-matrix`.
     python tools/matrix.py [--shape PATTERN] [--probe PATTERN] [--jobs N] [--output FILE]
 
 What a tool sees is compared with what it sees of an unprimed worker of the same interpreter, in the
-same run. The chapters of interpreters that were not chosen stay. tests/probes.py has the probes,
-tests/test_tools.py asserts on the most important ones.
+same run. The chapters of interpreters that were not chosen stay. The probes are in
+tests/harness/probes/; tests/test_tools.py asserts on the most important ones.
 """
 
 from __future__ import annotations
@@ -28,10 +28,21 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-import conftest  # noqa: E402
-import debian_python  # noqa: E402
-import probes  # noqa: E402
-from probes import ABSENT, CANNOT, NOTE, PROBES, UNPRIMED, WORKS, Shape, Verdict, Way  # noqa: E402
+from harness import debian_python, probes  # noqa: E402
+from harness.interpreters import INTERPRETERS, python_of  # noqa: E402
+from harness.probes import (  # noqa: E402
+    ABSENT,
+    CANNOT,
+    NOTE,
+    PROBES,
+    UNPRIMED,
+    WORKS,
+    Shape,
+    Verdict,
+    Way,
+    perf,
+)
+from harness.probes.commands import last_line, run, tool  # noqa: E402
 
 KEPT = ROOT / ".venv-tools"  # a Debian unstable, and memray for each interpreter: built once
 BEGIN, END = "<!-- made by make tools-matrix -->\n", "<!-- end -->\n"
@@ -53,18 +64,18 @@ WHY = (
 
 def shapes() -> Iterator[Shape | str]:
     """The interpreters to be had here, or in words why one is not."""
-    for name, base in conftest.INTERPRETERS.items():
+    for name, base in INTERPRETERS.items():
         home = KEPT / name
         home.mkdir(parents=True, exist_ok=True)
-        python = conftest.python_of(home, base)
-        maps = probes.run(base, "-c", "print(open('/proc/self/maps').read())")
+        python = python_of(home, base)
+        maps = run(base, "-c", "print(open('/proc/self/maps').read())")
         form = "shared libpython" if "/libpython3" in maps else "static, not PIE"
         install_memray(python)
         yield Shape(f"CPython {name.partition('-')[0]}, {form}", python)
     if debian_python.ARCHIVE.exists():
         home = KEPT / "pie"
         home.mkdir(exist_ok=True)
-        python = conftest.python_of(home, debian_python.DEBIAN)
+        python = python_of(home, debian_python.DEBIAN)
         install_memray(python)
         if os.path.islink(python):
             debian_python.build_pie(Path(python))
@@ -102,7 +113,7 @@ def unstable() -> Shape | str:
         ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=WAITING, check=False)
         if done.returncode:
-            return f"{name}: debootstrap: {probes.last_line(done.stdout + done.stderr)}"
+            return f"{name}: debootstrap: {last_line(done.stdout + done.stderr)}"
         (root / "mnt/repository").mkdir()
         (root / "done").touch()
     python = max(path.name for path in (root / "usr/bin").glob("python3.[0-9][0-9]"))
@@ -186,17 +197,17 @@ def render(shape: str, table: Table, ways: list[Way]) -> Iterator[str]:
     yield f"Run on {time.strftime('%Y-%m-%d, %H:%M UTC', time.gmtime())}, on {machine}.\n\n"
     yield f"| tool | {' | '.join(way.name for way in ways)} |\n"
     yield "|---|" + "---|" * len(ways) + "\n"
-    for tool, verdicts in table.items():
+    for name, verdicts in table.items():
         cells = []
         for way, verdict in verdicts.items():
             cell = SYMBOL[verdict.mark]
             if verdict.mark != WORKS:
                 note = verdict.note.rstrip(".")
                 if verdict.mark != ABSENT:
-                    note += why(tool, way, shape)
+                    note += why(name, way, shape)
                 cell += f" ({notes.setdefault(note, len(notes) + 1)})"
             cells.append(cell)
-        yield f"| {tool} | {' | '.join(cells)} |\n"
+        yield f"| {name} | {' | '.join(cells)} |\n"
     yield "\n" + "".join(f"{number}. {note}\n" for note, number in notes.items())
 
 
@@ -217,7 +228,7 @@ def versions() -> str:
     found = []
     for name in ("py-spy", "pystack", "memray", "austin", "gdb", "perf", "valgrind"):
         try:
-            said = probes.run(probes.tool(name), "--version")
+            said = run(tool(name), "--version")
         except probes.NotHere:
             continue
         number = re.search(r"\d+\.\d+[\d.]*", said)
@@ -251,7 +262,7 @@ def main() -> int:
                 text = "".join(render(shape.name, table, ways))
                 enter(Path(options.output), shape.name, text)
                 print(text)
-    shutil.rmtree(probes.BUILD_IDS, ignore_errors=True)
+    shutil.rmtree(perf.BUILD_IDS, ignore_errors=True)
     absent = "".join(f"- {reason}.\n" for reason in found if isinstance(reason, str))
     enter(Path(options.output), "Not tried", absent or "Nothing of what is here.\n")
     enter(Path(options.output), "Versions", f"{versions()}.\n")

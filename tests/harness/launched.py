@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import outside
+from harness import outside
 
 LAUNCHER = str(Path(sys.executable).with_name("page-primer"))
 RUN = [LAUNCHER, "run", "--"]

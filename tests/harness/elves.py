@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 from elftools.elf.elffile import ELFFile
-from outside import PMD
+
+from harness.outside import PMD
 
 # Code of a little more than one huge page, and read-only data before and behind it.
 SOURCE = f"""

@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 
 import gunicorn.config
-import outside
+
+from harness import outside
 
 # Since gunicorn 25.1; the tests' servers would share one.
 NO_CONTROL_SOCKET = (

@@ -1,0 +1,52 @@
+"""Tools as commands: found, run, and what they print."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from harness.probes.target import NotHere, Target
+
+__all__ = ["gdb", "inside", "last_line", "run", "tool"]
+
+
+def run(
+    *command: str, seconds: int = 120, stdin: str = "", env: Mapping[str, str] | None = None
+) -> str:
+    """What a tool says, on both its outputs."""
+    done = subprocess.run(
+        command, input=stdin, capture_output=True, text=True, errors="replace", timeout=seconds,
+        env={**os.environ, "NO_COLOR": "1", **(env or {})}, check=False,
+    )  # fmt: skip
+    return done.stdout + done.stderr
+
+
+def tool(name: str) -> str:
+    """A tool's path: beside the interpreter that runs this, or where the shell finds it."""
+    beside = Path(sys.executable).with_name(name)
+    found = str(beside) if beside.exists() else shutil.which(name)
+    if not found:
+        raise NotHere(f"no {name} here")
+    return found
+
+
+def last_line(text: str) -> str:
+    return next((line for line in reversed(text.splitlines()) if line.strip()), "nothing")[:200]
+
+
+def gdb(*commands: str, target: Sequence[str], **options: Any) -> str:
+    arguments = [part for command in commands for part in ("-ex", command)]
+    quiet = ["-iex", "set debuginfod enabled off", "-iex", "set auto-load safe-path /"]
+    return run(tool("gdb"), "-nx", *quiet, *target, "-batch", *arguments, **options)
+
+
+def inside(target: Target, *command: str, **options: Any) -> str:
+    """Run a command where the target runs: in its mount namespace and root directory."""
+    if target.shape.chroot:
+        command = ("nsenter", "--target", str(target.pid), "--mount", "--root", *command)
+    return run(*command, **options)

@@ -1,0 +1,135 @@
+"""perf record, and whether its samples have their names."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import subprocess
+import tempfile
+import time
+from bisect import bisect_right
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from elftools.elf.elffile import ELFFile
+
+from harness import outside
+from harness.probes.commands import last_line, run, tool
+from harness.probes.registry import probe
+from harness.probes.target import Failed, Target
+from harness.probes.verdicts import CANNOT, WORKS, Verdict, hottest
+
+
+@dataclass
+class Samples:
+    """perf's samples of one process's user code."""
+
+    total: int = 0
+    resolvable: int = 0  # by the symbol tables of the objects' own files
+    resolved: int = 0  # of these
+    wrong: int = 0  # of these, named otherwise than in the tables
+    names: Counter[str] = field(default_factory=Counter)
+
+
+def same_samples(expected: Samples, seen: Samples) -> Verdict:
+    """99 % as many of the resolvable samples are resolved, and to the same symbols: by address in
+    the files' own tables, and the hot ones by name. perf itself names a few in a thousand otherwise
+    than the tables do, where functions overlap."""
+    shares = [found.resolved / max(found.resolvable, 1) for found in (expected, seen)]
+    numbers = (
+        f"{seen.resolved} of {seen.resolvable} samples named ({expected.resolved} of "
+        f"{expected.resolvable} unprimed)"
+    )
+    if shares[1] < 0.99 * shares[0]:
+        return Verdict(CANNOT, numbers)
+    if seen.wrong > max(expected.wrong, 0.01 * seen.resolvable):
+        return Verdict(CANNOT, f"{numbers}, {seen.wrong} wrongly")
+    hot = hottest(expected.names, expected.total)
+    missing = hot - set(seen.names)
+    if missing:
+        return Verdict(CANNOT, f"{numbers}; no {min(missing)}")
+    return Verdict(WORKS, numbers)
+
+
+class Symbols:
+    """The functions of a process by address, read from its objects' own files."""
+
+    def __init__(self, pid: int, root: str = "") -> None:
+        found: dict[tuple[int, int], set[str]] = {}
+        vmas = outside.smaps(pid)
+        for path in {v.path for v in vmas if v.path.startswith("/") and "w" in v.perms}:
+            with contextlib.suppress(Exception), open(root + path, "rb") as file:
+                elf = ELFFile(file)
+                bias = outside.load_bias(path, vmas, root + path)
+                for name in (".symtab", ".dynsym"):
+                    section = elf.get_section_by_name(name)
+                    for symbol in section.iter_symbols() if section else ():
+                        if symbol["st_info"]["type"] == "STT_FUNC" and symbol["st_size"]:
+                            start = bias + symbol["st_value"]
+                            key = start, start + symbol["st_size"]
+                            found.setdefault(key, set()).add(symbol.name.partition("@")[0])
+        self._ranges = sorted(found.items())
+        self._starts = [key[0] for key, _ in self._ranges]
+
+    def at(self, address: int) -> set[str]:
+        names: set[str] = set()
+        index = bisect_right(self._starts, address)
+        for (start, end), found in reversed(self._ranges[max(0, index - 8) : index]):
+            if start <= address < end:
+                names |= found
+        return names
+
+
+# A cache as a user has it, that keeps by build-id what it has seen of unprimed processes.
+BUILD_IDS = Path(tempfile.gettempdir()) / f"page-primer-build-ids-{os.getpid()}"
+
+
+def samples_of(target: Target, *scope: str, first: str = "") -> Samples:
+    """perf at a scope, while the worker works; after it has answered a first request."""
+    data = target.directory / "perf.data"
+    record = [tool("perf"), "--buildid-dir", str(BUILD_IDS), "record", "-q", "-e", "cpu-clock",
+              "-F", "997", *scope, "-o", str(data), "--", "sleep", "1.5"]  # fmt: skip
+    process = subprocess.Popen(record, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        time.sleep(0.3)
+        target.get(first)
+        with target.spinning():
+            process.wait(60)
+    finally:
+        said, _ = process.communicate(timeout=60)
+    script = run(tool("perf"), "--buildid-dir", str(BUILD_IDS), "script", "-i", str(data),
+                 "--pid", str(target.pid), "-F", "ip,sym")  # fmt: skip
+    data.unlink(missing_ok=True)
+    symbols, samples = Symbols(target.pid, target.shape.chroot), Samples()
+    for line in script.splitlines():
+        found = re.match(r"\s*([0-9a-f]+) (.+?)\s*$", line)
+        if not found or int(found[1], 16) >= 1 << 63:
+            continue
+        address, name = int(found[1], 16), found[2]
+        known = symbols.at(address)
+        samples.total += 1
+        samples.resolvable += bool(known)
+        samples.names[name] += 1
+        if known and name != "[unknown]":
+            samples.resolved += 1
+            samples.wrong += name.partition("@")[0] not in known
+    if samples.total < 100:
+        raise Failed(last_line(said) if not samples.total else f"only {samples.total} samples")
+    return samples
+
+
+@probe("perf record", same_samples)
+def record(target: Target) -> Samples:
+    return samples_of(target, "-p", str(target.pid))
+
+
+@probe("perf record -a", same_samples)
+def record_all(target: Target) -> Samples:
+    return samples_of(target, "-a")
+
+
+@probe("perf record, started before priming", same_samples, late=True)
+def record_while_primed(target: Target) -> Samples:
+    return samples_of(target, "-p", str(target.pid), first="prime")
