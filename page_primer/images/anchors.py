@@ -25,7 +25,7 @@ from page_primer.elf import file as elf
 from page_primer.elf.file import PF_R, PT_LOAD
 from page_primer.elf.objects import Object
 from page_primer.images import layout as image
-from page_primer.images import store
+from page_primer.images import names, store
 from page_primer.images.layout import CannotLayOut, Layout
 from page_primer.kernel import smaps
 from page_primer.kernel.limits import check_file_size
@@ -153,10 +153,9 @@ class Anchors:
         obj = self._object
         assert obj.source is not None, "only objects with a file are planned"
         address = self._addresses[which]
-        parts = f"{image.LAYOUT_VERSION}", *image.identity(obj.source), f"{address:x}"
-        name = "-".join((*parts, image.ANCHOR))
+        name = names.of(obj.source, f"{address:x}", names.ANCHOR)
         if which == FAR:
-            name = image.as_libpython(name)
+            name = names.as_libpython(name)
         file = self._file(Anchor(obj, (), 0, name, address))
         # First of all: what a signal handler interrupts is taken down as well.
         self._mapped[which] = address, file

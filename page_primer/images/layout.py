@@ -22,13 +22,13 @@ from __future__ import annotations
 
 import os
 import struct
-import sys
 
 from page_primer import _core
 from page_primer._lean import Record
 from page_primer.elf import file as elf
 from page_primer.elf.file import PF_R, PF_W, PF_X, PROGRAM_HEADER, PT_LOAD
-from page_primer.elf.objects import Object, Region, Source
+from page_primer.elf.objects import Object, Region
+from page_primer.images import names
 from page_primer.kernel import memory
 from page_primer.kernel.address_space import Window
 from page_primer.kernel.limits import check_file_size
@@ -40,13 +40,9 @@ if TYPE_CHECKING:
 
     Part = tuple[int | None, int]  # an offset in the original, or None for zeroes, and a size
 
-# Part of an image's name in the store: raise it when what is written here changes.
-LAYOUT_VERSION = 3
-ANCHOR = "anchor"  # ends the name of one (anchors.py)
 # FNV-1a, 256 bits (RFC 9923): the first and the factor.
 _FNV = 0xDD268DBCAAC550362D98C384C4E576CCC8B1536847B6BBB31023B4C8CAEE0535, (1 << 168) + 0x163
 
-_HEXADECIMAL = set("0123456789abcdef")
 _KEPT_SECTIONS = (".gnu_debuglink", ".gnu_debugaltlink", ".gnu_debugdata", ".note.stapsdt")
 _DEBUG_SECTIONS = (".debug_", ".zdebug_")
 _DEBUG_LIMIT = 64 << 20  # bytes; at most a quarter of the file system's room, an eighth of memory's
@@ -138,24 +134,11 @@ def lay_out(obj: Object, regions: Sequence[Region], pmd: int) -> Layout:
     protections = ".".join(
         f"{region.start - obj.start:x}{'x' if region.flags & PF_X else 'r'}" for region in regions
     )
-    name = "-".join(
-        [f"{LAYOUT_VERSION}", *identity(source), f"{pmd:x}", f"{obj.start % pmd:x}", protections]
-    )
+    name = names.of(source, f"{pmd:x}", f"{obj.start % pmd:x}", protections)
     if obj.interpreter and obj.main and not obj.fixed:
         # py-spy takes what stays on the original for the whole program, but libpython as well.
-        name = as_libpython(name)
+        name = names.as_libpython(name)
     return Layout(obj, tuple(regions), pmd, name)
-
-
-def as_libpython(name: str) -> str:
-    """A folder's name for a program's file that profilers shall take for its libpython: they know
-    one by its path, some by any part of it."""
-    return "libpython{}.{}.so-{}".format(*sys.version_info[:2], name)
-
-
-def _plain(name: str) -> str:
-    """What as_libpython() was given, if it was."""
-    return name.partition(".so-")[2] if name.startswith("libpython") else name
 
 
 def _build_ids(layout: Layout, file: elf.File) -> list[int]:
@@ -335,34 +318,3 @@ def _build_id(layout: Layout) -> bytes:
 
 def _build_id_note(layout: Layout) -> bytes:
     return _NOTE.pack(4, _BUILD_ID_SIZE, elf.NT_GNU_BUILD_ID, b"GNU\0", _build_id(layout))
-
-
-def is_name(name: str) -> bool:
-    """Whether a name is one that lay_out() gives, in any version."""
-    version, *numbers = _plain(name).split("-")
-    if not version.isascii() or not version.isdigit():
-        return False
-    if numbers[-1:] == [ANCHOR]:
-        numbers[-1:] = "0", "r"
-    return (
-        len(numbers) == 8
-        and all(numbers)
-        and all(map(_HEXADECIMAL.issuperset, numbers[:-1]))
-        and (_HEXADECIMAL | set("rx.")).issuperset(numbers[-1])
-    )
-
-
-def belongs_to(name: str, path: str) -> bool:
-    """Whether an image's name is of the file that is at `path` now."""
-    try:
-        source = Source.of(path, os.stat(path))
-    except OSError:
-        return False
-    _, *numbers = _plain(name).split("-")
-    return numbers[:5] == identity(source)
-
-
-def identity(source: Source) -> list[str]:
-    """What tells a file's content, as parts of a name."""
-    numbers = (source.device, source.inode, source.size, source.mtime_ns, source.ctime_ns)
-    return [f"{number:x}" for number in numbers]
