@@ -1,4 +1,4 @@
-"""Immutable records, `suppress`, and whose an exception is, without imports.
+"""Immutable records, tuples with names, `suppress`, and whose an exception is, without imports.
 
 The first dataclass of a process takes 7 ms (it imports inspect) and each further one half a
 millisecond, since its methods are compiled; these take hundredths. Short-lived commands under
@@ -13,6 +13,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from types import TracebackType
     from typing import Any, ClassVar, TypeVar
+    from typing import NamedTuple as NamedTuple
 
     from typing_extensions import dataclass_transform
 
@@ -75,6 +76,40 @@ class Record:
     def __repr__(self) -> str:
         fields = ", ".join(f"{name}={getattr(self, name)!r}" for name in self._compared)
         return f"{type(self).__name__}({fields})"
+
+
+if not TYPE_CHECKING:
+
+    class NamedTuple(tuple):
+        """typing.NamedTuple without defaults: typing and collections take milliseconds."""
+
+        def __init_subclass__(cls):
+            cls._fields = tuple(cls.__annotations__)
+            for index, name in enumerate(cls._fields):
+                setattr(cls, name, property(lambda self, index=index: self[index]))
+
+        def __new__(cls, *values, **named):
+            if named:
+                rest = cls._fields[len(values) :]
+                values += tuple(named.pop(name) for name in rest if name in named)
+            if named or len(values) != len(cls._fields):
+                raise TypeError(f"{cls.__name__}() takes {', '.join(cls._fields)}")
+            return tuple.__new__(cls, values)
+
+        _make = classmethod(tuple.__new__)
+
+        def __getnewargs__(self):
+            return tuple(self)
+
+        def _replace(self, /, **changes):
+            made = self._make([changes.pop(*item) for item in zip(self._fields, self, strict=True)])
+            if changes:
+                raise ValueError(f"no fields of {type(self).__name__}: {', '.join(changes)}")
+            return made
+
+        def __repr__(self):
+            pairs = zip(self._fields, self, strict=True)
+            return f"{type(self).__name__}({', '.join(f'{n}={v!r}' for n, v in pairs)})"
 
 
 if TYPE_CHECKING:

@@ -7,15 +7,14 @@ chunk that holds any code becomes r-x, another r--; around them the span keeps i
 
 from __future__ import annotations
 
-import os
-import sys
 from itertools import pairwise
 
 from page_primer._lean import Record, replace
+from page_primer.budget import disjoint, heat, lock_size, memory_room, selects, size_of
 from page_primer.elf.file import PF_R, PF_X
 from page_primer.elf.objects import Object, Range, Region, Segment
-from page_primer.kernel.memory import WORKING, Memory
-from page_primer.kernel.smaps import Mapping, overlapping
+from page_primer.kernel.memory import WORKING
+from page_primer.kernel.smaps import overlapping
 from page_primer.kernel.thp import page_size
 from page_primer.options import IN_PLACE, Options
 from page_primer.report import OVER_LIMIT, OVER_MEMORY
@@ -86,20 +85,6 @@ class Plan(Record):
     already: tuple[Move, ...] = ()  # on huge pages where they are: nothing is to be done
 
 
-class Lock(Record):
-    """A range to lock; `on_fault` for private writable memory, which a plain mlock would copy."""
-
-    object: Object
-    start: int
-    end: int
-    kind: str
-    on_fault: bool
-
-    @property
-    def range(self) -> Range:
-        return Range(self.start, self.end)
-
-
 def make(survey: Survey, options: Options, used: int = 0, held: Iterable[Range] = ()) -> Plan:
     """Plan the moves, the hottest object first.
 
@@ -113,10 +98,10 @@ def make(survey: Survey, options: Options, used: int = 0, held: Iterable[Range] 
     already: list[Move] = []
     left: list[Remainder] = []
     room = options.limit - used
-    held = _disjoint(held)
+    held = disjoint(held)
     memory = memory_room(survey.memory, options, held)
     spare = survey.memory.available - WORKING if survey.memory else memory
-    for obj in sorted(survey.objects, key=_heat):
+    for obj in sorted(survey.objects, key=heat):
         reason = _refusal(obj, survey, options)
         move = None if reason else _move(obj, survey, options)
         if reason is None or reason in _NOT_REPLACEABLE:
@@ -126,7 +111,7 @@ def make(survey: Survey, options: Options, used: int = 0, held: Iterable[Range] 
         elif move.aligned and is_huge(move.in_place, survey):
             already.append(move)
             left += explain(obj, move.in_place, survey.pmd_size)
-            memory -= min(memory, _lock_size(obj, options, held, code_only=False))
+            memory -= min(memory, lock_size(obj, options, held, code_only=False))
             continue
         elif options.backing == IN_PLACE and not move.in_place:
             reason = NOT_CONGRUENT
@@ -144,55 +129,12 @@ def make(survey: Survey, options: Options, used: int = 0, held: Iterable[Range] 
             left += explain(obj, move.image or move.in_place, survey.pmd_size)
         else:
             # It will be locked where it is; if it must be less than all, then the code.
-            size = _lock_size(obj, options, held, code_only=reason == OVER_MEMORY)
+            size = lock_size(obj, options, held, code_only=reason == OVER_MEMORY)
             left += [Remainder(obj, s.start, s.end, s.kind, _why(s, reason)) for s in obj.segments]
         if size <= memory:
             memory -= size
             spare -= size
     return Plan(tuple(moves), tuple(left), tuple(already))
-
-
-def memory_room(memory: Memory | None, options: Options, held: Iterable[Range]) -> int:
-    """Bytes of memory that may yet be copied to, or locked.
-
-    Args:
-        memory: what is to be had; None where nothing is known.
-        options: what the caller wants.
-        held: what was copied or locked before. It is available no longer, and counts as taken.
-    """
-    if memory is None:
-        return sys.maxsize
-    taken = sum(part.length for part in _disjoint(held))
-    return int(options.memory_share * (memory.available + taken)) - taken
-
-
-def size_of(obj: Object) -> int:
-    """Bytes of memory that an object takes once it is moved and locked."""
-    return sum(segment.end - segment.start for segment in obj.segments)
-
-
-def _lock_size(obj: Object, options: Options, held: Sequence[Range], code_only: bool) -> int:
-    if not options.mlock or not selects(options, obj.path):
-        return 0
-    code_only |= options.mlock == "code"
-    wanted = [s for s in obj.segments if s.kind == "code" or not code_only]
-    return sum(_outside(Range(s.start, s.end), held) for s in wanted)
-
-
-def _disjoint(ranges: Iterable[Range]) -> list[Range]:
-    """The same addresses in ascending ranges, none of which overlap or touch."""
-    found: list[Range] = []
-    for start, end in sorted(map(tuple, ranges)):
-        if found and start <= found[-1].end:
-            start, last = found.pop()
-            end = max(end, last)
-        found.append(Range(start, end))
-    return found
-
-
-def _outside(whole: Range, disjoint: Iterable[Range]) -> int:
-    """Bytes of a range that none of `disjoint` covers."""
-    return whole.length - sum(whole.clip(part).length for part in disjoint)
 
 
 def explain(obj: Object, regions: Sequence[Region], pmd: int) -> list[Remainder]:
@@ -229,86 +171,6 @@ def _inside(part: Range, ranges: Iterable[Range]) -> bool:
 
 def _why(segment: Segment, reason: str | None) -> str:
     return WRITABLE if segment.writable else reason or NO_CHUNK
-
-
-def locks(
-    objects: Iterable[Object], mappings: Sequence[Mapping], options: Options
-) -> tuple[Lock, ...]:
-    """The mappings to lock, in the order of their worth: a small RLIMIT_MEMLOCK is spent well.
-
-    Args:
-        objects: the survey's.
-        mappings: the process's mappings as they are after the moves.
-        options: what the caller wants.
-    """
-    if not options.mlock:
-        return ()
-    mappings = sorted(mappings, key=lambda mapping: mapping.start)
-    wanted: list[tuple[tuple[int, int], Lock]] = []
-    for rank, obj in enumerate(sorted(objects, key=_heat)):
-        if not selects(options, obj.path):
-            continue
-        for mapping in overlapping(mappings, obj.start, obj.end):
-            if not mapping.permissions.startswith("r"):
-                continue  # the loader's PROT_NONE gaps
-            if not any(s.start < mapping.end and mapping.start < s.end for s in obj.segments):
-                continue  # others' memory in a gap, as the vdso's in arm64's ld.so
-            kind = "data" if mapping.writable else "code" if mapping.executable else "rodata"
-            if options.mlock == "code" and kind != "code":
-                continue
-            worth = {"code": 0 if obj.interpreter else 1, "rodata": 2, "data": 3}[kind]
-            # A whole mapping, unless it grew beyond the object (.bss beside other memory).
-            lock = Lock(
-                obj, max(mapping.start, obj.start), min(mapping.end, obj.end),
-                kind, on_fault=mapping.writable,
-            )  # fmt: skip
-            wanted.append(((worth, rank), lock))
-    wanted.sort(key=lambda item: item[0])
-    return tuple(lock for _, lock in wanted)
-
-
-def affordable(
-    wanted: Iterable[Lock], room: int, held: Iterable[Range]
-) -> tuple[list[Lock], list[Lock]]:
-    """Divide locks, in the order of their worth, into those that memory allows, and the rest.
-
-    Args:
-        wanted: what locks() says.
-        room: bytes of memory that may be taken.
-        held: ranges that take no more, for they were copied or locked before.
-    """
-    held = _disjoint(held)
-    allowed: list[Lock] = []
-    withheld: list[Lock] = []
-    for lock in wanted:
-        cost = _outside(lock.range, held)
-        if cost > max(room, 0):
-            withheld.append(lock)
-            continue
-        room -= cost
-        allowed.append(lock)
-    return allowed, withheld
-
-
-def _heat(obj: Object) -> tuple[bool, int]:
-    # What was executed is resident; nothing better is known without running for a while.
-    return (not obj.interpreter, -obj.resident_code)
-
-
-def selects(options: Options, path: str) -> bool:
-    """Whether `include` and `exclude` admit the object at a path."""
-    if options.include and not _matches(path, options.include):
-        return False
-    return not _matches(path, options.exclude)
-
-
-def _matches(path: str, patterns: Sequence[str]) -> bool:
-    if not patterns:
-        return False
-    import fnmatch  # and with it re, only where there are patterns
-
-    name = os.path.basename(path)
-    return any(fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(path, p) for p in patterns)
 
 
 def _refusal(obj: Object, survey: Survey, options: Options) -> str | None:

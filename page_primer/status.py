@@ -15,7 +15,7 @@ from typing import Any
 
 from page_primer._lean import asdict as plain
 from page_primer.elf import file as elf
-from page_primer.elf.file import PROGRAM_HEADER, PT_LOAD
+from page_primer.elf.file import PT_LOAD, ProgramHeader
 from page_primer.elf.objects import Segment, segments_of
 from page_primer.kernel.anonymous import Use, named_by_us, use_of
 from page_primer.kernel.smaps import Mapping, overlapping, read_smaps, total
@@ -213,10 +213,11 @@ def _program_headers(pid: int, mapping: Mapping) -> bytes | None:
 def _load_biases(table: bytes, mapping: Mapping) -> Iterator[int]:
     """address - p_vaddr, for each PT_LOAD that the mapping may be of."""
     page = page_size()
-    for kind, _, offset, vaddr, _, filesz, _, _ in PROGRAM_HEADER.iter_unpack(table):
-        low, high = offset & -page, (offset + filesz + page - 1) & -page
-        if kind == PT_LOAD and low <= mapping.offset < high:
-            yield mapping.start - mapping.offset + low - (vaddr & -page)
+    for header in ProgramHeader.parse_table(table):
+        low = header.p_offset & -page
+        high = (header.p_offset + header.p_filesz + page - 1) & -page
+        if header.p_type == PT_LOAD and low <= mapping.offset < high:
+            yield mapping.start - mapping.offset + low - (header.p_vaddr & -page)
 
 
 def _parent(pid: int) -> int:

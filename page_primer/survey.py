@@ -7,7 +7,7 @@ import os
 from page_primer import _core
 from page_primer._lean import Record, replace
 from page_primer.elf import file as elf
-from page_primer.elf.file import PF_R, PROGRAM_HEADER
+from page_primer.elf.file import PF_R, ProgramHeader
 from page_primer.elf.objects import Object, Segment, Source, segments_of
 from page_primer.kernel import memory
 from page_primer.kernel.address_space import map_new
@@ -168,8 +168,8 @@ def _is_mapped_at(source: Source, mapping: Mapping) -> bool:
 
 
 def _has_text_relocations(found: Object) -> bool:
-    headers = PROGRAM_HEADER.iter_unpack(found.headers)
-    dynamic = next((header for header in headers if header[0] == elf.PT_DYNAMIC), None)
+    headers = ProgramHeader.parse_table(found.headers)
+    dynamic = next((header for header in headers if header.p_type == elf.PT_DYNAMIC), None)
     if dynamic is None:
         return False
     try:

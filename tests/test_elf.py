@@ -26,20 +26,34 @@ def test_reads_what_pyelftools_reads(path):
     with open(path, "rb") as file:
         found, known = elf.File(file.fileno()), ELFFile(file)
         sections = found.sections()
-        assert [tuple(s.header.values())[2:] for s in known.iter_sections()] == [
-            section[2:] for section in sections
+        wanted = elf.SectionHeader._fields[2:]
+        assert [[s[field] for field in wanted] for s in known.iter_sections()] == [
+            [getattr(section, field) for field in wanted] for section in sections
         ]
         names = [s.name for s in known.iter_sections()]
         assert found.section_names(sections) == names
-        headers = list(elf.PROGRAM_HEADER.iter_unpack(found.program_headers()))
-        assert [h[2] for h in headers] == [s["p_offset"] for s in known.iter_segments()]
+        headers = elf.ProgramHeader.parse_table(found.program_headers())
+        wanted = elf.ProgramHeader._fields[1:]
+        assert [[s[field] for field in wanted] for s in known.iter_segments()] == [
+            [getattr(header, field) for field in wanted] for header in headers
+        ]
+        wanted = (
+            "e_entry",
+            "e_phoff",
+            "e_shoff",
+            "e_phentsize",
+            "e_phnum",
+            "e_shnum",
+            "e_shstrndx",
+        )
+        assert [known[field] for field in wanted] == [getattr(found.header, f) for f in wanted]
         build_ids = [
             s["p_offset"]
             for s in known.iter_segments("PT_NOTE")
             if any(note["n_type"] == "NT_GNU_BUILD_ID" for note in s.iter_notes())
         ]
-        notes = [h for h in headers if h[0] == elf.PT_NOTE]
-        assert [h[2] for h in notes if found.build_id(h)] == build_ids
+        notes = [h for h in headers if h.p_type == elf.PT_NOTE]
+        assert [h.p_offset for h in notes if found.build_id(h)] == build_ids
 
 
 def write_image(directory, data):
@@ -108,8 +122,8 @@ def test_a_file_may_say_anything_of_itself(tmp_path_factory, data):
 def test_text_relocations_of_a_sound_file():
     with open(_core.__file__, "rb") as file:
         found = elf.File(file.fileno())
-        headers = elf.PROGRAM_HEADER.iter_unpack(found.program_headers())
-        dynamic = next(h for h in headers if h[0] == elf.PT_DYNAMIC)
+        headers = elf.ProgramHeader.parse_table(found.program_headers())
+        dynamic = next(h for h in headers if h.p_type == elf.PT_DYNAMIC)
         assert not elf.has_text_relocations(found.dynamic(dynamic))
         with pytest.raises(elf.Malformed):
-            found.dynamic((2, 0, 1 << 63, 0, 0, 64, 64, 8))
+            found.dynamic(elf.ProgramHeader(2, 0, 1 << 63, 0, 0, 64, 64, 8))

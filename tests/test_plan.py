@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from page_primer import plan
+from page_primer import budget, mlock_plan, plan
 from page_primer.elf import file as elf
 from page_primer.elf.file import PF_R, PF_W, PF_X
 from page_primer.elf.objects import Object, Range, Segment, Source, segments_of
@@ -333,7 +333,7 @@ def test_locks_are_ordered_by_worth():
         for o in (library, python)
         for s, perms in zip(o.segments, ("r--p", "r-xp", "r--p", "rw-p"), strict=True)
     ] + [Mapping(0x1000, 0x2000, "r-xp", 0, "0:0", 0, "[vdso]")]
-    locks = plan.locks([library, python], mappings, Options())
+    locks = mlock_plan.locks([library, python], mappings, Options())
     assert [(lock.object.path, lock.kind) for lock in locks] == [
         ("/usr/bin/python3.11", "code"), ("/lib/y.so", "code"),
         ("/usr/bin/python3.11", "rodata"), ("/usr/bin/python3.11", "rodata"),
@@ -341,16 +341,16 @@ def test_locks_are_ordered_by_worth():
         ("/usr/bin/python3.11", "data"), ("/lib/y.so", "data"),
     ]  # fmt: skip
     assert [lock.on_fault for lock in locks] == [False] * 6 + [True] * 2
-    code = plan.locks([library, python], mappings, Options(mlock="code"))
+    code = mlock_plan.locks([library, python], mappings, Options(mlock="code"))
     assert code == locks[:2]
-    assert plan.locks([python], mappings, Options(mlock=False)) == ()
-    assert plan.locks([python], mappings, Options(exclude=("python*",))) == ()
+    assert mlock_plan.locks([python], mappings, Options(mlock=False)) == ()
+    assert mlock_plan.locks([python], mappings, Options(exclude=("python*",))) == ()
     # Segments are 64 KiB apart on arm64: what lies between them is not the object's.
     first, *between, last = library.segments
     apart = Object(library.name, library.path, library.base, b"", (first, last))
     others = [Mapping(s.start, s.end, "rw-p", 0, "0:0", 0, "") for s in between]
-    assert len(plan.locks([library], others, Options())) == len(others) > 0
-    assert plan.locks([apart], others, Options()) == ()
+    assert len(mlock_plan.locks([library], others, Options())) == len(others) > 0
+    assert mlock_plan.locks([apart], others, Options()) == ()
 
 
 def test_memory_goes_to_the_hottest_first():
@@ -358,7 +358,7 @@ def test_memory_goes_to_the_hottest_first():
     objects = [*(library(n, n * MIB) for n in range(1, 5)), debian_python()]
     paths = [move.object.path for move in make(*objects).moves]
     assert paths[:2] == ["/usr/bin/python3.11", "/lib/4.so"]
-    python = plan.size_of(debian_python())
+    python = budget.size_of(debian_python())
 
     def moved(available, **more):
         return [m.object.path for m in make(*objects, available=available, **more).moves]
@@ -388,7 +388,7 @@ def test_what_is_not_moved_keeps_its_share_of_memory_for_the_lock():
     """The hotter object has no whole huge page, but is to be locked."""
     small = obj(segment(0x1000, MIB, PF_R | PF_X), path="/lib/small.so", resident_code=9 * MIB)
     big = library(1, MIB)
-    room = plan.size_of(small) + plan.size_of(big)
+    room = budget.size_of(small) + budget.size_of(big)
     assert make(small, big, available=4 * room).moves != ()
     assert make(small, big, available=4 * room - 4).moves == ()
     assert make(small, big, available=4 * room - 4, mlock=False).moves != ()
@@ -399,24 +399,26 @@ def test_what_is_not_moved_keeps_its_share_of_memory_for_the_lock():
 
 def test_locks_are_divided_by_worth_and_what_is_held_is_free():
     locks = [
-        plan.Lock(debian_python(), start, end, "code", False)
+        mlock_plan.Lock(debian_python(), start, end, "code", False)
         for start, end in ((0, 4 * PAGE), (4 * PAGE, 6 * PAGE), (6 * PAGE, 7 * PAGE))
     ]
-    assert plan.affordable(locks, 7 * PAGE, ()) == (locks, [])
-    assert plan.affordable(locks, 6 * PAGE, ()) == (locks[:2], locks[2:])
+    assert mlock_plan.affordable(locks, 7 * PAGE, ()) == (locks, [])
+    assert mlock_plan.affordable(locks, 6 * PAGE, ()) == (locks[:2], locks[2:])
     # A smaller one takes what a larger one could not.
-    assert plan.affordable(locks, 3 * PAGE, ()) == (locks[1:], locks[:1])
-    assert plan.affordable(locks, 0, [(0, 4 * PAGE), (5 * PAGE, 7 * PAGE)]) == (
+    assert mlock_plan.affordable(locks, 3 * PAGE, ()) == (locks[1:], locks[:1])
+    assert mlock_plan.affordable(locks, 0, [(0, 4 * PAGE), (5 * PAGE, 7 * PAGE)]) == (
         [locks[0], locks[2]], [locks[1]],
     )  # fmt: skip
-    assert plan.affordable(locks, -1, [(PAGE, 6 * PAGE), (0, 2 * PAGE)]) == (locks[:2], locks[2:])
+    held = [(PAGE, 6 * PAGE), (0, 2 * PAGE)]
+    assert mlock_plan.affordable(locks, -1, held) == (locks[:2], locks[2:])
 
 
 def test_without_knowledge_of_memory_nothing_is_withheld():
-    assert plan.memory_room(None, Options(), ()) > 1 << 60
+    assert budget.memory_room(None, Options(), ()) > 1 << 60
     some = Memory(10 * MIB, 20 * MIB, "/proc/meminfo")
-    assert plan.memory_room(some, Options(memory_share=0.5), ()) == 5 * MIB
-    assert plan.memory_room(some, Options(memory_share=0.5), [(0, MIB), (0, 2 * MIB)]) == 4 * MIB
+    assert budget.memory_room(some, Options(memory_share=0.5), ()) == 5 * MIB
+    held = [(0, MIB), (0, 2 * MIB)]
+    assert budget.memory_room(some, Options(memory_share=0.5), held) == 4 * MIB
 
 
 @st.composite

@@ -5,13 +5,22 @@ import pickle
 
 import pytest
 
-from page_primer._lean import Record, asdict, replace
+from page_primer._lean import NamedTuple, Record, asdict, replace
 
 
 class Point(Record, aside=("name",)):
     x: int
     y: int = 2
     name: str = ""
+
+
+class Pair(NamedTuple):
+    left: int
+    right: int
+
+    @property
+    def sum(self) -> int:
+        return self.left + self.right
 
 
 class Line(Record):
@@ -67,3 +76,21 @@ def test_plain_data():
     assert plain == {"points": points, "colours": {"red": 1}}
     plain["colours"]["red"] = 9
     assert line.colours == {"red": 1}
+
+
+def test_tuples_with_names():
+    """As typing.NamedTuple's, which takes longer to import."""
+    pair = Pair(1, right=2)
+    assert pair == (1, 2) == Pair._make([1, 2])
+    assert (pair.left, pair.right, pair.sum, Pair._fields) == (1, 2, 3, ("left", "right"))
+    assert repr(pair) == "Pair(left=1, right=2)"
+    assert pickle.loads(pickle.dumps(pair)).right == 2
+    changed = pair._replace(right=5)
+    assert (type(changed), changed) == (Pair, (1, 5))
+    with pytest.raises(ValueError, match="middle"):
+        pair._replace(middle=1)
+    with pytest.raises(AttributeError):
+        pair.left = 3
+    for values, named in ((), {}), ((1,), {}), ((1, 2, 3), {}), ((1, 2), {"right": 3}):
+        with pytest.raises(TypeError, match="takes left, right"):
+            Pair(*values, **named)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 
-from page_primer.elf.file import PF_R, PF_W, PF_X, PROGRAM_HEADER, PT_LOAD
+from page_primer.elf.file import PF_R, PF_W, PF_X, PROGRAM_HEADER, PT_LOAD, ProgramHeader
 
 VARIABLE = "PAGE_PRIMER_ALIGNED"
 _SYSTEM_LIST = "/var/lib/page-primer/aligned"
@@ -34,22 +34,22 @@ def aligned_span(headers: bytes, pmd: int, *, fixed: bool = False) -> tuple[int,
     best: tuple[int, int] | None = None
     start = end = delta = 0
     largest = 0
-    for kind, flags, offset, vaddr, _, filesz, memsz, alignment in PROGRAM_HEADER.iter_unpack(
-        headers[: len(headers) // PROGRAM_HEADER.size * PROGRAM_HEADER.size]
-    ):
-        if kind != PT_LOAD:
+    whole = len(headers) // PROGRAM_HEADER.size * PROGRAM_HEADER.size
+    for header in ProgramHeader.parse_table(headers[:whole]):
+        if header.p_type != PT_LOAD:
             continue
-        largest = max(largest, alignment)
-        if flags & (PF_R | PF_W | PF_X) != PF_R | PF_X or (vaddr - offset) % pmd:
+        largest = max(largest, header.p_align)
+        distance = header.p_vaddr - header.p_offset
+        if header.p_flags & (PF_R | PF_W | PF_X) != PF_R | PF_X or distance % pmd:
             end = 0
             continue
-        if not end or vaddr & -_PAGE > end or vaddr - offset != delta:
-            start, delta = vaddr & -_PAGE, vaddr - offset
-        end = -(-(vaddr + filesz) // _PAGE) * _PAGE
-        whole = -(-start // pmd) * pmd, end // pmd * pmd
-        if whole[0] < whole[1] and (best is None or end - start > best[1] - best[0]):
+        if not end or header.p_vaddr & -_PAGE > end or distance != delta:
+            start, delta = header.p_vaddr & -_PAGE, distance
+        end = -(-header.file_end // _PAGE) * _PAGE
+        low, high = -(-start // pmd) * pmd, end // pmd * pmd
+        if low < high and (best is None or end - start > best[1] - best[0]):
             best = start, end
-        if memsz > filesz:
+        if header.p_memsz > header.p_filesz:
             end = 0
     return best if fixed or largest >= pmd else None
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from page_primer.align import replace, rewrite, trial, verify
 from page_primer.align.aligned import aligned_span
-from page_primer.align.fields import ProgramHeader
 from page_primer.align.layout import Layout, Span, best_span, covered, lay_out
 from page_primer.align.original import Original, Refused, read
 from page_primer.elf import file as elf
+from page_primer.elf.file import ProgramHeader
 
 # What a file is, in the table's words.
 ALIGNED = "aligned"  # by us

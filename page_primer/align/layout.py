@@ -23,10 +23,17 @@ from __future__ import annotations
 from bisect import bisect_right
 from dataclasses import dataclass
 
-from page_primer.align.fields import FileHeader, ProgramHeader, SectionHeader
 from page_primer.align.original import Original, Refused
 from page_primer.elf import file as elf
-from page_primer.elf.file import PF_R, PF_X, PT_LOAD, PT_NULL
+from page_primer.elf.file import (
+    PF_R,
+    PF_X,
+    PT_LOAD,
+    PT_NULL,
+    FileHeader,
+    ProgramHeader,
+    SectionHeader,
+)
 
 # The smallest page: what ends in one can be followed by what begins in the next.
 _PAGE = 4096

@@ -6,16 +6,19 @@ import os
 from dataclasses import dataclass
 from itertools import pairwise
 
-from page_primer.align.fields import (
+from page_primer.elf import file as elf
+from page_primer.elf.file import (
+    DT_NEEDED,
     PN_XNUM,
+    PT_DYNAMIC,
+    PT_INTERP,
+    PT_LOAD,
     SHF_EXECINSTR,
     SHN_LORESERVE,
     FileHeader,
     ProgramHeader,
     SectionHeader,
 )
-from page_primer.elf import file as elf
-from page_primer.elf.file import DT_NEEDED, PT_DYNAMIC, PT_INTERP, PT_LOAD
 
 # Every wheel and interpreter seen has fewer than twenty; what they cost is linear in them.
 _MOST_PROGRAM_HEADERS = 512
@@ -100,7 +103,7 @@ def _read(fd: int) -> Original:
     if os.pread(fd, 4, 0) != b"\x7fELF":
         raise Refused("not an ELF file")
     file = elf.File(fd)
-    header = FileHeader.parse(file.read(0, elf.HEADER.size))
+    header = file.header
     if header.e_machine != _MACHINES.get(os.uname().machine):
         raise Refused("made for another machine")
     if header.e_type not in (elf.ET_EXEC, elf.ET_DYN):
@@ -108,8 +111,8 @@ def _read(fd: int) -> Original:
     if not 0 < header.e_phnum <= _MOST_PROGRAM_HEADERS or header.e_phnum == PN_XNUM:
         raise Refused("no program headers, or too many")
     programs = ProgramHeader.parse_table(file.program_headers())
-    raw = file.sections()
-    if len(raw) >= SHN_LORESERVE - 2 or (header.e_shoff and not header.e_shnum):
+    sections = file.sections()
+    if len(sections) >= SHN_LORESERVE - 2 or (header.e_shoff and not header.e_shnum):
         raise Refused("too many section headers")
     interpreter = ""
     for program in programs:
@@ -121,16 +124,14 @@ def _read(fd: int) -> Original:
         file.size,
         header,
         programs,
-        [SectionHeader(*fields) for fields in raw],
-        file.section_names(raw),
+        sections,
+        file.section_names(sections),
         interpreter,
         file.dynamic_strings(DT_NEEDED),
     )
     _check_loads(original)
     _check_sections(original)
-    dynamic = [
-        entry for p in programs if p.p_type == PT_DYNAMIC for entry in file.dynamic(tuple(p))
-    ]
+    dynamic = [entry for p in programs if p.p_type == PT_DYNAMIC for entry in file.dynamic(p)]
     for tag, value in dynamic:
         if tag == _DT_TEXTREL or (tag == _DT_FLAGS and value & _DF_TEXTREL):
             raise Refused("text relocations")

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from page_primer.align.fields import SHT_PROGBITS, FileHeader, ProgramHeader, SectionHeader
 from page_primer.align.layout import Copy, Layout
 from page_primer.align.original import Original, Refused
 from page_primer.elf import file as elf
+from page_primer.elf.file import SHT_PROGBITS, FileHeader, ProgramHeader, SectionHeader
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -6,7 +6,7 @@ from page_primer import _core
 from page_primer._lean import suppress
 from page_primer.elf.objects import Object, Range, Region
 from page_primer.kernel.smaps import overlapping
-from page_primer.plan import Lock
+from page_primer.mlock_plan import Lock
 from page_primer.survey import Survey
 
 TYPE_CHECKING = False

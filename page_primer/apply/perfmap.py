@@ -15,6 +15,7 @@ import struct
 import sys
 from collections.abc import Iterable, Iterator
 
+from page_primer._lean import NamedTuple
 from page_primer.apply.swap import Key, Primed
 from page_primer.backing.pieces import reason_of
 from page_primer.elf import file as elf
@@ -22,7 +23,18 @@ from page_primer.elf.objects import Object, Region
 from page_primer.kernel.limits import check_file_size
 
 _STT_FUNC, _STT_GNU_IFUNC = 2, 10
-_SYMBOL = struct.Struct("=IBBHQQ")  # st_name, st_info, st_other, st_shndx, st_value, st_size
+_SYMBOL = struct.Struct("=IBBHQQ")
+
+
+class _Symbol(NamedTuple):
+    """Elf64_Sym."""
+
+    st_name: int
+    st_info: int
+    st_other: int
+    st_shndx: int
+    st_value: int
+    st_size: int
 
 
 class PerfMap:
@@ -62,15 +74,18 @@ def _lines(obj: Object, regions: Iterable[Region]) -> Iterator[str]:
         file = elf.File(opened.fileno())
         sections = file.sections()
         for wanted in (elf.SHT_DYNSYM, elf.SHT_SYMTAB):
-            for _, kind, _, _, offset, size, link, *_ in sections:
-                if kind != wanted or link >= len(sections):
+            for table in sections:
+                if table.sh_type != wanted or table.sh_link >= len(sections):
                     continue
-                strings = file.read(*sections[link][4:6])
-                symbols = file.read(offset, size // _SYMBOL.size * _SYMBOL.size)
-                for name, info, _, index, value, length in _SYMBOL.iter_unpack(symbols):
-                    if index and length and info & 15 in (_STT_FUNC, _STT_GNU_IFUNC):
-                        end = strings.find(b"\0", name)
-                        found[value, length] = strings[name:end]
+                names = sections[table.sh_link]
+                strings = file.read(names.sh_offset, names.sh_size)
+                whole = table.sh_size // _SYMBOL.size * _SYMBOL.size
+                for fields in _SYMBOL.iter_unpack(file.read(table.sh_offset, whole)):
+                    symbol = _Symbol._make(fields)
+                    is_code = symbol.st_info & 15 in (_STT_FUNC, _STT_GNU_IFUNC)
+                    if is_code and symbol.st_shndx and symbol.st_size:
+                        end = strings.find(b"\0", symbol.st_name)
+                        found[symbol.st_value, symbol.st_size] = strings[symbol.st_name : end]
     for (value, length), text in sorted(found.items()):
         start = obj.base + value
         if any(low <= start < high for low, high in ranges):

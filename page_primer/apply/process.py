@@ -6,7 +6,7 @@ import errno
 import os
 import time
 
-from page_primer import _core, plan, survey
+from page_primer import _core, budget, mlock_plan, plan, survey
 from page_primer._lean import is_ours, replace, suppress
 from page_primer.apply.mlocks import Mlocks
 from page_primer.apply.registry import Registry
@@ -266,12 +266,12 @@ class Process:
         loaded = _core.loads() != self.loads
         mappings = self._survey_again(moved) if loaded else smaps.read_maps()
         self.mlocks.relock_for_host(r for key in moved for r in primed[key].regions)
-        wanted = plan.locks(self.objects, mappings, options)
-        room = plan.memory_room(self.memory, options, held)
+        wanted = mlock_plan.locks(self.objects, mappings, options)
+        room = budget.memory_room(self.memory, options, held)
         objects = [primed[key].object for key in moved]
-        room -= sum(plan.size_of(obj) for obj in objects)
+        room -= sum(budget.size_of(obj) for obj in objects)
         paid = [*held, *(Range(s.start, s.end) for obj in objects for s in obj.segments)]
-        allowed, self.mlocks.withheld = plan.affordable(wanted, room, paid)
+        allowed, self.mlocks.withheld = mlock_plan.affordable(wanted, room, paid)
         self.mlocks.make(allowed)
         return smaps.read_smaps()
 

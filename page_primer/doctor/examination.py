@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
-from page_primer import plan, survey
+from page_primer import budget, plan, survey
 from page_primer.backing import image as image_backing
 from page_primer.doctor import alignment, checks, coverage, directories, facts, locking
 from page_primer.doctor.coverage import Interpreter
@@ -143,5 +143,5 @@ class Examination:
     def available(self) -> Iterator[Check]:
         found, planned = self.seen()
         _, wanted = locking.lock_sizes(found, planned, self.options)
-        wanted = max(wanted, sum(plan.size_of(move.object) for move in planned.moves))
+        wanted = max(wanted, sum(budget.size_of(move.object) for move in planned.moves))
         yield locking.judge_available(found.memory, self.options.memory_share, wanted)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from page_primer import plan
+from page_primer import mlock_plan
 from page_primer.doctor.facts import Process
 from page_primer.doctor.findings import INFO, OK, PROBLEM, WARNING, Check
 from page_primer.elf.file import PF_X
@@ -15,7 +15,7 @@ from page_primer.survey import Survey
 
 def lock_sizes(found: Survey, planned: Plan, options: Options) -> tuple[int, int]:
     """Bytes to lock once the plan is carried out: the interpreter's code, and everything."""
-    wanted = plan.locks(found.objects, found.mappings, options)
+    wanted = mlock_plan.locks(found.objects, found.mappings, options)
     everything = sum(lock.end - lock.start for lock in wanted)
     code = sum(
         lock.end - lock.start for lock in wanted if lock.object.interpreter and lock.kind == "code"

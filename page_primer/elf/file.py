@@ -15,6 +15,8 @@ import struct
 import sys
 from itertools import takewhile
 
+from page_primer._lean import NamedTuple
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -23,18 +25,15 @@ ET_EXEC, ET_DYN = 2, 3
 PT_NULL, PT_LOAD, PT_DYNAMIC, PT_INTERP, PT_NOTE, PT_PHDR = 0, 1, 2, 3, 4, 6
 PT_GNU_STACK = 0x6474E551
 PF_X, PF_W, PF_R = 1, 2, 4
-SHT_SYMTAB, SHT_NOBITS, SHT_DYNSYM = 2, 8, 11
-SHF_ALLOC = 2
+PN_XNUM = 0xFFFF
+SHN_LORESERVE = 0xFF00
+SHT_NULL, SHT_PROGBITS, SHT_SYMTAB, SHT_NOBITS, SHT_DYNSYM = 0, 1, 2, 8, 11
+SHF_ALLOC, SHF_EXECINSTR = 2, 4
 NT_GNU_BUILD_ID = 3
 
-# Elf64_Ehdr: e_ident, e_type, e_machine, e_version, e_entry, e_phoff, e_shoff, e_flags, e_ehsize,
-# e_phentsize, e_phnum, e_shentsize, e_shnum, e_shstrndx.
-HEADER = struct.Struct("=16sHHIQQQIHHHHHH")
-# Elf64_Phdr: p_type, p_flags, p_offset, p_vaddr, p_paddr, p_filesz, p_memsz, p_align.
-PROGRAM_HEADER = struct.Struct("=IIQQQQQQ")
-# Elf64_Shdr: sh_name, sh_type, sh_flags, sh_addr, sh_offset, sh_size, sh_link, sh_info,
-# sh_addralign, sh_entsize.
-SECTION_HEADER = struct.Struct("=IIQQQQIIQQ")
+HEADER = struct.Struct("=16sHHIQQQIHHHHHH")  # FileHeader
+PROGRAM_HEADER = struct.Struct("=IIQQQQQQ")  # ProgramHeader
+SECTION_HEADER = struct.Struct("=IIQQQQIIQQ")  # SectionHeader
 _DYNAMIC_ENTRY = struct.Struct("=qQ")  # d_tag, d_val
 _NOTE = struct.Struct("=III")  # n_namesz, n_descsz, n_type
 
@@ -51,13 +50,104 @@ class Malformed(Exception):
     how."""
 
 
-class File:
-    """An ELF file, open for reading.
+class FileHeader(NamedTuple):
+    """Elf64_Ehdr."""
 
-    `header` holds the fields of Elf64_Ehdr, in their order; `names_index` is the number of the
-    section with the sections' names, 0 for none; `size` is in bytes. Every method raises Malformed,
-    and OSError where reading fails.
-    """
+    e_ident: bytes
+    e_type: int
+    e_machine: int
+    e_version: int
+    e_entry: int
+    e_phoff: int
+    e_shoff: int
+    e_flags: int
+    e_ehsize: int
+    e_phentsize: int
+    e_phnum: int
+    e_shentsize: int
+    e_shnum: int
+    e_shstrndx: int
+
+    @classmethod
+    def parse(cls, data: bytes) -> FileHeader:
+        return cls._make(HEADER.unpack(data))
+
+    def pack(self) -> bytes:
+        return HEADER.pack(*self)
+
+
+class ProgramHeader(NamedTuple):
+    """Elf64_Phdr."""
+
+    p_type: int
+    p_flags: int
+    p_offset: int
+    p_vaddr: int
+    p_paddr: int
+    p_filesz: int
+    p_memsz: int
+    p_align: int
+
+    @classmethod
+    def parse_table(cls, data: bytes) -> list[ProgramHeader]:
+        return [cls._make(fields) for fields in PROGRAM_HEADER.iter_unpack(data)]
+
+    def pack(self) -> bytes:
+        return PROGRAM_HEADER.pack(*self)
+
+    @property
+    def end(self) -> int:
+        """The address behind its memory."""
+        return self.p_vaddr + self.p_memsz
+
+    @property
+    def file_end(self) -> int:
+        """The address behind what the file fills."""
+        return self.p_vaddr + self.p_filesz
+
+    @property
+    def writable(self) -> bool:
+        return bool(self.p_flags & PF_W)
+
+    @property
+    def executable(self) -> bool:
+        return bool(self.p_flags & PF_X)
+
+
+class SectionHeader(NamedTuple):
+    """Elf64_Shdr."""
+
+    sh_name: int
+    sh_type: int
+    sh_flags: int
+    sh_addr: int
+    sh_offset: int
+    sh_size: int
+    sh_link: int
+    sh_info: int
+    sh_addralign: int
+    sh_entsize: int
+
+    @classmethod
+    def parse_table(cls, data: bytes) -> list[SectionHeader]:
+        return [cls._make(fields) for fields in SECTION_HEADER.iter_unpack(data)]
+
+    def pack(self) -> bytes:
+        return SECTION_HEADER.pack(*self)
+
+    @property
+    def allocated(self) -> bool:
+        return bool(self.sh_flags & SHF_ALLOC)
+
+    @property
+    def in_file(self) -> bool:
+        """Whether bytes of the file belong to it."""
+        return self.sh_type not in (SHT_NULL, SHT_NOBITS) and self.sh_size > 0
+
+
+class File:
+    """An ELF file, open for reading; `size` is in bytes. Every method raises Malformed, and OSError
+    where reading fails."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -65,11 +155,7 @@ class File:
         raw = self.read(0, HEADER.size)
         if not raw.startswith(_IDENT):
             raise Malformed("another kind of file")
-        self.header: tuple[int, ...] = HEADER.unpack(raw)
-        *_, phoff, shoff, _, _, phentsize, phnum, shentsize, shnum, shstrndx = self.header
-        self.names_index = shstrndx
-        self._program_headers = phoff, phentsize, phnum
-        self._sections = shoff, shentsize, shnum
+        self.header = FileHeader.parse(raw)
 
     def read(self, offset: int, size: int) -> bytes:
         """Exactly `size` bytes."""
@@ -82,12 +168,15 @@ class File:
 
     def program_headers(self) -> bytes:
         """The program header table."""
-        return self._table(*self._program_headers, PROGRAM_HEADER)
+        header = self.header
+        return self._table(header.e_phoff, header.e_phentsize, header.e_phnum, PROGRAM_HEADER)
 
-    def sections(self) -> list[tuple[int, ...]]:
-        """The section headers, the fields of Elf64_Shdr in their order; empty where there are
-        none."""
-        return list(SECTION_HEADER.iter_unpack(self._table(*self._sections, SECTION_HEADER)))
+    def sections(self) -> list[SectionHeader]:
+        """The section headers; empty where there are none."""
+        header = self.header
+        return SectionHeader.parse_table(
+            self._table(header.e_shoff, header.e_shentsize, header.e_shnum, SECTION_HEADER)
+        )
 
     def _table(self, offset: int, size: int, count: int, entry: struct.Struct) -> bytes:
         if not offset or not count:
@@ -96,41 +185,42 @@ class File:
             raise Malformed("headers of another size")
         return self.read(offset, count * size)
 
-    def section_names(self, sections: list[tuple[int, ...]]) -> list[str]:
+    def section_names(self, sections: list[SectionHeader]) -> list[str]:
         """The names of sections(), in its order; of a very long one the beginning."""
-        if not self.names_index:
+        index = self.header.e_shstrndx
+        if not index:
             return [""] * len(sections)
-        if self.names_index >= len(sections):
+        if index >= len(sections):
             raise Malformed("section names are in no section")
-        strings = self.read(*sections[self.names_index][4:6])
+        strings = self.read(sections[index].sh_offset, sections[index].sh_size)
         names = []
-        for at, *_ in sections:
-            if at > len(strings):
+        for section in sections:
+            if section.sh_name > len(strings):
                 raise Malformed("section name out of bounds")
-            name, _, _ = strings[at : at + _LONGEST_NAME].partition(b"\0")
+            raw = strings[section.sh_name : section.sh_name + _LONGEST_NAME]
+            name, _, _ = raw.partition(b"\0")
             names.append(name.decode("latin-1"))
         return names
 
-    def build_id(self, program_header: tuple[int, ...]) -> tuple[int, int] | None:
+    def build_id(self, note: ProgramHeader) -> tuple[int, int] | None:
         """Where in the file the build-id of a PT_NOTE lies, and its size; None if it has none."""
-        _, _, offset, _, _, size, _, alignment = program_header
-        data = self.read(offset, min(size, _LONGEST_TABLE))
-        for name, kind, at, length in _notes(data, 8 if alignment == 8 else 4):
+        data = self.read(note.p_offset, min(note.p_filesz, _LONGEST_TABLE))
+        for name, kind, at, length in _notes(data, 8 if note.p_align == 8 else 4):
             if (name, kind) == (b"GNU\0", NT_GNU_BUILD_ID) and at + length <= len(data):
-                return offset + at, length
+                return note.p_offset + at, length
         return None
 
-    def dynamic(self, program_header: tuple[int, ...]) -> list[tuple[int, int]]:
+    def dynamic(self, section: ProgramHeader) -> list[tuple[int, int]]:
         """(d_tag, d_val) of a PT_DYNAMIC, up to DT_NULL."""
-        data = self.read(program_header[2], min(program_header[5], _LONGEST_TABLE))
+        data = self.read(section.p_offset, min(section.p_filesz, _LONGEST_TABLE))
         whole = len(data) // _DYNAMIC_ENTRY.size * _DYNAMIC_ENTRY.size
-        entries = _DYNAMIC_ENTRY.iter_unpack(data[:whole])
+        entries = ((tag, value) for tag, value in _DYNAMIC_ENTRY.iter_unpack(data[:whole]))
         return list(takewhile(lambda entry: entry[0] != _DT_NULL, entries))
 
     def dynamic_strings(self, tag: int) -> list[str]:
         """What the dynamic section names under one tag, such as DT_NEEDED."""
-        headers = list(PROGRAM_HEADER.iter_unpack(self.program_headers()))
-        entries = [e for h in headers if h[0] == PT_DYNAMIC for e in self.dynamic(h)]
+        headers = ProgramHeader.parse_table(self.program_headers())
+        entries = [e for h in headers if h.p_type == PT_DYNAMIC for e in self.dynamic(h)]
         tables = [value for found, value in entries if found == DT_STRTAB]
         names = []
         for found, value in entries:
@@ -140,10 +230,11 @@ class File:
                 names.append(os.fsdecode(raw))
         return names
 
-    def _offset_of(self, address: int, headers: list[tuple[int, ...]]) -> int:
-        for kind, _, offset, vaddr, _, size, _, _ in headers:
-            if kind == PT_LOAD and vaddr <= address < vaddr + size:
-                return offset + address - vaddr
+    @staticmethod
+    def _offset_of(address: int, headers: list[ProgramHeader]) -> int:
+        for header in headers:
+            if header.p_type == PT_LOAD and header.p_vaddr <= address < header.file_end:
+                return header.p_offset + address - header.p_vaddr
         raise Malformed("an address in no segment")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 from page_primer._lean import Record, replace
-from page_primer.elf.file import PF_W, PF_X, PROGRAM_HEADER, PT_LOAD, PT_NULL
+from page_primer.elf.file import PF_W, PF_X, PT_LOAD, PT_NULL, ProgramHeader
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -155,28 +155,29 @@ class Object(Record):
 def segments_of(headers: bytes, base: int, page: int) -> tuple[Segment, ...]:
     """The PT_LOADs of a program header table, in the order of their addresses."""
     segments = []
-    table = list(PROGRAM_HEADER.iter_unpack(headers))
+    table = ProgramHeader.parse_table(headers)
     # Of an aligned file the entries that its one executable PT_LOAD stands for (align/layout.py).
     inner = [
-        Range(base + vaddr, base + vaddr + memsz)
-        for kind, flags, _, vaddr, _, _, memsz, _ in table
-        if kind == PT_NULL and flags & PF_X and memsz
+        Range(base + header.p_vaddr, base + header.end)
+        for header in table
+        if header.p_type == PT_NULL and header.executable and header.p_memsz
     ]
-    for kind, flags, offset, vaddr, _, filesz, memsz, _ in table:
-        if kind != PT_LOAD or not memsz:
+    for header in table:
+        if header.p_type != PT_LOAD or not header.p_memsz:
             continue
-        whole = Range(base + vaddr, base + vaddr + memsz)
-        start = (base + vaddr) & -page
+        whole = Range(base + header.p_vaddr, base + header.end)
+        start = whole.start & -page
+        code = inner if header.executable else []
         segments.append(
             Segment(
                 start=start,
-                end=(base + vaddr + memsz + page - 1) & -page,
-                file_end=(base + vaddr + filesz + page - 1) & -page if filesz else start,
-                offset=offset & -page,
-                flags=flags,
-                address=base + vaddr,
-                size=memsz,
-                inner_code=tuple(p for p in inner if flags & PF_X and whole.contains(p)),
+                end=(whole.end + page - 1) & -page,
+                file_end=(base + header.file_end + page - 1) & -page if header.p_filesz else start,
+                offset=header.p_offset & -page,
+                flags=header.p_flags,
+                address=whole.start,
+                size=header.p_memsz,
+                inner_code=tuple(part for part in code if whole.contains(part)),
             )
         )
     segments.sort(key=lambda segment: segment.start)

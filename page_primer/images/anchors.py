@@ -22,10 +22,10 @@ import os
 from page_primer import _core
 from page_primer._lean import suppress
 from page_primer.elf import file as elf
-from page_primer.elf.file import PF_R, PT_LOAD
+from page_primer.elf.file import PF_R, PT_LOAD, ProgramHeader
 from page_primer.elf.objects import Object
 from page_primer.images import layout as image
-from page_primer.images import store
+from page_primer.images import names, store
 from page_primer.images.layout import CannotLayOut, Layout
 from page_primer.kernel import smaps
 from page_primer.kernel.limits import check_file_size
@@ -74,36 +74,32 @@ class Anchor(Layout):
         except elf.Malformed as error:
             raise CannotLayOut(f"not a well-formed ELF file: {error}") from error
         at = image.align(max(offset + len(data) for offset, data in parts))
-        fields = list(file.header)
-        fields[5], fields[6], fields[10] = elf.HEADER.size, at, 1
+        header = file.header._replace(e_phoff=elf.HEADER.size, e_shoff=at, e_phnum=1)
         page = page_size()
-        load = PT_LOAD, PF_R, 0, self.address, self.address, page, page, page
-        head = elf.HEADER.pack(*fields) + elf.PROGRAM_HEADER.pack(*load)
+        load = ProgramHeader(PT_LOAD, PF_R, 0, self.address, self.address, page, page, page)
+        head = header.pack() + load.pack()
         return [(0, head.ljust(page, b"\0")), *parts, (at, table)]
 
     def _sections(self, file: elf.File) -> tuple[list[tuple[int, bytes]], bytes]:
         """The sections' content, and their headers: the dynamic symbols, and what has an address
         that matters."""
-        headers = file.sections()
-        names = file.section_names(headers)
-        symbols = next((i for i, h in enumerate(headers) if h[1] == elf.SHT_DYNSYM), None)
+        sections = file.sections()
+        titles = file.section_names(sections)
+        symbols = next((i for i, s in enumerate(sections) if s.sh_type == elf.SHT_DYNSYM), None)
         if symbols is None:
             raise CannotLayOut("no dynamic symbols")
-        kept = {symbols, headers[symbols][6], file.names_index}
+        kept = {symbols, sections[symbols].sh_link, file.header.e_shstrndx}
         at = page_size()
         parts, table = [], []
-        for index, (name, header) in enumerate(zip(names, headers, strict=True)):
-            sh_name, kind, flags, address, offset, size, *rest = header
+        for index, (title, section) in enumerate(zip(titles, sections, strict=True)):
             if index in kept:
-                parts.append((at, file.read(offset, size)))
-                offset, at = at, image.align(at + size)
-            elif name in _PLACES:
-                kind, offset = elf.SHT_NOBITS, at
+                parts.append((at, file.read(section.sh_offset, section.sh_size)))
+                table.append(section._replace(sh_offset=at).pack())
+                at = image.align(at + section.sh_size)
+            elif title in _PLACES:
+                table.append(section._replace(sh_type=elf.SHT_NOBITS, sh_offset=at).pack())
             else:
                 table.append(bytes(elf.SECTION_HEADER.size))
-                continue
-            fields = sh_name, kind, flags, address, offset, size, *rest
-            table.append(elf.SECTION_HEADER.pack(*fields))
         return parts, b"".join(table)
 
 
@@ -153,10 +149,9 @@ class Anchors:
         obj = self._object
         assert obj.source is not None, "only objects with a file are planned"
         address = self._addresses[which]
-        parts = f"{image.LAYOUT_VERSION}", *image.identity(obj.source), f"{address:x}"
-        name = "-".join((*parts, image.ANCHOR))
+        name = names.of(obj.source, f"{address:x}", names.ANCHOR)
         if which == FAR:
-            name = image.as_libpython(name)
+            name = names.as_libpython(name)
         file = self._file(Anchor(obj, (), 0, name, address))
         # First of all: what a signal handler interrupts is taken down as well.
         self._mapped[which] = address, file

@@ -22,13 +22,13 @@ from __future__ import annotations
 
 import os
 import struct
-import sys
 
 from page_primer import _core
 from page_primer._lean import Record
 from page_primer.elf import file as elf
-from page_primer.elf.file import PF_R, PF_W, PF_X, PROGRAM_HEADER, PT_LOAD
-from page_primer.elf.objects import Object, Region, Source
+from page_primer.elf.file import PF_R, PF_X, PROGRAM_HEADER, PT_LOAD, ProgramHeader
+from page_primer.elf.objects import Object, Region
+from page_primer.images import names
 from page_primer.kernel import memory
 from page_primer.kernel.address_space import Window
 from page_primer.kernel.limits import check_file_size
@@ -40,13 +40,9 @@ if TYPE_CHECKING:
 
     Part = tuple[int | None, int]  # an offset in the original, or None for zeroes, and a size
 
-# Part of an image's name in the store: raise it when what is written here changes.
-LAYOUT_VERSION = 3
-ANCHOR = "anchor"  # ends the name of one (anchors.py)
 # FNV-1a, 256 bits (RFC 9923): the first and the factor.
 _FNV = 0xDD268DBCAAC550362D98C384C4E576CCC8B1536847B6BBB31023B4C8CAEE0535, (1 << 168) + 0x163
 
-_HEXADECIMAL = set("0123456789abcdef")
 _KEPT_SECTIONS = (".gnu_debuglink", ".gnu_debugaltlink", ".gnu_debugdata", ".note.stapsdt")
 _DEBUG_SECTIONS = (".debug_", ".zdebug_")
 _DEBUG_LIMIT = 64 << 20  # bytes; at most a quarter of the file system's room, an eighth of memory's
@@ -93,9 +89,10 @@ class Layout(Record):
             section_headers: the offset of the image's section header table.
         """
         table = _program_headers(self, file)
-        fields = list(file.header)
-        fields[5], fields[6], fields[10] = elf.HEADER.size, section_headers, len(table)
-        first_page = elf.HEADER.pack(*fields) + b"".join(table) + _build_id_note(self)
+        header = file.header._replace(
+            e_phoff=elf.HEADER.size, e_shoff=section_headers, e_phnum=len(table)
+        )
+        first_page = header.pack() + b"".join(table) + _build_id_note(self)
         if len(first_page) > _HEADER_ROOM:
             raise CannotLayOut("too many program headers")
         return first_page
@@ -138,30 +135,17 @@ def lay_out(obj: Object, regions: Sequence[Region], pmd: int) -> Layout:
     protections = ".".join(
         f"{region.start - obj.start:x}{'x' if region.flags & PF_X else 'r'}" for region in regions
     )
-    name = "-".join(
-        [f"{LAYOUT_VERSION}", *identity(source), f"{pmd:x}", f"{obj.start % pmd:x}", protections]
-    )
+    name = names.of(source, f"{pmd:x}", f"{obj.start % pmd:x}", protections)
     if obj.interpreter and obj.main and not obj.fixed:
         # py-spy takes what stays on the original for the whole program, but libpython as well.
-        name = as_libpython(name)
+        name = names.as_libpython(name)
     return Layout(obj, tuple(regions), pmd, name)
-
-
-def as_libpython(name: str) -> str:
-    """A folder's name for a program's file that profilers shall take for its libpython: they know
-    one by its path, some by any part of it."""
-    return "libpython{}.{}.so-{}".format(*sys.version_info[:2], name)
-
-
-def _plain(name: str) -> str:
-    """What as_libpython() was given, if it was."""
-    return name.partition(".so-")[2] if name.startswith("libpython") else name
 
 
 def _build_ids(layout: Layout, file: elf.File) -> list[int]:
     """p_offset of the PT_NOTEs that hold a build-id."""
-    headers = PROGRAM_HEADER.iter_unpack(layout.object.headers)
-    return [header[2] for header in headers if header[0] == elf.PT_NOTE and file.build_id(header)]
+    headers = ProgramHeader.parse_table(layout.object.headers)
+    return [h.p_offset for h in headers if h.p_type == elf.PT_NOTE and file.build_id(h)]
 
 
 def _room(target: int) -> int:
@@ -242,20 +226,21 @@ def _sections(
     note = layout.build_id_note(file)
     copies: list[tuple[int, int, int]] = []
     table = []
-    headers = file.sections()
-    names = file.section_names(headers)
-    linked = {header[6] for header in headers if header[1] == elf.SHT_SYMTAB} | {file.names_index}
-    debug = {index for index, name in enumerate(names) if name.startswith(_DEBUG_SECTIONS)}
-    if debug and sum(headers[index][5] for index in debug) <= _room(target):
+    sections = file.sections()
+    titles = file.section_names(sections)
+    linked = {s.sh_link for s in sections if s.sh_type == elf.SHT_SYMTAB}
+    linked.add(file.header.e_shstrndx)
+    debug = {index for index, title in enumerate(titles) if title.startswith(_DEBUG_SECTIONS)}
+    if debug and sum(sections[index].sh_size for index in debug) <= _room(target):
         linked |= debug
     left = file.size
-    for index, (name, header) in enumerate(zip(names, headers, strict=True)):
-        sh_name, kind, flags, address, offset, size, *rest = header
-        if name == ".note.gnu.build-id":
+    for index, (title, section) in enumerate(zip(titles, sections, strict=True)):
+        offset, size = section.sh_offset, section.sh_size
+        if title == ".note.gnu.build-id":
             offset, size = note, _NOTE.size
-        elif flags & elf.SHF_ALLOC:
-            offset = layout.offset(layout.object.base + address)
-        elif kind == elf.SHT_SYMTAB or index in linked or name in _KEPT_SECTIONS:
+        elif section.allocated:
+            offset = layout.offset(layout.object.base + section.sh_addr)
+        elif section.sh_type == elf.SHT_SYMTAB or index in linked or title in _KEPT_SECTIONS:
             left -= size
             if left < 0 or offset + size > file.size:
                 raise elf.Malformed("sections overlap" if left < 0 else "cut short")
@@ -264,7 +249,7 @@ def _sections(
         else:
             table.append(bytes(elf.SECTION_HEADER.size))
             continue
-        table.append(elf.SECTION_HEADER.pack(sh_name, kind, flags, address, offset, size, *rest))
+        table.append(section._replace(sh_offset=offset, sh_size=size).pack())
     return at, copies, b"".join(table)
 
 
@@ -278,31 +263,27 @@ def _program_headers(layout: Layout, file: elf.File) -> list[bytes]:
     obj = layout.object
     build_ids = _build_ids(layout, file)
     loads, rest = [], []
-    for header in PROGRAM_HEADER.iter_unpack(obj.headers):
-        kind, flags, offset, vaddr, paddr, filesz, memsz, alignment = header
-        if kind == PT_LOAD and flags & PF_W and memsz:
-            shifted = layout.offset(obj.base + vaddr)
-            loads.append((kind, flags, shifted, vaddr, paddr, filesz, memsz, alignment))
-        elif kind == elf.PT_NOTE and offset in build_ids:
+    for header in ProgramHeader.parse_table(obj.headers):
+        shifted = header._replace(p_offset=layout.offset(obj.base + header.p_vaddr))
+        if header.p_type == PT_LOAD and header.writable and header.p_memsz:
+            loads.append(shifted)
+        elif header.p_type == elf.PT_NOTE and header.p_offset in build_ids:
             continue
-        elif kind not in (PT_LOAD, elf.PT_NULL, elf.PT_PHDR):
-            if kind != elf.PT_GNU_STACK:
-                offset = layout.offset(obj.base + vaddr)
-            rest.append((kind, flags, offset, vaddr, paddr, filesz, memsz, alignment))
-    loads += [
-        (PT_LOAD, flags, layout.offset(start), start - obj.base, start - obj.base,
-         end - start, end - start, page_size())
-        for start, end, flags in _read_only(layout)
-    ]  # fmt: skip
+        elif header.p_type not in (PT_LOAD, elf.PT_NULL, elf.PT_PHDR):
+            rest.append(header if header.p_type == elf.PT_GNU_STACK else shifted)
+    for start, end, flags in _read_only(layout):
+        vaddr, size = start - obj.base, end - start
+        offset = layout.offset(start)
+        loads.append(ProgramHeader(PT_LOAD, flags, offset, vaddr, vaddr, size, size, page_size()))
     # In the order of addresses, but what is not mapped before the first region comes last: elfutils
     # takes (start of the mapping) - (p_vaddr of the first PT_LOAD) for the load bias, and py-spy's
     # symboliser wants the lowest one to be there.
     first = layout.regions[0].start - obj.base
-    loads.sort(key=lambda load: (load[3] < first, load[3]))
+    loads.sort(key=lambda load: (load.p_vaddr < first, load.p_vaddr))
     count = len(loads) + len(rest) + 1
-    note = elf.HEADER.size + count * PROGRAM_HEADER.size
-    notes = [(elf.PT_NOTE, PF_R, note, note, note, _NOTE.size, _NOTE.size, 4)]
-    return [PROGRAM_HEADER.pack(*header) for header in (*loads, *rest, *notes)]
+    at = elf.HEADER.size + count * PROGRAM_HEADER.size
+    note = ProgramHeader(elf.PT_NOTE, PF_R, at, at, at, _NOTE.size, _NOTE.size, 4)
+    return [header.pack() for header in (*loads, *rest, note)]
 
 
 def _read_only(layout: Layout) -> Iterator[tuple[int, int, int]]:
@@ -335,34 +316,3 @@ def _build_id(layout: Layout) -> bytes:
 
 def _build_id_note(layout: Layout) -> bytes:
     return _NOTE.pack(4, _BUILD_ID_SIZE, elf.NT_GNU_BUILD_ID, b"GNU\0", _build_id(layout))
-
-
-def is_name(name: str) -> bool:
-    """Whether a name is one that lay_out() gives, in any version."""
-    version, *numbers = _plain(name).split("-")
-    if not version.isascii() or not version.isdigit():
-        return False
-    if numbers[-1:] == [ANCHOR]:
-        numbers[-1:] = "0", "r"
-    return (
-        len(numbers) == 8
-        and all(numbers)
-        and all(map(_HEXADECIMAL.issuperset, numbers[:-1]))
-        and (_HEXADECIMAL | set("rx.")).issuperset(numbers[-1])
-    )
-
-
-def belongs_to(name: str, path: str) -> bool:
-    """Whether an image's name is of the file that is at `path` now."""
-    try:
-        source = Source.of(path, os.stat(path))
-    except OSError:
-        return False
-    _, *numbers = _plain(name).split("-")
-    return numbers[:5] == identity(source)
-
-
-def identity(source: Source) -> list[str]:
-    """What tells a file's content, as parts of a name."""
-    numbers = (source.device, source.inode, source.size, source.mtime_ns, source.ctime_ns)
-    return [f"{number:x}" for number in numbers]

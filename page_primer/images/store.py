@@ -24,7 +24,7 @@ import time
 from itertools import count
 
 from page_primer._lean import Record, suppress
-from page_primer.images import layout as image
+from page_primer.images import names
 from page_primer.images.layout import Layout
 
 # Unused images of one file that stay, and as many anchors to it: an address space laid out at
@@ -107,7 +107,7 @@ class Store:
                 or its content is wrong).
 
         Raises:
-            image.CannotLayOut: the object's file has a form that no image can be written of.
+            layout.CannotLayOut: the object's file has a form that no image can be written of.
             OSError: reading the object's file or writing the image failed.
         """
         try:
@@ -123,12 +123,12 @@ class Store:
         Nothing is touched that is not an image of ours by its name."""
         spare: dict[tuple[str, bool], list[tuple[float, str]]] = {}
         with suppress(OSError):
-            for name in filter(image.is_name, os.listdir(self._fd)):
+            for name in filter(names.is_name, os.listdir(self._fd)):
                 with suppress(OSError):
                     origin = os.readlink(f"{name}/{_ORIGIN}", dir_fd=self._fd)
-                    current = image.belongs_to(name, origin)
+                    current = names.belongs_to(name, origin)
                     used = self._last_use(name, os.path.basename(origin))
-                    group = origin, name.endswith(image.ANCHOR)
+                    group = origin, name.endswith(names.ANCHOR)
                     spare.setdefault(group, []).append((used if current else 0.0, name))
             for images in spare.values():
                 images.sort(reverse=True)

@@ -151,7 +151,7 @@ def _is_aligned(path: str, pmd: int) -> bool:
         return False
     try:
         file = elf.File(fd)
-        fixed = file.header[1] == elf.ET_EXEC
+        fixed = file.header.e_type == elf.ET_EXEC
         return is_aligned(file.program_headers(), pmd, fixed=fixed)
     except (OSError, elf.Malformed):
         return False

@@ -1,0 +1,79 @@
+"""Which objects the options admit, which come first, and what memory allows: for plan.py, and for
+mlock_plan.py."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from page_primer.elf.objects import Object, Range
+from page_primer.kernel.memory import Memory
+from page_primer.options import Options
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+
+def heat(obj: Object) -> tuple[bool, int]:
+    # What was executed is resident; nothing better is known without running for a while.
+    return (not obj.interpreter, -obj.resident_code)
+
+
+def selects(options: Options, path: str) -> bool:
+    """Whether `include` and `exclude` admit the object at a path."""
+    if options.include and not _matches(path, options.include):
+        return False
+    return not _matches(path, options.exclude)
+
+
+def _matches(path: str, patterns: Sequence[str]) -> bool:
+    if not patterns:
+        return False
+    import fnmatch  # and with it re, only where there are patterns
+
+    name = os.path.basename(path)
+    return any(fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(path, p) for p in patterns)
+
+
+def memory_room(memory: Memory | None, options: Options, held: Iterable[Range]) -> int:
+    """Bytes of memory that may yet be copied to, or locked.
+
+    Args:
+        memory: what is to be had; None where nothing is known.
+        options: what the caller wants.
+        held: what was copied or locked before. It is available no longer, and counts as taken.
+    """
+    if memory is None:
+        return sys.maxsize
+    taken = sum(part.length for part in disjoint(held))
+    return int(options.memory_share * (memory.available + taken)) - taken
+
+
+def size_of(obj: Object) -> int:
+    """Bytes of memory that an object takes once it is moved and locked."""
+    return sum(segment.end - segment.start for segment in obj.segments)
+
+
+def lock_size(obj: Object, options: Options, held: Sequence[Range], code_only: bool) -> int:
+    if not options.mlock or not selects(options, obj.path):
+        return 0
+    code_only |= options.mlock == "code"
+    wanted = [s for s in obj.segments if s.kind == "code" or not code_only]
+    return sum(outside(Range(s.start, s.end), held) for s in wanted)
+
+
+def disjoint(ranges: Iterable[Range]) -> list[Range]:
+    """The same addresses in ascending ranges, none of which overlap or touch."""
+    found: list[Range] = []
+    for start, end in sorted(map(tuple, ranges)):
+        if found and start <= found[-1].end:
+            start, last = found.pop()
+            end = max(end, last)
+        found.append(Range(start, end))
+    return found
+
+
+def outside(whole: Range, disjoint: Iterable[Range]) -> int:
+    """Bytes of a range that none of `disjoint` covers."""
+    return whole.length - sum(whole.clip(part).length for part in disjoint)

@@ -1,0 +1,86 @@
+"""Decide what is locked, and in which order: pure functions, as plan.py's."""
+
+from __future__ import annotations
+
+from page_primer._lean import Record
+from page_primer.budget import disjoint, heat, outside, selects
+from page_primer.elf.objects import Object, Range
+from page_primer.kernel.smaps import Mapping, overlapping
+from page_primer.options import Options
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+
+class Lock(Record):
+    """A range to lock; `on_fault` for private writable memory, which a plain mlock would copy."""
+
+    object: Object
+    start: int
+    end: int
+    kind: str
+    on_fault: bool
+
+    @property
+    def range(self) -> Range:
+        return Range(self.start, self.end)
+
+
+def locks(
+    objects: Iterable[Object], mappings: Sequence[Mapping], options: Options
+) -> tuple[Lock, ...]:
+    """The mappings to lock, in the order of their worth: a small RLIMIT_MEMLOCK is spent well.
+
+    Args:
+        objects: the survey's.
+        mappings: the process's mappings as they are after the moves.
+        options: what the caller wants.
+    """
+    if not options.mlock:
+        return ()
+    mappings = sorted(mappings, key=lambda mapping: mapping.start)
+    wanted: list[tuple[tuple[int, int], Lock]] = []
+    for rank, obj in enumerate(sorted(objects, key=heat)):
+        if not selects(options, obj.path):
+            continue
+        for mapping in overlapping(mappings, obj.start, obj.end):
+            if not mapping.permissions.startswith("r"):
+                continue  # the loader's PROT_NONE gaps
+            if not any(s.start < mapping.end and mapping.start < s.end for s in obj.segments):
+                continue  # others' memory in a gap, as the vdso's in arm64's ld.so
+            kind = "data" if mapping.writable else "code" if mapping.executable else "rodata"
+            if options.mlock == "code" and kind != "code":
+                continue
+            worth = {"code": 0 if obj.interpreter else 1, "rodata": 2, "data": 3}[kind]
+            # A whole mapping, unless it grew beyond the object (.bss beside other memory).
+            lock = Lock(
+                obj, max(mapping.start, obj.start), min(mapping.end, obj.end),
+                kind, on_fault=mapping.writable,
+            )  # fmt: skip
+            wanted.append(((worth, rank), lock))
+    wanted.sort(key=lambda item: item[0])
+    return tuple(lock for _, lock in wanted)
+
+
+def affordable(
+    wanted: Iterable[Lock], room: int, held: Iterable[Range]
+) -> tuple[list[Lock], list[Lock]]:
+    """Divide locks, in the order of their worth, into those that memory allows, and the rest.
+
+    Args:
+        wanted: what locks() says.
+        room: bytes of memory that may be taken.
+        held: ranges that take no more, for they were copied or locked before.
+    """
+    held = disjoint(held)
+    allowed: list[Lock] = []
+    withheld: list[Lock] = []
+    for lock in wanted:
+        cost = outside(lock.range, held)
+        if cost > max(room, 0):
+            withheld.append(lock)
+            continue
+        room -= cost
+        allowed.append(lock)
+    return allowed, withheld
