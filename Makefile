@@ -6,6 +6,7 @@
 # make lint    formatting, lint rules, types
 # make bench   what priming costs, and a start under page-primer run
 # make bench-pressure    what locking buys when memory is short (root)
+# make fuzz    what reads others' files and text, fuzzed (FUZZ="--seconds 600 align")
 # make tools-matrix   every tool on every interpreter and backing; writes docs/tools.md
 # make kernels Debian's Python under other kernels, in qemu
 #
@@ -19,7 +20,7 @@ PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 PARALLEL := $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 SOURCES := pyproject.toml setup.py $(wildcard page_primer/*.[ch] page_primer/launcher/*.[ch])
 
-.PHONY: demo demo-celery test test-fast trixie lint bench bench-pressure tools-matrix kernels clean
+.PHONY: demo demo-celery test test-fast trixie lint bench bench-pressure fuzz tools-matrix kernels clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/gunicorn/demo.py
@@ -58,6 +59,10 @@ bench-pressure: $(VENV)/.dev
 	tools/system-packages vmtouch:vmtouch perf:linux-perf redis-server:redis-server
 	$(PIP_INSTALL) -e ".[bench]"
 	$(BIN)/python benchmarks/pressure.py --celery --plot docs/pressure
+
+fuzz: $(VENV)/.dev
+	-$(PIP_INSTALL) atheris  # has wheels for some versions only; tools/fuzz does without
+	$(BIN)/python tools/fuzz $(FUZZ)
 
 # What the tests build a position-independent static interpreter from: Debian's own Python as an
 # archive (a file:package that is named by its version), and the libraries that it needs.

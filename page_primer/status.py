@@ -24,6 +24,9 @@ from page_primer.report import memlock_remedy, mib
 from page_primer.verify import measure
 
 CAP_IPC_LOCK = 14  # linux/capability.h
+# More than any real file has of program headers, and than a process has of copies of one (dlmopen
+# knows 16 namespaces).
+_MOST_HEADERS, _MOST_COPIES = 512, 64
 
 
 @dataclass(frozen=True)
@@ -178,7 +181,10 @@ def _loaded(pid: int, mappings: Iterable[Mapping]) -> list[_Loaded]:
     found = []
     for identity, parts in files.items():
         table = _program_headers(pid, parts[0])
-        while table and parts:
+        if not table:
+            continue
+        # A process may have mapped any file, in any way: that must not keep us from an end.
+        for _ in range(_MOST_COPIES):
             # Segments may share a page of the file, so one mapping can mean two load biases: the
             # one that most mappings agree on is the right one.
             votes = Counter(bias for part in parts for bias in _load_biases(table, part))
@@ -186,11 +192,16 @@ def _loaded(pid: int, mappings: Iterable[Mapping]) -> list[_Loaded]:
                 break
             base = votes.most_common(1)[0][0]
             segments = segments_of(table, base, page_size())
+            if not segments:
+                break
             start, end = segments[0].start, segments[-1].end
             # Only what has code somewhere is an object in the sense of this report.
             if any(segment.code for segment in segments):
                 found.append(_Loaded(parts[0].path, identity, base, segments))
-            parts = [part for part in parts if not start <= part.start < end]
+            others = [part for part in parts if not start <= part.start < end]
+            if len(others) == len(parts):
+                break
+            parts = others
     return found
 
 
@@ -204,9 +215,10 @@ def _program_headers(pid: int, mapping: Mapping) -> bytes | None:
     for name in names:
         with contextlib.suppress(OSError), open(name, "rb", buffering=0) as file:
             try:
-                return elf.File(file.fileno()).program_headers()
+                table = elf.File(file.fileno()).program_headers()
             except elf.Malformed:
                 return None
+            return table if len(table) <= _MOST_HEADERS * PROGRAM_HEADER.size else None
     return None
 
 

@@ -124,6 +124,8 @@ def lay_out(original: Original, span: Span, pmd: int, *, merge: bool = True) -> 
     if span.joins and not merge:
         raise Refused("would join read-only data to code (--no-merge)")
     loads = original.loads
+    if not all(load.p_flags & PF_R for load in loads[span.first : span.last]):
+        raise Refused("would make code or data readable that is not")
     offsets = _offsets(original, span, pmd)
     delta = offsets[span.first] - loads[span.first].p_vaddr
     copies = _copies(loads, offsets)

@@ -41,6 +41,7 @@ _PIECE_SIZE = 512  # what differs is kept in pieces of at most this
 # Originals are not much larger than what was made of them; work is bounded by the file's size
 # whatever the record claims.
 _LARGEST_FACTOR, _LARGEST = 4, 64 << 20
+_MOST_COPIES = 1 << 17  # more than segments and sections together can be
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,7 @@ def read_record(fd: int) -> Record | None:
     data = os.pread(fd, length, size - _TRAILER.size - length)
     count, pieces = _COUNTS.unpack_from(data)
     at = _COUNTS.size + count * _COPY.size
-    if at > len(data):
+    if count > _MOST_COPIES or at > len(data):
         return None
     copies = [Copy(*fields) for fields in _COPY.iter_unpack(data[_COUNTS.size : at])]
     try:
@@ -206,6 +207,9 @@ def read_record(fd: int) -> Record | None:
     found.sort()
     if original_size > _LARGEST_FACTOR * size + _LARGEST:
         return None
+    for copy in copies:
+        if copy.source + copy.size > original_size or copy.target + copy.size > size:
+            return None
     return Record(copies, found, original_size, digest, length + _TRAILER.size)
 
 

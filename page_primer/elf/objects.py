@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 from page_primer._lean import Record, replace
-from page_primer.elf.file import PF_W, PF_X, PT_LOAD, PT_NULL, ProgramHeader
+from page_primer.elf.file import PF_R, PF_W, PF_X, PT_LOAD, PT_NULL, ProgramHeader
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -92,6 +92,10 @@ class Segment(Record):
         return bool(self.flags & PF_W)
 
     @property
+    def accessible(self) -> bool:
+        return bool(self.flags & (PF_R | PF_X))
+
+    @property
     def measured(self) -> tuple[Range, ...]:
         """What is measured of it: its machine code, or all that is not code."""
         return self.inner_code or (Range(self.address, self.address + self.size),)
@@ -140,12 +144,14 @@ class Object(Record):
         return sum(part.length for segment in code for part in segment.measured)
 
     def spans(self) -> list[tuple[Segment, ...]]:
-        """The runs of PT_LOADs without PF_W that are contiguous in memory."""
+        """The runs of PT_LOADs without PF_W that are contiguous in memory. One that may be neither
+        read nor executed is a run of its own: it must not become readable."""
         runs: list[list[Segment]] = []
         for segment in self.segments:
             if segment.writable:
                 continue
-            if runs and runs[-1][-1].end == segment.start:
+            joins = runs and runs[-1][-1].end == segment.start
+            if joins and segment.accessible and runs[-1][-1].accessible:
                 runs[-1].append(segment)
             else:
                 runs.append([segment])

@@ -6,6 +6,7 @@ kernel kills a process of the cgroup, or stalls it (memory.high), so the plan ha
 
 from __future__ import annotations
 
+import os
 import sys
 
 from page_primer._lean import Record, suppress
@@ -59,8 +60,9 @@ def bounds(root: str = "") -> Iterator[Memory]:
     if "MemAvailable:" in machine:
         yield Memory(machine["MemAvailable:"] << 10, total, "/proc/meminfo")
     table = _text(f"{root}/proc/self/mountinfo")
-    for line in _text(f"{root}/proc/self/cgroup").splitlines():
-        number, controllers, path = line.split(":", 2)
+    for line in _text(f"{root}/proc/self/cgroup").split("\n"):
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
         if number == "0" or "memory" in controllers.split(","):
             kind = "cgroup2" if number == "0" else "cgroup"
             for directory in _directories(path, kind, table):
@@ -107,12 +109,13 @@ def _limits(root: str, directory: str, kind: str, total: int) -> Iterator[Memory
 
 def _numbers(path: str) -> dict[str, int]:
     """Lines such as "inactive_file 4096" or "MemTotal:  4 kB"."""
-    rows = (line.split() for line in _text(path).splitlines())
-    return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdigit()}
+    rows = (line.split() for line in _text(path).split("\n"))
+    return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdecimal()}
 
 
 def _text(path: str) -> str:
     """A file's content; empty where there is none to be had."""
-    with suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
-        return file.read()
+    # As paths are decoded: a cgroup's name is part of one, and may be no UTF-8.
+    with suppress(OSError), open(path, "rb") as file:
+        return os.fsdecode(file.read())
     return ""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from page_primer._lean import Record
 
 TYPE_CHECKING = False
@@ -24,7 +26,7 @@ def parse(mountinfo: str) -> Iterator[Mount]:
     From proc(5): the root is the fourth field, the mount point the fifth, the mount's options are
     the sixth; type, source and the file system's options follow a lone hyphen.
     """
-    for line in mountinfo.splitlines():
+    for line in mountinfo.split("\n"):  # names may hold what else splitlines() takes for an end
         left, _, right = line.partition(" - ")
         fields, rest = left.split(" "), right.split(" ")
         if len(fields) >= 6 and len(rest) >= 3:
@@ -36,7 +38,7 @@ def _plain(field: str) -> str:
     if "\\" in field:
         import re  # too slow an import for what is so rare
 
-        field = re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), field)
+        field = re.sub(r"\\([0-3][0-7]{2})", lambda code: chr(int(code[1], 8)), field)
     return field
 
 
@@ -53,7 +55,7 @@ def mount_of(path: str, mountinfo: str) -> Mount:
 def read() -> str:
     """The mounts as this process sees them now; empty where /proc is not to be had."""
     try:
-        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-            return file.read()
+        with open("/proc/self/mountinfo", "rb") as file:
+            return os.fsdecode(file.read())
     except OSError:
         return ""
