@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 
 class Lock(Record):
-    """A range to lock; `on_fault` for private writable memory, which a plain mlock would copy."""
+    """A range to lock. Of the interpreter what is read-only is brought into memory whole; all else
+    is locked `on_fault`, as far as it is touched: the rest of a library may never be, and private
+    writable memory would be copied."""
 
     object: Object
     start: int
@@ -56,7 +58,7 @@ def locks(
             # A whole mapping, unless it grew beyond the object (.bss beside other memory).
             lock = Lock(
                 obj, max(mapping.start, obj.start), min(mapping.end, obj.end),
-                kind, on_fault=mapping.writable,
+                kind, on_fault=mapping.writable or not obj.interpreter,
             )  # fmt: skip
             wanted.append(((worth, rank), lock))
     wanted.sort(key=lambda item: item[0])

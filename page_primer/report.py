@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 OVER_LIMIT = "over the limit"
 OVER_MEMORY = "short of memory"
 
+# The limit permits, it reserves nothing; and what is mapped differs from one process of a server to
+# another. Advice that followed each would change with each.
+_MEMLOCK = 256 << 20
+
 TOTALS = ("code_bytes", "code_huge_bytes", "locked_bytes", "copied_bytes")  # of all objects
 
 
@@ -301,8 +305,12 @@ def image_place(path: str) -> str:
 
 
 def memlock_for(size: int) -> int:
-    """The RLIMIT_MEMLOCK that lets so many bytes be locked, with a little room: whole MiB."""
-    return (-(-size >> 20) + 1) << 20
+    """The RLIMIT_MEMLOCK to advise where so many bytes are to be locked: the same for nearly every
+    process, and twice as much, and so on, where less than a quarter of it would be left."""
+    limit = _MEMLOCK
+    while 3 * limit < 4 * size:
+        limit *= 2
+    return limit
 
 
 def memlock_remedy(size: int) -> str:

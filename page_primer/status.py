@@ -15,7 +15,7 @@ from typing import Any
 
 from page_primer._lean import asdict as plain
 from page_primer.elf import file as elf
-from page_primer.elf.file import PT_LOAD, ProgramHeader
+from page_primer.elf.file import PROGRAM_HEADER, PT_LOAD, ProgramHeader
 from page_primer.elf.objects import Segment, segments_of
 from page_primer.kernel.anonymous import Use, named_by_us, use_of
 from page_primer.kernel.smaps import Mapping, overlapping, read_smaps, total

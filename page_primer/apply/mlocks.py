@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from page_primer import _core
 from page_primer._lean import suppress
+from page_primer.backing.pieces import reason_of
 from page_primer.elf.objects import Object, Range, Region
+from page_primer.kernel import memlock
 from page_primer.kernel.smaps import overlapping
 from page_primer.mlock_plan import Lock
 from page_primer.survey import Survey
@@ -19,7 +21,7 @@ class Mlocks:
 
     def __init__(self) -> None:
         self.made: dict[Range, Lock] = {}
-        self.refused: dict[Range, tuple[Lock, OSError]] = {}
+        self.refused: dict[Range, tuple[Lock, str]] = {}  # with the reason
         self.withheld: list[Lock] = []  # not asked for, to leave memory to others
         self._host: list[Range] = []  # made by the host, not by us
 
@@ -38,19 +40,30 @@ class Mlocks:
                 if mapping.is_locked and not any(part.overlaps(other) for other in known):
                     self._host.append(part)
 
+    @property
+    def refusal(self) -> str | None:
+        """Why the first of those that were refused was."""
+        return next((reason for _, reason in self.refused.values()), None)
+
     def make(self, wanted: Iterable[Lock]) -> None:
-        """Lock what is not locked yet; what the kernel refuses is noted."""
+        """Lock what is not locked yet; what the limit does not allow beside the host's part of it,
+        or the kernel refuses, is noted."""
         self.refused.clear()
+        wanted = [lock for lock in wanted if lock.range not in self.made]
+        room = memlock.room() if wanted else None
         for lock in wanted:
-            if lock.range in self.made:
+            cost = lock.range.length - sum(lock.range.clip(part).length for part in self._host)
+            if room is not None and cost > room:
+                self.refused[lock.range] = lock, memlock.OVER
                 continue
             try:
                 flags = _core.MLOCK_ONFAULT if lock.on_fault else 0
                 _core.lock(lock.start, lock.range.length, flags)
             except OSError as error:
-                self.refused[lock.range] = lock, error
+                self.refused[lock.range] = lock, reason_of(error)
             else:
                 self.made[lock.range] = lock
+                room = None if room is None else room - cost
 
     def make_again(self) -> None:
         """In a forked child: lock what the parent had locked."""

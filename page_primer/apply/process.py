@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import time
 
@@ -15,7 +14,7 @@ from page_primer.backing import image as image_backing
 from page_primer.backing import in_place
 from page_primer.backing.pieces import Place, reason_of
 from page_primer.elf.objects import Object, Range
-from page_primer.kernel import smaps
+from page_primer.kernel import memlock, smaps
 from page_primer.kernel.memory import Memory
 from page_primer.kernel.smaps import Mapping
 from page_primer.kernel.thp import fault_in, pmd_size
@@ -288,8 +287,7 @@ class Process:
 
     def _measure(self, moved: Iterable[Key], mappings: Sequence[Mapping], began: float) -> Report:
         self.huge = self.registry.huge(mappings)
-        _, refusal = next(iter(self.mlocks.refused.values()), (None, None))
-        over = refusal is not None and refusal.errno in (errno.ENOMEM, errno.EPERM, errno.EAGAIN)
+        refusal = self.mlocks.refusal
         refused = sum(where.length for where in self.mlocks.refused)
         withheld = sum(lock.range.length for lock in self.mlocks.withheld)
         made = sum(where.length for where in self.mlocks.made)
@@ -303,8 +301,8 @@ class Process:
             lock_wanted_bytes=refused + withheld + made,
             lock_refused_bytes=refused,
             lock_withheld_bytes=withheld,
-            lock_refusal=reason_of(refusal) if refusal else None,
-            lock_limit=_core.limit(_core.RLIMIT_MEMLOCK) if over else None,
+            lock_refusal=refusal,
+            lock_limit=_core.limit(_core.RLIMIT_MEMLOCK) if refusal == memlock.OVER else None,
             perf_map=self._perf_map_outcome(),
             memory=self.memory,
             memory_share=options.memory_share if options else None,

@@ -9,8 +9,9 @@ from page_primer.backing import image as image_backing
 from page_primer.doctor import alignment, checks, coverage, directories, facts, locking
 from page_primer.doctor.coverage import Interpreter
 from page_primer.doctor.findings import INFO, Check
-from page_primer.doctor.probes import Trial, try_directory, try_lock, try_memory
+from page_primer.doctor.probes import Trial, try_directory, try_memory
 from page_primer.heap.advice import advice
+from page_primer.kernel.memlock import try_lock
 from page_primer.kernel.thp import pmd_size
 from page_primer.options import IN_PLACE, Options
 from page_primer.plan import Plan
@@ -136,8 +137,9 @@ class Examination:
             yield Check("locking", INFO, "mlock is off")
             return
         code, everything = locking.lock_sizes(*self.seen(), self.options)
+        spare = locking.margin_of(self.process)
         yield locking.judge_locking(
-            self.process, code, everything, try_lock(code), try_lock(everything)
+            self.process, code, everything, try_lock(code + spare), try_lock(everything + spare)
         )
 
     def available(self) -> Iterator[Check]:

@@ -6,6 +6,7 @@ from page_primer import mlock_plan
 from page_primer.doctor.facts import Process
 from page_primer.doctor.findings import INFO, OK, PROBLEM, WARNING, Check
 from page_primer.elf.file import PF_X
+from page_primer.kernel import memlock
 from page_primer.kernel.memory import Memory
 from page_primer.options import Options
 from page_primer.plan import Plan
@@ -29,6 +30,11 @@ def lock_sizes(found: Survey, planned: Plan, options: Options) -> tuple[int, int
     return code, max(everything, code)
 
 
+def margin_of(process: Process) -> int:
+    """What prime() leaves of the limit to the application, bytes."""
+    return 0 if process.soft is None else memlock.margin(process.soft)
+
+
 def judge_locking(
     process: Process, code: int, everything: int, code_refused: str | None, refused: str | None
 ) -> Check:
@@ -38,7 +44,8 @@ def judge_locking(
         process: its limits.
         code: bytes of the interpreter's code.
         everything: bytes of all that is to be locked.
-        code_refused: why the kernel refused to lock as much as the code, if it did.
+        code_refused: why the kernel refused to lock as much as the code and margin_of(), if it
+            did.
         refused: the same of everything.
     """
     soft = "unlimited" if process.soft is None else mib(process.soft)
@@ -51,10 +58,11 @@ def judge_locking(
     what = f"the interpreter's code is {mib(code)}, everything {mib(everything)}"
     if refused is None:
         return Check("locking", OK, f"{what} and fits: {limits}")
-    if process.soft is None or process.locked + everything <= process.soft:
+    need = process.locked + everything
+    if process.soft is None or need + margin_of(process) <= process.soft:
         # A sandbox, then: there is no limit to raise.
         return Check("locking", PROBLEM, f"{what}; mlock refused ({refused}) despite {limits}")
-    need = process.locked + everything
+    limits += f", of which {mib(margin_of(process))} are left to the application"
     fix = memlock_remedy(need)
     if process.hard is None or memlock_for(need) <= process.hard:
         fix += ", which needs no privilege here"

@@ -8,7 +8,7 @@ import itertools
 import os
 from collections.abc import Iterable
 
-from page_primer import _core, backing
+from page_primer import backing
 from page_primer._lean import Record, replace
 from page_primer.backing import image as image_backing
 from page_primer.backing.pieces import Attempt, Refused, reason_of
@@ -17,7 +17,6 @@ from page_primer.elf.objects import Object, Region, Segment
 from page_primer.images import layout as image
 from page_primer.images import store
 from page_primer.images.anchors import Anchors
-from page_primer.kernel.thp import page_size
 from page_primer.options import Options
 from page_primer.plan import Move
 
@@ -148,30 +147,3 @@ class _TrialStore(store.Store):
         if self._kept is not None:
             os.close(self._kept)
         self._kept = None
-
-
-def try_lock(size: int) -> str | None:
-    """Lock as many bytes of address space that has no memory behind it, and unlock them.
-
-    The limit is on addresses, and MLOCK_ONFAULT needs no memory, so this is the kernel's own answer
-    and costs nothing. A capability inside a user namespace, for one, does not count (mlock(2)).
-
-    Returns:
-        None, or why the kernel refused.
-    """
-    if not size:
-        return None
-    page = page_size()
-    address = 0
-    try:
-        address = _core.reserve(size, page, 0)
-        # Readable: Linux 5.10 does not lock what nobody can touch.
-        _core.protect(address, size, _core.PROT_READ)
-        _core.lock(address, size, _core.MLOCK_ONFAULT)
-        _core.unlock(address, size)
-    except OSError as error:
-        return os.strerror(error.errno) if error.errno else str(error)
-    finally:
-        if address:
-            _core.unmap(address, size)
-    return None
