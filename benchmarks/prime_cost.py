@@ -142,7 +142,7 @@ def _prime(image_dir: str) -> Result:
     report = page_primer.prime(image_dir=image_dir)
     spent = _since(began)
     if report.reason is not None:
-        sys.exit(f"not primed: {report.reason}")
+        sys.exit(f"not primed: {report.summary()}")
     return {
         "ms": spent,
         "in_report": report.milliseconds,

@@ -12,8 +12,10 @@ from __future__ import annotations
 import os
 import sys
 
+from page_primer import reasons
 from page_primer._lean import is_ours
 from page_primer.options import Options, unknown_variables
+from page_primer.reasons import Reason, Refusal
 from page_primer.report import Report, shortage
 
 TYPE_CHECKING = False
@@ -82,7 +84,7 @@ def prime(options: Options | None = None, /, **values: Unpack[OptionValues]) -> 
     elif values:
         raise TypeError("prime() takes either Options or keyword arguments")
     if not options.enabled:
-        return _nothing_done("switched off")
+        return _nothing_done(reasons.SWITCHED_OFF)
     return on_process(lambda process: process.prime(options))
 
 
@@ -100,20 +102,22 @@ def on_process(action: Callable[[Process], Report]) -> Report:
     Whatever surprise the environment has, the server runs on; what a signal handler of the host
     raises reaches the host, after the call has come to its end."""
     try:
-        reason = _unsupported() or _too_little_memory()
-        if reason is None:
+        refused = _unsupported() or _too_little_memory()
+        if refused is None:
             return _alone(action)
     except ImportError as error:  # built without its C core
-        reason = f"not available here: {error}"
+        refused = Refusal(reasons.NOT_AVAILABLE, str(error))
     except Exception as error:
         if not is_ours(error):
             raise
-        reason = f"{type(error).__name__}: {error}"
-    return _nothing_done(reason)
+        refused = Refusal(reasons.UNEXPECTED, f"{type(error).__name__}: {error}")
+    return _nothing_done(refused.reason, refused.detail)
 
 
-def _nothing_done(reason: str) -> Report:
-    return Report(pid=os.getpid(), reason=reason, unknown_variables=unknown_variables())
+def _nothing_done(reason: Reason, detail: str | None = None) -> Report:
+    return Report(
+        pid=os.getpid(), reason=reason, detail=detail, unknown_variables=unknown_variables()
+    )
 
 
 def _alone(action: Callable[[Process], Report]) -> Report:
@@ -121,16 +125,12 @@ def _alone(action: Callable[[Process], Report]) -> Report:
     from page_primer.apply.process import process
 
     def otherwise(is_mine: bool) -> Report:
-        return _nothing_done(
-            "called by a signal handler while it was under way"
-            if is_mine
-            else "another call has not ended"
-        )
+        return _nothing_done(reasons.IN_SIGNAL_HANDLER if is_mine else reasons.ANOTHER_CALL)
 
     return _core.alone(lambda: action(process), otherwise)
 
 
-def _too_little_memory() -> str | None:
+def _too_little_memory() -> Refusal | None:
     """The modules that prime take a few megabytes themselves, which may be the last ones."""
     if "page_primer.apply.process" in sys.modules:
         return None
@@ -139,18 +139,20 @@ def _too_little_memory() -> str | None:
     found = memory.read()
     if found is None or found.available >= memory.WORKING:
         return None
-    return f"too little memory, {shortage(found)}"
+    return Refusal(reasons.TOO_LITTLE_MEMORY, shortage(found))
 
 
-def _unsupported() -> str | None:
+def _unsupported() -> Refusal | None:
+    found = None
     if sys.platform != "linux":
-        return f"not supported on {sys.platform}"
-    if sys.implementation.name != "cpython":
-        return f"not supported on {sys.implementation.name}"
-    machine = os.uname().machine
-    if machine not in ("x86_64", "aarch64") or sys.maxsize < 1 << 32:
-        return f"not supported on {machine}, {sys.maxsize.bit_length() + 1} bits"
-    return None
+        found = sys.platform
+    elif sys.implementation.name != "cpython":
+        found = sys.implementation.name
+    else:
+        machine = os.uname().machine
+        if machine not in ("x86_64", "aarch64") or sys.maxsize < 1 << 32:
+            found = f"{machine}, {sys.maxsize.bit_length() + 1} bits"
+    return Refusal(reasons.NOT_SUPPORTED, found) if found else None
 
 
 if not TYPE_CHECKING:

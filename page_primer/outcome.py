@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from page_primer._lean import Record
 from page_primer.kernel.anonymous import Use
+from page_primer.reasons import Reason, Refusal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,14 +22,15 @@ class SegmentReport(Record):
     bytes: int  # p_memsz; of an aligned file's executable segment what is machine code
     huge_bytes: int  # of them on huge pages
     locked_bytes: int
-    left: dict[str, int]  # reason -> bytes left on small pages
+    left: dict[Reason, int]  # bytes left on small pages
 
 
 class HeapReport(Record):
     """What `heap` did to this process. Sizes are in bytes."""
 
     mode: str  # the option: "auto", "arenas" or "all"
-    reason: str | None = None  # why nothing was done, where nothing was
+    reason: Reason | None = None  # why nothing was done, where nothing was
+    detail: str | None = None  # what the reason was in this case
     use: Use = Use()
     collapsed_bytes: int = 0  # by this call
     resident_before: int = 0  # all of the process, before and after this call
@@ -52,7 +54,7 @@ class HeapReport(Record):
     def __str__(self) -> str:
         """The one line for people."""
         if self.reason is not None:
-            return f"heap left alone: {self.reason}"
+            return f"heap left alone: {Refusal(self.reason, self.detail)}"
         text = (
             f"heap: {self.use}; resident {self.resident_before / MIB:.1f} -> "
             f"{self.resident_after / MIB:.1f} MiB; {self.milliseconds:.1f} ms"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+from page_primer import reasons
 from page_primer._lean import Record, replace
 from page_primer.budget import disjoint, heat, lock_size, memory_room, selects, size_of
 from page_primer.elf.file import PF_R, PF_X
@@ -17,26 +18,15 @@ from page_primer.kernel.memory import WORKING
 from page_primer.kernel.smaps import overlapping
 from page_primer.kernel.thp import page_size
 from page_primer.options import IN_PLACE, Options
-from page_primer.report import OVER_LIMIT, OVER_MEMORY
-from page_primer.survey import FILE_GONE, SEALED, Survey
+from page_primer.reasons import Reason
+from page_primer.survey import Survey
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-# Why bytes are left where they are, in the report's words; survey.py has those that concern the
-# whole file.
-REMAP_OFF = "remap is off"
-EXCLUDED = "excluded"
-NO_HUGE_PAGES = "no huge pages on this kernel"
-THP_DISABLED = "huge pages are disabled for this process (PR_SET_THP_DISABLE)"
-NO_CODE = "no code"
-NO_CHUNK = "no whole huge page"
-PROFILERS_HEAD = "kept for profilers"
-WRITABLE = "writable"
-NOT_CONGRUENT = "address and file offset differ modulo a huge page"
 # These forbid replacing a mapping, but not huge pages where it is.
-_NOT_REPLACEABLE = (FILE_GONE, SEALED)
+_NOT_REPLACEABLE = (reasons.FILE_GONE, reasons.SEALED)
 
 # Where an anchor goes: above every program that is linked for one address, with room for its heap
 # to grow, and within what the smallest address space has (arm64, 39 bits).
@@ -76,7 +66,7 @@ class Remainder(Record):
     start: int
     end: int
     kind: str
-    reason: str
+    reason: Reason
 
 
 class Plan(Record):
@@ -107,19 +97,19 @@ def make(survey: Survey, options: Options, used: int = 0, held: Iterable[Range] 
         if reason is None or reason in _NOT_REPLACEABLE:
             move = _in_place(move, obj, survey)
         if move is None:
-            reason = reason or NO_CHUNK
+            reason = reason or reasons.NO_CHUNK
         elif move.aligned and is_huge(move.in_place, survey):
             already.append(move)
             left += explain(obj, move.in_place, survey.pmd_size)
             memory -= min(memory, lock_size(obj, options, held, code_only=False))
             continue
         elif options.backing == IN_PLACE and not move.in_place:
-            reason = NOT_CONGRUENT
+            reason = reasons.NOT_CONGRUENT
         elif not obj.interpreter and move.bytes > room:
-            reason = OVER_LIMIT
+            reason = reasons.OVER_LIMIT
         elif size_of(obj) > memory or 2 * size_of(obj) > spare:
             # Twice: of the object that moves there may be two copies, the best and the one tried.
-            reason = OVER_MEMORY
+            reason = reasons.OVER_MEMORY
         else:
             reason = None
         if move is not None and not reason:
@@ -129,7 +119,7 @@ def make(survey: Survey, options: Options, used: int = 0, held: Iterable[Range] 
             left += explain(obj, move.image or move.in_place, survey.pmd_size)
         else:
             # It will be locked where it is; if it must be less than all, then the code.
-            size = lock_size(obj, options, held, code_only=reason == OVER_MEMORY)
+            size = lock_size(obj, options, held, code_only=reason == reasons.OVER_MEMORY)
             left += [Remainder(obj, s.start, s.end, s.kind, _why(s, reason)) for s in obj.segments]
         if size <= memory:
             memory -= size
@@ -154,14 +144,16 @@ def explain(obj: Object, regions: Sequence[Region], pmd: int) -> list[Remainder]
                 part = Range(low, high)
                 if _inside(part, moved):
                     continue
-                reason = obj.problem or NO_CHUNK if has_code else NO_CODE
+                reason = obj.problem or reasons.NO_CHUNK if has_code else reasons.NO_CODE
                 if _inside(part, kept) and reachable.contains(part):
-                    reason = PROFILERS_HEAD
+                    reason = reasons.PROFILERS_HEAD
                 last = left[-1] if left else None
                 if last and (last.end, last.kind, last.reason) == (low, segment.kind, reason):
                     low = left.pop().start
                 left.append(Remainder(obj, low, high, segment.kind, reason))
-    left += [Remainder(obj, s.start, s.end, s.kind, WRITABLE) for s in obj.segments if s.writable]
+    left += [
+        Remainder(obj, s.start, s.end, s.kind, reasons.WRITABLE) for s in obj.segments if s.writable
+    ]
     return left
 
 
@@ -169,21 +161,21 @@ def _inside(part: Range, ranges: Iterable[Range]) -> bool:
     return any(whole.contains(part) for whole in ranges)
 
 
-def _why(segment: Segment, reason: str | None) -> str:
-    return WRITABLE if segment.writable else reason or NO_CHUNK
+def _why(segment: Segment, reason: Reason | None) -> Reason:
+    return reasons.WRITABLE if segment.writable else reason or reasons.NO_CHUNK
 
 
-def _refusal(obj: Object, survey: Survey, options: Options) -> str | None:
+def _refusal(obj: Object, survey: Survey, options: Options) -> Reason | None:
     if not options.remap:
-        return REMAP_OFF
+        return reasons.REMAP_OFF
     if not selects(options, obj.path):
-        return EXCLUDED
+        return reasons.EXCLUDED
     if not survey.pmd_size:
-        return NO_HUGE_PAGES
+        return reasons.NO_HUGE_PAGES
     if survey.thp_disabled and options.backing != "hugetlb":
-        return THP_DISABLED
+        return reasons.THP_DISABLED
     if not any(segment.code and not segment.writable for segment in obj.segments):
-        return NO_CODE
+        return reasons.NO_CODE
     return obj.problem
 
 

@@ -6,6 +6,7 @@ import os
 
 from page_primer._lean import Record, asdict
 from page_primer.options import nearest_variable
+from page_primer.reasons import OVER_LIMIT, OVER_MEMORY, Reason, Refusal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,10 +23,6 @@ if TYPE_CHECKING:
         def info(self, msg: str, *args: Any) -> Any: ...
         def warning(self, msg: str, *args: Any) -> Any: ...
 
-
-# Reasons for leaving code alone that are worth words of their own.
-OVER_LIMIT = "over the limit"
-OVER_MEMORY = "short of memory"
 
 # The limit permits, it reserves nothing; and what is mapped differs from one process of a server to
 # another. Advice that followed each would change with each.
@@ -85,7 +82,7 @@ class Report(Record):
     """
 
     pid: int
-    reason: str | None  # why nothing was done, where nothing was
+    reason: Reason | None  # why nothing was done, where nothing was
     objects: tuple[ObjectReport, ...] = ()
     moved: tuple[str, ...] = ()  # paths of the objects that this call moved
     lock_wanted_bytes: int = 0
@@ -102,6 +99,7 @@ class Report(Record):
     unknown_variables: tuple[str, ...] = ()  # named PAGE_PRIMER_*, and nothing reads them
     heap: HeapReport | None = None  # None: the heap was not to be touched
     frozen: int | None = None  # objects that the collector does not look at, if asked for
+    detail: str | None = None  # what the reason was in this case
 
     @property
     def code_bytes(self) -> int:
@@ -176,7 +174,7 @@ class Report(Record):
     def summary(self) -> str:
         """The one line that log() writes at INFO."""
         if self.reason is not None:
-            return f"nothing done: {self.reason}"
+            return f"nothing done: {Refusal(self.reason, self.detail)}"
         parts = []
         core = self.interpreter
         if core is not None:
@@ -203,7 +201,7 @@ class Report(Record):
             done += f", {self.threads} threads"
         return f"{'; '.join(parts)}; {done}"
 
-    def _left_out(self, reason: str) -> list[str]:
+    def _left_out(self, reason: Reason) -> list[str]:
         """The objects that were left out for a reason, with the size of their code."""
         return [
             f"{obj.name} ({mib(obj.code_bytes)})"
@@ -294,7 +292,7 @@ class Report(Record):
         return lines
 
 
-def _reasons(obj: ObjectReport) -> list[str]:
+def _reasons(obj: ObjectReport) -> list[Reason]:
     """The reasons that concern code, each once."""
     return list(dict.fromkeys(why for s in obj.segments if s.kind == "code" for why in s.left))
 

@@ -14,8 +14,15 @@ from page_primer._lean import Record
 from page_primer.kernel.anonymous import Use
 from page_primer.kernel.memory import Memory
 from page_primer.outcome import HeapReport, SegmentReport
+from page_primer.reasons import Reason, every
 
-_NAMES = {"Memory": Memory, "HeapReport": HeapReport, "SegmentReport": SegmentReport, "Use": Use}
+_NAMES = {
+    "Memory": Memory,
+    "HeapReport": HeapReport,
+    "SegmentReport": SegmentReport,
+    "Use": Use,
+    "Reason": Reason,
+}
 _PLAIN = {str: "string", bool: "boolean", int: "integer", float: "number", type(None): "null"}
 
 
@@ -37,6 +44,8 @@ def _of(kind: Any) -> dict[str, Any]:
     """The schema of values of a type, as as_dict() and json.dumps() render them."""
     if kind in _PLAIN:
         return {"type": _PLAIN[kind]}
+    if kind is Reason:
+        return {"enum": list(every())}
     if isinstance(kind, type) and issubclass(kind, Record):
         return {
             "type": "object",
@@ -49,7 +58,10 @@ def _of(kind: Any) -> dict[str, Any]:
     if get_origin(kind) is tuple:
         return {"type": "array", "items": _of(get_args(kind)[0])}
     if get_origin(kind) is dict:
-        return {"type": "object", "additionalProperties": _of(get_args(kind)[1])}
+        keys, values = get_args(kind)
+        return {
+            "type": "object", "propertyNames": _of(keys), "additionalProperties": _of(values),
+        }  # fmt: skip
     raise TypeError(f"no schema for {kind}")
 
 

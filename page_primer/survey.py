@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from page_primer import _core
+from page_primer import _core, reasons
 from page_primer._lean import Record, replace
 from page_primer.elf import file as elf
 from page_primer.elf.file import PF_R, ProgramHeader
@@ -14,18 +14,11 @@ from page_primer.kernel.address_space import map_new
 from page_primer.kernel.memory import Memory
 from page_primer.kernel.smaps import Mapping, overlapping, read_maps, read_smaps
 from page_primer.kernel.thp import page_size, pmd_size
+from page_primer.reasons import Reason
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
-
-# Why an object cannot be moved at all, in the report's words.
-FILE_GONE = "file deleted or replaced on disk"
-TEXT_RELOCATIONS = "text relocations"
-EXECUTE_ONLY = "execute-only code"
-SEALED = "sealed"
-REMAPPED = "already remapped"
-MAPPED_OTHERWISE = "not mapped as its program headers say"
 
 
 class Survey(Record, aside=("mappings",)):
@@ -117,30 +110,30 @@ def _object(
 
 def _inspect(
     found: Object, origin: Mapping | None, here: Sequence[Mapping]
-) -> tuple[Source | None, str | None]:
+) -> tuple[Source | None, Reason | None]:
     """The file of an object, and why it cannot be moved if it cannot."""
     if origin is None or not origin.inode:
-        return None, MAPPED_OTHERWISE
+        return None, reasons.MAPPED_OTHERWISE
     try:
         source = Source.of(found.path, os.stat(found.path))
     except OSError:
-        return None, FILE_GONE
+        return None, reasons.FILE_GONE
     if not _is_mapped_at(source, origin):
-        return None, FILE_GONE
+        return None, reasons.FILE_GONE
     for segment in found.segments:
         if segment.writable or segment.file_end == segment.start:
             continue
         if segment.code and not segment.flags & PF_R:
-            return source, EXECUTE_ONLY
+            return source, reasons.EXECUTE_ONLY
         for mapping in overlapping(here, segment.start, segment.file_end):
             if (mapping.device, mapping.inode) != (origin.device, origin.inode):
-                return source, REMAPPED
+                return source, reasons.REMAPPED
             if mapping.offset - mapping.start != segment.offset - segment.start:
-                return source, MAPPED_OTHERWISE
+                return source, reasons.MAPPED_OTHERWISE
             if "sl" in mapping.flags:
-                return source, SEALED
+                return source, reasons.SEALED
     if _has_text_relocations(found):
-        return source, TEXT_RELOCATIONS
+        return source, reasons.TEXT_RELOCATIONS
     return source, None
 
 

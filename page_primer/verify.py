@@ -6,6 +6,7 @@ from page_primer.elf.objects import Range, Region, Segment
 from page_primer.kernel.smaps import Mapping, overlapping
 from page_primer.outcome import SegmentReport
 from page_primer.plan import Remainder
+from page_primer.reasons import Reason
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def _measure(
         for mapping in overlapping(mappings, segment.start, segment.end)
         if mapping.is_locked
     )
-    reasons: dict[str, int] = {}
+    reasons: dict[Reason, int] = {}
     for part in left:
         if segment.start <= part.start and part.end <= segment.end:
             reasons[part.reason] = reasons.get(part.reason, 0) + part.end - part.start

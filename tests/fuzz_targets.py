@@ -88,8 +88,8 @@ def _file(data: bytes, name: str = "given.so") -> Path:
     return path
 
 
-def _headers_of(data: bytes) -> list[tuple[int, ...]]:
-    return list(elf.PROGRAM_HEADER.iter_unpack(data[: len(data) // 56 * 56]))
+def _headers_of(data: bytes) -> list[elf.ProgramHeader]:
+    return elf.ProgramHeader.parse_table(data[: len(data) // 56 * 56])
 
 
 # ------------------------------------------------------------------------------------- ELF files --
@@ -122,7 +122,7 @@ def elf_file(data: bytes) -> bool:
             elf.has_text_relocations(ask(lambda header=header: file.dynamic(header)) or [])
         ask(lambda: file.dynamic_strings(elf.DT_NEEDED))
         for one in headers[:64]:
-            aligned.is_aligned(elf.PROGRAM_HEADER.pack(*one), PMD)
+            aligned.is_aligned(one.pack(), PMD)
     finally:
         os.close(fd)
     return sound

@@ -19,7 +19,7 @@ if sys.platform != "linux":
     pytest.skip("page-primer's doctor examines Linux", allow_module_level=True)
 
 from page_primer import _lean as record
-from page_primer import doctor, plan
+from page_primer import doctor, plan, reasons
 from page_primer.align import files
 from page_primer.cli import tables
 from page_primer.doctor import alignment, checks, coverage, directories, facts, locking
@@ -759,7 +759,7 @@ def test_backing() -> None:
     assert old.fix == "boot Linux 6.1 or newer"
 
     assert coverage.judge_backing([failed], layout, Options(), (6, 18)).status == "problem"
-    nothing = replace(layout, memory=Coverage(0, 0.0, {plan.PROFILERS_HEAD: layout.code_bytes}))
+    nothing = replace(layout, memory=Coverage(0, 0.0, {reasons.PROFILERS_HEAD: layout.code_bytes}))
     found = coverage.judge_backing([memfd], nothing, Options(), (6, 18))
     assert (found.status, found.fix) == ("problem", "PAGE_PRIMER_KEEP_PROFILERS=0")
 

@@ -13,6 +13,8 @@ from harness.cgroup import Cgroup
 from harness.gunicorn_server import Gunicorn
 from harness.process import Process
 
+from page_primer import reasons
+
 MIB = 1 << 20
 PMD = outside.PMD
 THP = Path("/sys/kernel/mm/transparent_hugepage")
@@ -358,8 +360,8 @@ def test_ours_taken_off_by_the_one_before(every_python, wrapper):
 def test_a_small_cgroup_is_left_alone(python):
     with Cgroup(128 * MIB) as cgroup, Process(python, wrapper=cgroup.wrapper) as process:
         report = process.prime(heap="all", **ONLY_HEAP)["heap"]
-        assert "limit of 128 MiB" in report["reason"]
-        assert cgroup.path in report["reason"]
+        assert report["reason"] == reasons.SMALL_LIMIT
+        assert f"128 MiB ({cgroup.path}" in report["detail"]
         assert (report["least_memory"], report["regions"]) == (256 * MIB, 0)
         process.run(FILL + "kept = fill(5)")
         assert regions(process) == []

@@ -169,13 +169,14 @@ def test_an_object_without_writable_data(python, images, tmp_path):
     library = build_library(tmp_path, "libbig.so")
     source = f"""
         import ctypes, page_primer, page_primer.apply.process, page_primer.survey as survey
+        from page_primer import reasons
         lib = ctypes.CDLL({str(library)!r})
         take = survey.take
         def without_data(*read):  # a survey that cannot tell by the writable segment's file
             found = take(*read)
             objects = tuple(
                 survey.replace(o, problem=None)
-                if o.path == {str(library)!r} and o.problem == survey.REMAPPED else o
+                if o.path == {str(library)!r} and o.problem == reasons.REMAPPED else o
                 for o in found.objects)
             return survey.replace(found, objects=objects)
         survey.take = without_data

@@ -160,7 +160,7 @@ def test_a_small_cgroup_is_never_killed_by_priming(python, images, limit, backin
         answer = json.loads(done.stdout)
         report, said = answer["report"], answer["said"]
         if report["reason"]:
-            assert f"too little memory, {report['reason'].partition(', ')[2]}" in said
+            assert f"too little memory: {report['detail']}" in said
             assert limit < 24
             return
         bound = report["memory"]

@@ -157,20 +157,21 @@ def test_other_platforms_get_a_report(platform):
     source = (
         "import sys; sys.platform = %r\n"
         "import page_primer\n"
-        "for report in page_primer.prime(), page_primer.restore(): print(report.reason)\n"
+        "for report in page_primer.prime(), page_primer.restore(): print(report.summary())\n"
         % platform
     )
     done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
-    assert done.stdout.splitlines() == [f"not supported on {platform}"] * 2, done.stderr
+    said = f"nothing done: not supported here: {platform}"
+    assert done.stdout.splitlines() == [said] * 2, done.stderr
 
 
 def test_without_the_core_the_report_says_so():
     source = (
         "import sys; sys.modules['page_primer._core'] = None\n"
-        "import page_primer; print(page_primer.prime().reason)"
+        "import page_primer; print(page_primer.prime().summary())"
     )
     done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
-    assert done.stdout.startswith("not available here: "), done.stderr
+    assert done.stdout.startswith("nothing done: not available here: "), done.stderr
 
 
 # ------------------------------------------------------------------------- each described once

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from page_primer import budget, mlock_plan, plan
+from page_primer import budget, mlock_plan, plan, reasons
 from page_primer.elf import file as elf
 from page_primer.elf.file import PF_R, PF_W, PF_X
 from page_primer.elf.objects import Object, Range, Segment, Source, segments_of
@@ -121,7 +121,7 @@ def test_shared_interpreter_at_a_random_address_keeps_its_edges_on_small_pages()
         (base + 0x379000, base + 0x4CD000, "r"),
     ]
     left = {(part.kind, part.reason) for part in planned.remainders}
-    assert ("code", plan.NO_CHUNK) in left
+    assert ("code", reasons.NO_CHUNK) in left
 
 
 def test_pie_main_program_keeps_the_huge_page_of_its_first_code():
@@ -129,7 +129,7 @@ def test_pie_main_program_keeps_the_huge_page_of_its_first_code():
     pie = libpython(base, main=True, path="/opt/python3.12")
     (move,) = make(pie).moves
     assert move.image[0].start == base + PMD
-    kept = [part for part in make(pie).remainders if part.reason == plan.PROFILERS_HEAD]
+    kept = [part for part in make(pie).remainders if part.reason == reasons.PROFILERS_HEAD]
     assert sum(part.end - part.start for part in kept) == PMD
     (move,) = make(pie, keep_profilers=False).moves
     assert move.image[0].start == base
@@ -158,7 +158,7 @@ def test_what_is_huge_already_is_not_moved():
     assert ranges(move.in_place) == [(aligned.start, aligned.start + 0x4CD000, "x")]
     # What a huge page cannot cover is told all the same.
     left = {(part.kind, part.reason) for part in planned.remainders}
-    assert left == {("code", plan.NO_CHUNK), ("data", plan.WRITABLE)}
+    assert left == {("code", reasons.NO_CHUNK), ("data", reasons.WRITABLE)}
 
 
 def test_an_aligned_file_on_small_pages_is_tried_in_place_first():
@@ -188,7 +188,7 @@ def test_a_load_address_that_is_not_congruent_has_nothing_in_place():
     assert not move.aligned
     planned = make(aligned, mappings=mappings, backing="in_place")
     assert planned.moves == ()
-    assert {p.reason for p in planned.remainders if p.kind == "code"} == {plan.NOT_CONGRUENT}
+    assert {p.reason for p in planned.remainders if p.kind == "code"} == {reasons.NOT_CONGRUENT}
 
 
 def test_separate_segments_are_congruent_in_part():
@@ -257,9 +257,9 @@ def test_a_gap_in_memory_ends_the_span():
     )
     (move,) = make(gap).moves
     assert ranges(move.image) == [(base + 2 * MIB, base + 5 * MIB, "x")]
-    reasons = {(part.start, part.reason) for part in make(gap).remainders}
-    assert (base + 8 * MIB, plan.NO_CODE) in reasons
-    assert (base, plan.NO_CODE) in reasons
+    left = {(part.start, part.reason) for part in make(gap).remainders}
+    assert (base + 8 * MIB, reasons.NO_CODE) in left
+    assert (base, reasons.NO_CODE) in left
 
 
 def test_patched_elf_with_leading_and_trailing_segments():
@@ -285,24 +285,24 @@ def test_writable_code_is_never_moved():
 @pytest.mark.parametrize(
     ("made", "reason"),
     [
-        (lambda: make(debian_python(), remap=False), plan.REMAP_OFF),
-        (lambda: make(debian_python(), exclude=("python3*",)), plan.EXCLUDED),
-        (lambda: make(debian_python(), exclude=("/usr/bin/*",)), plan.EXCLUDED),
-        (lambda: make(debian_python(), include=("lib*",)), plan.EXCLUDED),
-        (lambda: make(debian_python(), pmd=0), plan.NO_HUGE_PAGES),
-        (lambda: make(debian_python(), thp_disabled=True), plan.THP_DISABLED),
+        (lambda: make(debian_python(), remap=False), reasons.REMAP_OFF),
+        (lambda: make(debian_python(), exclude=("python3*",)), reasons.EXCLUDED),
+        (lambda: make(debian_python(), exclude=("/usr/bin/*",)), reasons.EXCLUDED),
+        (lambda: make(debian_python(), include=("lib*",)), reasons.EXCLUDED),
+        (lambda: make(debian_python(), pmd=0), reasons.NO_HUGE_PAGES),
+        (lambda: make(debian_python(), thp_disabled=True), reasons.THP_DISABLED),
         (lambda: make(debian_python(problem="sealed")), "sealed"),
-        (lambda: make(obj(segment(PMD, 9 * MIB, PF_R))), plan.NO_CODE),
-        (lambda: make(obj(segment(PMD, MIB, PF_R | PF_X))), plan.NO_CHUNK),
-        (lambda: make(libpython(PMD, interpreter=False), limit=MIB), plan.OVER_LIMIT),
-        (lambda: make(libpython(PMD), pmd=512 * MIB), plan.NO_CHUNK),
+        (lambda: make(obj(segment(PMD, 9 * MIB, PF_R))), reasons.NO_CODE),
+        (lambda: make(obj(segment(PMD, MIB, PF_R | PF_X))), reasons.NO_CHUNK),
+        (lambda: make(libpython(PMD, interpreter=False), limit=MIB), reasons.OVER_LIMIT),
+        (lambda: make(libpython(PMD), pmd=512 * MIB), reasons.NO_CHUNK),
     ],
 )
 def test_reasons(made, reason):
     planned = made()
     assert planned.moves == ()
     assert {part.reason for part in planned.remainders if part.kind != "data"} == {reason}
-    assert {part.reason for part in planned.remainders if part.kind == "data"} <= {plan.WRITABLE}
+    assert {part.reason for part in planned.remainders if part.kind == "data"} <= {reasons.WRITABLE}
 
 
 def test_disabled_thp_does_not_concern_hugetlb():
@@ -373,7 +373,7 @@ def test_memory_goes_to_the_hottest_first():
     assert moved(4 * python) == paths[:1]
     left = make(*objects, available=4 * python).remainders
     assert {(p.kind, p.reason) for p in left if p.object.path == "/lib/4.so"} == {
-        ("code", plan.OVER_MEMORY), ("data", plan.WRITABLE),
+        ("code", reasons.OVER_MEMORY), ("data", reasons.WRITABLE),
     }  # fmt: skip
     # What is held is available no longer, and counts: nothing is added by asking again.
     objects[-1] = debian_python(problem="already remapped")

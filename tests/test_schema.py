@@ -45,8 +45,8 @@ def test_unprimed(validator, python):
     ("before", "environ", "reason"),
     [
         ("", {"PAGE_PRIMER": "0", "PAGE_PRIMER_LIMT": "1"}, "switched off"),
-        ("sys.platform = 'darwin'", {}, "not supported on darwin"),
-        ("sys.modules['page_primer._core'] = None", {}, "not available here: "),
+        ("sys.platform = 'darwin'", {}, "not supported here"),
+        ("sys.modules['page_primer._core'] = None", {}, "not available here"),
     ],
 )
 def test_refused(validator, before, environ, reason):
@@ -58,7 +58,7 @@ def test_refused(validator, before, environ, reason):
         [sys.executable, "-c", program], env=environ, capture_output=True, text=True, check=True
     )
     report = json.loads(done.stdout)
-    assert report["reason"].startswith(reason)
+    assert report["reason"] == reason
     assert report["unknown_variables"] == [name for name in environ if "LIMT" in name]
     validator.validate(report)
 
@@ -77,7 +77,9 @@ def test_what_is_no_report_is_refused(validator, python):
     for path, value in (
         (("pid",), "1"),
         (("objects", 0, "code_bytes"), None),
-        (("objects", 0, "segments", 0, "left"), {"why": "many"}),
+        (("objects", 0, "segments", 0, "left"), {"excluded": "many"}),
+        (("objects", 0, "segments", 0, "left"), {"why": 1}),
+        (("reason",), "why"),
         (("memory",), []),
         (("surplus",), 1),
         (("objects", 0, "surplus"), 1),

@@ -109,7 +109,7 @@ class Observer:
         self._check_content(told)
         report = told["report"]
         if report["reason"] is not None:
-            self.problems.append(f"{step}: {report['reason']}")
+            self.problems.append(f"{step}: {report['reason']}: {report['detail']}")
             return
         core = next(obj for obj in report["objects"] if obj["interpreter"])
         if core["code_huge_bytes"] != huge:

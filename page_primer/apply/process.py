@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import time
 
-from page_primer import _core, budget, mlock_plan, plan, survey
+from page_primer import _core, budget, mlock_plan, plan, reasons, survey
 from page_primer._lean import is_ours, replace, suppress
 from page_primer.apply.mlocks import Mlocks
 from page_primer.apply.registry import Registry
-from page_primer.apply.swap import NO_BACKING, Key, NotMoved, carry_out, key_of
+from page_primer.apply.swap import Key, NotMoved, carry_out, key_of
 from page_primer.backing import image as image_backing
 from page_primer.backing import in_place
 from page_primer.backing.pieces import Place, reason_of
@@ -172,7 +172,7 @@ class Process:
             return [move for move in moves if move.image]
         failed = self._try_in_place([m for m in moves if m.aligned or only], partly=only)
         for move in failed:
-            self.registry.leave(move.object, move.object.problem or NO_BACKING, move.notes)
+            self.registry.leave(move.object, move.object.problem or reasons.NO_BACKING, move.notes)
         if only:
             return []
         again = {key_of(move.object): move for move in failed}
@@ -202,7 +202,7 @@ class Process:
         try:
             carry_out(move, registry.pmd, options, places, registry.primed, verified=verified)
         except NotMoved as why:
-            registry.leave(move.object, str(why), why.notes)
+            registry.leave(move.object, why.reason, why.notes)
             return False
         except Exception as error:  # whatever it is, it concerns this object alone
             if not is_ours(error):
@@ -211,9 +211,8 @@ class Process:
                 with suppress(OSError):
                     self._put_back(key)
             text = f"{type(error).__name__}: {error}"
-            registry.leave(
-                move.object, reason_of(error) if isinstance(error, OSError) else text, ()
-            )
+            note = reason_of(error) if isinstance(error, OSError) else text
+            registry.leave(move.object, reasons.UNEXPECTED, (note,))
             return False
         registry.enter_moved(key)
         return True
@@ -245,8 +244,8 @@ class Process:
             with suppress(OSError):
                 primed = self.registry.primed[key]
                 self._put_back(key)
-                reason = f"no huge pages after the swap ({primed.prepared.where})"
-                self.registry.leave(primed.object, reason, primed.notes)
+                notes = *primed.notes, f"{primed.prepared.where}: small pages after the swap"
+                self.registry.leave(primed.object, reasons.SMALL_AFTER_SWAP, notes)
                 del moved[key]
         return bool(small)
 

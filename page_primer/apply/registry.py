@@ -5,7 +5,7 @@ An object is entered before it is moved, so that whatever interrupts the move ca
 
 from __future__ import annotations
 
-from page_primer import _core, plan
+from page_primer import _core, plan, reasons
 from page_primer._lean import Record, replace, suppress
 from page_primer.align.aligned import all_listed, is_aligned
 from page_primer.apply.swap import Key, Primed, key_of, put_back
@@ -14,8 +14,9 @@ from page_primer.backing.pieces import reason_of
 from page_primer.elf.objects import Object, Range, Region
 from page_primer.kernel.smaps import Mapping, overlapping
 from page_primer.plan import Move, Plan, Remainder
+from page_primer.reasons import Reason
 from page_primer.report import ObjectReport
-from page_primer.survey import REMAPPED, Survey
+from page_primer.survey import Survey
 from page_primer.verify import measure
 
 TYPE_CHECKING = False
@@ -116,11 +117,11 @@ class Registry:
         primed = self.primed[key]
         self._remainders[key] = plan.explain(primed.object, primed.regions, self.pmd)
 
-    def leave(self, obj: Object, reason: str, notes: tuple[str, ...]) -> None:
+    def leave(self, obj: Object, reason: Reason, notes: tuple[str, ...]) -> None:
         """Enter why an object stays where it is."""
         self._notes[key_of(obj)] = notes
         self._remainders[key_of(obj)] = [
-            Remainder(obj, s.start, s.end, s.kind, plan.WRITABLE if s.writable else reason)
+            Remainder(obj, s.start, s.end, s.kind, reasons.WRITABLE if s.writable else reason)
             for s in obj.segments
         ]
 
@@ -145,14 +146,14 @@ class Registry:
             if key not in loaded or here is None:
                 self.forget(key)
             elif key not in self._mapped:  # just moved, or interrupted: then moved or not
-                if key in moved or loaded[key].problem == REMAPPED:
+                if key in moved or loaded[key].problem == reasons.REMAPPED:
                     self._mapped[key] = here.device, here.inode
                 else:
                     self.forget(key)
             elif self._mapped[key] != (here.device, here.inode):
                 self.forget(key)
         objects = tuple(
-            replace(self.primed[key_of(obj)].object, problem=REMAPPED)
+            replace(self.primed[key_of(obj)].object, problem=reasons.REMAPPED)
             if key_of(obj) in self.primed
             else obj
             for obj in found.objects

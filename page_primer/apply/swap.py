@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 
-from page_primer import _core, backing, survey
+from page_primer import _core, backing, reasons
 from page_primer._lean import Record, suppress
 from page_primer.backing import memory as memory_backing
 from page_primer.backing.pieces import PROT_BTI, Attempt, Place, Prepared, Refused, reason_of
@@ -16,13 +16,11 @@ from page_primer.kernel.address_space import map_new
 from page_primer.kernel.thp import fault_in, page_size
 from page_primer.options import Options
 from page_primer.plan import Move
+from page_primer.reasons import Reason
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-
-MODIFIED = "modified in memory"
-NO_BACKING = "no backing gave huge pages"
 
 Key = tuple[int, bytes]  # base and program headers: one loaded object
 
@@ -46,10 +44,11 @@ class Primed(Record):
 
 
 class NotMoved(Exception):
-    """An object stays where it is; the message is the reason, `notes` tell the attempts."""
+    """An object stays where it is; `notes` tell the attempts."""
 
-    def __init__(self, reason: str, notes: Iterable[str]) -> None:
+    def __init__(self, reason: Reason, notes: Iterable[str]) -> None:
         super().__init__(reason)
+        self.reason = reason
         self.notes = tuple(notes)
 
 
@@ -116,18 +115,21 @@ def _carry_out(
             step = getattr(error, "step", "")
             wrong = step == "compare" and _is_wrong(prepared, move.object, error)
             if step == "undo":  # it stays in the registry, to be put back another time
-                raise NotMoved(f"swap failed at {reason_of(error)}", notes) from error
+                notes.append(f"swap: {reason_of(error)}")
+                raise NotMoved(reasons.SWAP_FAILED, notes) from error
             del registry[key]
             # Pieces are replaced in order: those before the one that failed have been moved.
             failed_at = error.start if isinstance(error, _core.Error) else 0
             prepared.discard(moved_below=failed_at if step == "replace" else 0)
             if step == "compare":
                 if fresh or not wrong:
-                    raise NotMoved(MODIFIED, notes) from error
+                    raise NotMoved(reasons.MODIFIED, notes) from error
                 notes.append(f"{prepared.where}: wrong content, written again")
                 continue
-            reason = reason_of(error)
-            raise NotMoved(f"swap failed at {reason}" if step else reason, notes) from error
+            if error.strerror == reasons.FILE_GONE:
+                raise NotMoved(reasons.FILE_GONE, notes) from error
+            notes.append(f"swap: {reason_of(error)}")
+            raise NotMoved(reasons.SWAP_FAILED, notes) from error
         fault_in(regions)
         prepared.unmap(moved_below=regions[-1].end)
         if prepared.image is not None:
@@ -162,7 +164,7 @@ def _choose(attempts: Iterable[Attempt], notes: list[str], verified: bool) -> Pr
             if huge == best.wanted:
                 break
     if best is None:
-        raise NotMoved(NO_BACKING, notes)
+        raise NotMoved(reasons.NO_BACKING, notes)
     return best
 
 
@@ -190,7 +192,7 @@ def _require_same_file(obj: Object, fd: int) -> None:
     status, source = os.fstat(fd), obj.source
     now = (status.st_dev, status.st_ino, status.st_size)
     if source is None or now != (source.device, source.inode, source.size):
-        raise OSError(errno.ESTALE, survey.FILE_GONE)
+        raise OSError(errno.ESTALE, reasons.FILE_GONE)
 
 
 def _original_mappings(obj: Object, regions: Iterable[Region]) -> list[tuple[int, int, int, int]]:

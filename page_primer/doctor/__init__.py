@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from page_primer import _unsupported
+from page_primer import _unsupported, reasons
 from page_primer.doctor.findings import PROBLEM, Check
 from page_primer.doctor.render import as_dict, render
 from page_primer.options import Options
+from page_primer.reasons import Refusal
 
 try:
     from page_primer import plan, survey
@@ -36,9 +37,9 @@ def examine(options: Options) -> tuple[Check, ...]:
     Nothing outside scratch mappings and short-lived files is changed. What the environment refuses
     is a check that says so, never an exception.
     """
-    reason = _unsupported() or (_missing and f"not available here: {_missing}")
-    if reason:
-        return (Check("platform", PROBLEM, reason),)
+    refused = _unsupported() or (_missing and Refusal(reasons.NOT_AVAILABLE, str(_missing)))
+    if refused:
+        return (Check("platform", PROBLEM, str(refused)),)
     # What one check cannot find out is no reason to go without the others.
     found = Examination(options)
     checks: list[Check] = []

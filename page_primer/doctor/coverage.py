@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from page_primer import plan, survey
+from page_primer import plan, reasons
 from page_primer.backing import image as image_backing
 from page_primer.doctor.alignment import IN_PLACE_EVERYWHERE
 from page_primer.doctor.directories import image_fix
 from page_primer.doctor.findings import INFO, OK, PROBLEM, WARNING, Check
 from page_primer.doctor.probes import Trial
+from page_primer.doctor.remedies import REMEDIES
 from page_primer.elf.file import PF_R
 from page_primer.elf.objects import Object, Region
 from page_primer.images import store
@@ -22,6 +23,7 @@ from page_primer.kernel import mounts
 from page_primer.kernel.mounts import mount_of
 from page_primer.options import IN_PLACE, Options
 from page_primer.plan import Move, Plan
+from page_primer.reasons import Reason
 from page_primer.report import mib, percent
 from page_primer.survey import Survey
 
@@ -43,7 +45,7 @@ class Coverage:
 
     huge_bytes: int
     share: float
-    left: dict[str, int]  # reason -> bytes of code left on small pages
+    left: dict[Reason, int]  # bytes of code left on small pages
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Interpreter:
     in_place: Coverage  # by the file's own pages, where the loader mapped them
     aligned: bool  # in place as much as with a copy
     already: bool  # and these pages are huge now
-    problem: str | None  # why it cannot be moved at all
+    problem: Reason | None  # why it cannot be moved at all
 
     def as_dict(self) -> dict[str, Any]:
         """The layout as plain data, ready for json.dumps()."""
@@ -98,7 +100,7 @@ def describe(found: Survey, planned: Plan, anchors: bool = False) -> Interpreter
     }
     nothing = Coverage(0, 0.0, dict.fromkeys(left, obj.code_bytes))
     if move:
-        nothing = Coverage(0, 0.0, {obj.problem or plan.NOT_CONGRUENT: obj.code_bytes})
+        nothing = Coverage(0, 0.0, {obj.problem or reasons.NOT_CONGRUENT: obj.code_bytes})
     replaceable = move is not None and bool(move.image)
     code = next(segment for segment in obj.segments if segment.code)
     span = next((span for span in obj.spans() if code in span), (code,))
@@ -138,9 +140,9 @@ def _kind(obj: Object) -> str:
 def coverage(obj: Object, regions: Sequence[Region], pmd: int) -> Coverage:
     """How much of an object's code is on huge pages once `regions` have moved, and what keeps the
     rest; the two add up to its code."""
-    left: dict[str, int] = {}
+    left: dict[Reason, int] = {}
     if not regions:
-        left = {plan.PROFILERS_HEAD: obj.code_bytes}  # a move has no memory only for that reason
+        left = {reasons.PROFILERS_HEAD: obj.code_bytes}  # a move has no memory only for that reason
     else:
         code = [part for s in obj.segments if s.code for part in s.measured]
         for part in plan.explain(obj, regions, pmd):
@@ -164,12 +166,12 @@ def judge_interpreter(found: Interpreter, options: Options) -> Check:
         share = percent(found.in_place.huge_bytes, found.code_bytes)
         text += f"; {share} of it is on huge pages of its own file already"
         return Check("interpreter", OK, text)
-    if found.problem == survey.REMAPPED:
+    if found.problem == reasons.REMAPPED:
         return Check("interpreter", INFO, f"{text}, which has been moved already")
     if found.problem:
-        fix = "restart this process" if found.problem == survey.FILE_GONE else None
-        return Check("interpreter", PROBLEM, f"{text}, which cannot be moved: {found.problem}", fix)
-    if not options.remap or set(best.left) == {plan.EXCLUDED}:
+        text += f", which cannot be moved: {found.problem}"
+        return Check("interpreter", PROBLEM, text, REMEDIES.get(found.problem))
+    if not options.remap or set(best.left) == {reasons.EXCLUDED}:
         return Check("interpreter", INFO, f"{text}, left alone: {', '.join(best.left)}")
     if found.aligned:
         text += "; its own pages can be huge, without a copy"
@@ -187,7 +189,7 @@ def judge_interpreter(found: Interpreter, options: Options) -> Check:
         text += f" ({', '.join(left)})"
     if best.share >= _PLENTY:
         return Check("interpreter", OK, text)
-    if found.phase and plan.NO_CHUNK in best.left:
+    if found.phase and reasons.NO_CHUNK in best.left:
         text += f"; its load address is not {mib(found.pmd_size)} aligned, which costs coverage"
     fix = _coverage_fix(found, best, options)
     # Short of full is the nature of a small interpreter, unless something can be done about it.
@@ -201,15 +203,14 @@ def _judge_in_place(text: str, found: Interpreter) -> Check:
     text += f"; in place {percent(huge, found.code_bytes)} of it can be on huge pages"
     if huge:
         return Check("interpreter", OK, text)
-    return Check("interpreter", PROBLEM, f"{text}: {plan.NOT_CONGRUENT}", "page-primer align")
+    why = reasons.NOT_CONGRUENT
+    return Check("interpreter", PROBLEM, f"{text}: {why}", REMEDIES[why])
 
 
 def _coverage_fix(found: Interpreter, best: Coverage, options: Options) -> str | None:
-    if plan.NO_CHUNK in best.left and not options.merge:
+    if reasons.NO_CHUNK in best.left and not options.merge:
         return "PAGE_PRIMER_MERGE=1"
-    if plan.PROFILERS_HEAD in best.left:
-        return "PAGE_PRIMER_KEEP_PROFILERS=0"
-    return None
+    return REMEDIES[reasons.PROFILERS_HEAD] if reasons.PROFILERS_HEAD in best.left else None
 
 
 def judge_backing(
@@ -222,7 +223,7 @@ def judge_backing(
         share = percent(found.in_place.huge_bytes, found.code_bytes)
         text = f"already: {share} of the interpreter's code is on huge pages, nothing is copied"
         return Check("backing", OK, text)
-    if found.problem or set(found.image.left) == {plan.EXCLUDED}:
+    if found.problem or set(found.image.left) == {reasons.EXCLUDED}:
         return Check("backing", INFO, "none: the interpreter is left alone")
     if options.backing == IN_PLACE:
         return _judge_backing_in_place(found, kernel)
@@ -243,7 +244,7 @@ def judge_backing(
             return Check("backing", OK, text)
         text += "; profilers lose the symbols of what is moved, which an image keeps"
         return Check("backing", WARNING, text, image_fix(kernel))
-    fix = "PAGE_PRIMER_KEEP_PROFILERS=0" if plan.PROFILERS_HEAD in found.memory.left else None
+    fix = next((REMEDIES[why] for why in found.memory.left if why in REMEDIES), None)
     names = ", ".join(trial.backing for trial in works)
     why = ", ".join(found.memory.left)
     return Check("backing", PROBLEM, f"{names} works, but there is nothing to move: {why}", fix)
@@ -252,8 +253,9 @@ def judge_backing(
 def _judge_backing_in_place(found: Interpreter, kernel: tuple[int, int]) -> Check:
     """Not tried: that would change the pages of this process's own code."""
     if not found.in_place.huge_bytes:
-        text = f"in_place works for no code of the interpreter: {plan.NOT_CONGRUENT}"
-        return Check("backing", PROBLEM, text, "page-primer align")
+        why = reasons.NOT_CONGRUENT
+        text = f"in_place works for no code of the interpreter: {why}"
+        return Check("backing", PROBLEM, text, REMEDIES[why])
     share = percent(found.in_place.huge_bytes, found.code_bytes)
     text = f"in_place, with up to {share} of the interpreter's code on huge pages"
     if kernel >= IN_PLACE_EVERYWHERE or (found.filesystem == "tmpfs" and kernel >= (6, 1)):

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 from page_primer._lean import Record, replace
 from page_primer.elf.file import PF_R, PF_W, PF_X, PT_LOAD, PT_NULL, ProgramHeader
+from page_primer.reasons import Reason
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ class Object(Record):
     main: bool = False
     interpreter: bool = False
     source: Source | None = None
-    problem: str | None = None
+    problem: Reason | None = None
     bti: bool = False  # arm64: code is mapped PROT_BTI
     resident_code: int = 0  # bytes
 

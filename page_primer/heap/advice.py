@@ -17,9 +17,9 @@ def advice(options: Options, huge: int) -> tuple[str, str, str | None]:
         huge: the size of a huge page, bytes; 0 without THP.
     """
     asked = replace(options, heap=options.heap or "auto")
-    reason = refusal(asked, huge, list(memory.bounds()))
-    if reason is not None:
-        return ("warning" if options.heap else "info", f"left alone: {reason}", None)
+    refused = refusal(asked, huge, list(memory.bounds()))
+    if refused is not None:
+        return ("warning" if options.heap else "info", f"left alone: {refused}", None)
     parts = [arenas.unavailable(huge) or "pymalloc's arenas can be on huge pages"]
     other = malloc.other_allocator()
     if other is not None:

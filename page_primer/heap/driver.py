@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 import time
 
-from page_primer import _core
+from page_primer import _core, reasons
 from page_primer.heap import arenas, chunks, malloc
 from page_primer.kernel import memory, smaps
 from page_primer.kernel.anonymous import is_anonymous, use_of
 from page_primer.kernel.smaps import overlapping
 from page_primer.outcome import HeapReport
+from page_primer.reasons import Refusal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -68,12 +69,12 @@ class Heap:
             return None
         began = time.perf_counter()
         found = list(memory.bounds())
-        reason = refusal(options, huge, found)
+        refused = refusal(options, huge, found)
         least = options.heap_min_memory
-        if reason is not None:
+        if refused is not None:
             _core.arenas_retire()
             self._done()
-            return HeapReport(str(options.heap), reason, least_memory=least)
+            return HeapReport(str(options.heap), refused.reason, refused.detail, least_memory=least)
         before = smaps.read_smaps()
         self._search(before)
         notes = [note for note in (arenas.install(huge), self._malloc_note(options)) if note]
@@ -160,24 +161,22 @@ def _regions() -> list[tuple[int, int]]:
     return [(base, base + size) for base in bases]
 
 
-def refusal(options: Options, huge: int, bounds: Sequence[Memory]) -> str | None:
+def refusal(options: Options, huge: int, bounds: Sequence[Memory]) -> Refusal | None:
     """Why the heap is to be left alone here, or None."""
     if not huge:
-        return "no huge pages on this kernel"
+        return Refusal(reasons.NO_HUGE_PAGES)
     if enabled(huge) == "never":
-        return f"transparent huge pages are off ({_THP}/enabled: never)"
+        return Refusal(reasons.THP_OFF, f"{_THP}/enabled is never")
     if _core.thp_disabled():
-        return "huge pages are disabled for this process (PR_SET_THP_DISABLE)"
+        return Refusal(reasons.THP_DISABLED)
     for bound in bounds:
         if bound.limit < options.heap_min_memory:
-            return (
-                f"a memory limit of {bound.limit >> 20} MiB ({bound.where}) is below "
-                f"PAGE_PRIMER_HEAP_MIN_MEMORY ({options.heap_min_memory >> 20} MiB)"
-            )
+            limit, least = bound.limit >> 20, options.heap_min_memory >> 20
+            return Refusal(reasons.SMALL_LIMIT, f"{limit} MiB ({bound.where}) of {least} MiB")
         if bound.available * options.memory_share < 4 * huge:
-            return (
-                f"too little memory, {bound.available >> 20} MiB available of "
-                f"{bound.limit >> 20} MiB ({bound.where})"
+            return Refusal(
+                reasons.TOO_LITTLE_MEMORY,
+                f"{bound.available >> 20} MiB available of {bound.limit >> 20} MiB ({bound.where})",
             )
     return None
 

@@ -7,6 +7,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import page_primer
+from page_primer import reasons
 from page_primer.options import Options
 from page_primer.report import Report
 
@@ -22,7 +23,7 @@ def prime_and_log(logger: Logger | logging.Logger, options: Options | None = Non
     try:
         report = page_primer.prime(options)
     except (TypeError, ValueError) as error:
-        report = Report(os.getpid(), f"{error}")
+        report = Report(os.getpid(), reasons.INVALID_OPTION, detail=str(error))
     announce(report, logger)
     return report
 
