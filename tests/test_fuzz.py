@@ -11,7 +11,7 @@ import sys
 import fuzz_loop
 import fuzz_targets
 import pytest
-from process import Process
+from harness.process import Process
 
 from page_primer import plan, survey
 from page_primer.align import layout, original, rewrite, verify
