@@ -53,7 +53,8 @@ def try_lock(size: int) -> str | None:
         return os.strerror(error.errno) if error.errno else str(error)
     finally:
         if address:
-            _core.unmap(address, size)
+            with suppress(OSError):
+                _core.unmap(address, size)
     return None
 
 
