@@ -1,13 +1,16 @@
 """What `page-primer run` costs a start, beside the start itself.
 
-    python benchmarks/start_cost.py [PYTHON ...] [--rounds N] [--directory DIR] [--json]
+    python benchmarks/start_cost.py [PYTHON ...] [--rounds N] [--directory DIR] [--list FILE]
+                                    [--json]
 
 Whole-process times, from fork to exit, of `PYTHON -c pass`: plain, under `page-primer run`, and as
 a process under it starts another one (it inherits the environment, and is primed too). The image is
-there. Every round runs all of them in turns, so that what slows the machine for a while slows all
-sides. Printed are medians over the rounds; differences and ratios are taken within each round. On a
-machine that does other work, look at the processor time (user and system, of the process and its
-children): it does not count the time for which a start waited for a processor.
+there; with --list, PYTHON is an aligned one of which nothing need be copied, and `page-primer run`
+goes through page-primer-warm. Every round runs all of them in turns, so that what slows the machine
+for a while slows all sides. Printed are medians over the rounds; differences and ratios are taken
+within each round. On a machine that does other work, look at the processor time (user and system,
+of the process and its children): it does not count the time for which a start waited for a
+processor.
 """
 
 from __future__ import annotations
@@ -35,12 +38,17 @@ LAUNCHER = str(Path(sys.executable).with_name("page-primer"))
 RUN = [LAUNCHER, "run", "--"]
 
 
-def environment(work: str) -> dict[str, str]:
+def environment(work: str, aligned: str) -> dict[str, str]:
     """As an installation is run: bytecode is there after the first round, which is not counted."""
     plain = {k: v for k, v in os.environ.items() if not k.startswith("PAGE_PRIMER")}
     plain.pop("PYTHONDONTWRITEBYTECODE", None)
     prefix = f"{work}/bytecode"
-    return {**plain, "PYTHONPYCACHEPREFIX": prefix, "PAGE_PRIMER_IMAGE_DIR": f"{work}/store"}
+    return {
+        **plain,
+        "PYTHONPYCACHEPREFIX": prefix,
+        "PAGE_PRIMER_IMAGE_DIR": f"{work}/store",
+        "PAGE_PRIMER_ALIGNED": aligned,
+    }
 
 
 def timed(command: list[str], env: dict[str, str]) -> tuple[float, float]:
@@ -52,16 +60,18 @@ def timed(command: list[str], env: dict[str, str]) -> tuple[float, float]:
     return (ended - began) * 1000, used * 1000
 
 
-def measure(python: str, rounds: int, work: str) -> dict[str, list[tuple[float, float]]]:
+def measure(
+    python: str, rounds: int, work: str, aligned: str
+) -> dict[str, list[tuple[float, float]]]:
     """The times of each way to start an interpreter, wall and processor, one a round."""
-    env = environment(work)
+    env = environment(work, aligned)
     program = [python, "-c", "pass"]
     ask = "import json, os; print(json.dumps([dict(os.environ), open('/proc/self/maps').read()]))"
     shown = subprocess.run(
         [*RUN, python, "-c", ask], env=env, check=True, stdout=subprocess.PIPE, text=True
     ).stdout
     inherited, maps = json.loads(shown)
-    if f"{work}/store/" not in maps:
+    if f"{work}/store/" not in maps and aligned == os.devnull:
         sys.exit(f"start_cost: {python} has no image here: see `page-primer doctor`")
     ways = {
         "plain": (program, env),
@@ -133,6 +143,12 @@ def main() -> int:
     parser.add_argument("--directory", default="/var/tmp", metavar="DIR",
                         help="where images go, in a temporary directory of its own: choose a "
                         "file system that has huge pages (default: %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--list",
+        default=os.devnull,
+        metavar="FILE",
+        help="aligned files, for PAGE_PRIMER_ALIGNED: absolute paths, one a line",
+    )
     parser.add_argument("--json", action="store_true", help="print the summaries as JSON")
     options = parser.parse_args()
     if options.rounds < 1:
@@ -141,7 +157,7 @@ def main() -> int:
     work = tempfile.mkdtemp(prefix="start-cost-", dir=options.directory)
     try:
         for python in options.python:
-            summaries[python] = summarize(measure(python, options.rounds, work))
+            summaries[python] = summarize(measure(python, options.rounds, work, options.list))
     except (OSError, subprocess.CalledProcessError) as error:
         print(f"start_cost: {error}", file=sys.stderr)
         return 2
