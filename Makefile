@@ -8,7 +8,8 @@
 # make bench-pressure    what locking buys when memory is short (root)
 # make fuzz    what reads others' files and text, fuzzed (FUZZ="--seconds 600 align")
 # make tools-matrix   every tool on every interpreter and backing; writes docs/tools.md
-# make kernels Debian's Python under other kernels, in qemu
+# make kernels Debian's Python and an aligned libpython under other kernels, in qemu, x86-64 and
+#              (root) arm64; writes docs/kernels.md (KERNELS="6.12 7.3", ARM64=: a part of it)
 #
 # Each does all the set-up it needs, in .venv and (as root on Debian) with apt-get.
 
@@ -76,10 +77,13 @@ tools-matrix: $(VENV)/.dev
 	$(BIN)/python tools/matrix.py
 
 # Of Debian's own Python, whatever $(PYTHON) is; the runner is named by KERNEL_BOOT.
+ARM64 = 6.12 7.2 7.3
 kernels:
-	tools/system-packages qemu-system-x86_64:qemu-system-x86 zstd:zstd mkfs.xfs:xfsprogs
+	tools/system-packages qemu-system-x86_64:qemu-system-x86 zstd:zstd mkfs.xfs:xfsprogs $(PIE) \
+	    qemu-system-aarch64:qemu-system-arm aarch64-linux-gnu-gcc:gcc-aarch64-linux-gnu
 	$(MAKE) PYTHON=/usr/bin/python3 VENV=.venv-debian .venv-debian/.demo
-	tools/kernels --python .venv-debian/bin/python
+	tools/kernels --python .venv-debian/bin/python --write docs/kernels.md $(KERNELS)
+	$(if $(strip $(ARM64)),tools/arm64 --write docs/kernels.md $(ARM64))
 
 $(VENV)/.created:
 	tools/system-packages gcc:build-essential

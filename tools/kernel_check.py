@@ -1,6 +1,6 @@
 """Prime a process on the running kernel and check the outcome from outside.
 
-    python tools/kernel_check.py [--python PATH] [--case NAME] [--mdwe]
+    python tools/kernel_check.py [--python PATH] [--case NAME] [--mdwe] [--others]
 
 An observer, this program, starts a subject: an interpreter that primes, forks, restores and primes
 again, stopping after each step. At every stop the observer looks at /proc/PID of the subject; what
@@ -9,6 +9,9 @@ its `problems` is empty, and the exit status 0, when everything that must hold o
 no exception, the report tells what smaps shows, the code still reads as its file, a forked child
 has its huge pages and takes its locks anew, and restore() leaves nothing behind. How much should
 be huge here is for the caller to judge. Options come from the environment, PAGE_PRIMER_* as ever.
+
+With --others two more processes of that interpreter are looked at while the subject is primed: one
+that has nothing of page_primer in it, "plain", and one that primes itself, "second".
 """
 
 from __future__ import annotations
@@ -70,6 +73,13 @@ def _tell(step: str, milliseconds: float = 0.0, report: Any = None) -> None:
     os.read(0, 1)
 
 
+# The other processes: each tells that it is there, does its part, tells that, and waits.
+_OTHERS = {"plain": "pass", "second": "import page_primer; page_primer.prime()"}
+_OTHER = (
+    "import sys; print(flush=True); sys.stdin.readline(); {}; print(flush=True); sys.stdin.read()"
+)
+
+
 # ------------------------------------------------------------------------------ the observer ---
 
 
@@ -82,6 +92,8 @@ class Mapping:
     end: int
     path: str
     huge: int
+    rss: int
+    pss: int
     locked: bool
 
 
@@ -89,6 +101,7 @@ class Mapping:
 class Observer:
     """What is known of the subject, and what was found to be wrong."""
 
+    python: str = ""  # the interpreter's command, where other processes are to be looked at
     path: str = ""  # the interpreter's file
     code: list[tuple[int, int]] = field(default_factory=list)  # its executable segments
     content: list[bytes] = field(default_factory=list)  # the same, as the file has them
@@ -119,6 +132,8 @@ class Observer:
             self.problems.append(f"{step}: reports {reported} locked, smaps {flagged}")
         if step == "primed":
             self._remember(told, core, huge, locked)
+            if self.python:
+                self.result["others"] = {name: other(self.python, name) for name in _OTHERS}
         elif step == "restored":
             self._check_restored(mappings, huge, locked)
             self.problems += [f"{step}: {note}" for note in core["notes"]]
@@ -203,12 +218,42 @@ class Observer:
             code_bytes=sum(end - start for start, end in self.code),
             huge_bytes_before=self.huge,
             huge_bytes=huge,
+            copied_bytes=core["copied_bytes"],
             locked_bytes=locked,
             lock_refused_bytes=told["report"]["lock_refused_bytes"],
             left=left,
             notes=core["notes"],
             text=told["text"],
         )
+
+
+def other(python: str, name: str) -> dict[str, int]:
+    """What another process has of the interpreter's code: bytes on huge pages, and what of the
+    mappings that these are in is resident and is this process's share."""
+    with subprocess.Popen(
+        [python, "-c", _OTHER.format(_OTHERS[name])],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        assert process.stdin is not None
+        assert process.stdout is not None
+        observer = Observer()
+        process.stdout.readline()
+        observer._learn(smaps(process.pid))
+        process.stdin.write("\n")
+        process.stdin.flush()
+        process.stdout.readline()
+        mappings = smaps(process.pid)
+        huge = observer._huge(mappings)
+        held = [
+            m
+            for m in mappings
+            if m.huge and any(m.start < end and start < m.end for start, end in observer.code)
+        ]
+    return {
+        "huge_bytes": huge,
+        "resident_bytes": sum(m.rss for m in held),
+        "share_bytes": sum(m.pss for m in held),
+    }
 
 
 def smaps(pid: int) -> list[Mapping]:
@@ -226,7 +271,9 @@ def smaps(pid: int) -> list[Mapping]:
             if name in counted
         )  # fmt: skip
         path = line.split(maxsplit=5)[5] if len(line.split(maxsplit=5)) > 5 else ""
-        found.append(Mapping(line, start, end, path, huge, "lo" in counted["VmFlags"].split()))
+        rss, pss = (int(counted[name].split()[0]) << 10 for name in ("Rss", "Pss"))
+        locked = "lo" in counted["VmFlags"].split()
+        found.append(Mapping(line, start, end, path, huge, rss, pss, locked))
     return found
 
 
@@ -260,13 +307,14 @@ def main() -> int:
                         help="the interpreter to prime (default: %(default)s)")  # fmt: skip
     parser.add_argument("--case", default="", metavar="NAME", help="repeated in the result")
     parser.add_argument("--mdwe", action="store_true", help="set PR_SET_MDWE before priming")
+    parser.add_argument("--others", action="store_true", help="look at other processes as well")
     parser.add_argument("--subject", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.subject:
         subject(options.mdwe)
         return 0
     command = [options.python, __file__, "--subject", *(["--mdwe"] if options.mdwe else [])]
-    observer = Observer()
+    observer = Observer(python=options.python if options.others else "")
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

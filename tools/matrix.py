@@ -28,6 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
+import chapters  # noqa: E402
 from harness import debian_python, probes  # noqa: E402
 from harness.interpreters import INTERPRETERS, python_of  # noqa: E402
 from harness.probes import (  # noqa: E402
@@ -45,8 +46,6 @@ from harness.probes import (  # noqa: E402
 from harness.probes.commands import last_line, run, tool  # noqa: E402
 
 KEPT = ROOT / ".venv-tools"  # a Debian unstable, and memray for each interpreter: built once
-BEGIN, END = "<!-- made by make tools-matrix -->\n", "<!-- end -->\n"
-CHAPTER = "### "
 WAITING = 3600  # seconds, for debootstrap
 # What Debian unstable has of tools: its own interpreter's, and what runs in the worker.
 IN_CHROOT = ("sys.remote_exec", "pdb -p", "faulthandler", "a C++ *", "backtrace(3)")
@@ -211,18 +210,6 @@ def render(shape: str, table: Table, ways: list[Way]) -> Iterator[str]:
     yield "\n" + "".join(f"{number}. {note}\n" for note, number in notes.items())
 
 
-def enter(document: Path, title: str, text: str) -> None:
-    """Write a chapter into the document, as the last one, instead of the one of that title."""
-    before, _, rest = document.read_text().partition(BEGIN)
-    old, _, after = rest.partition(END)
-    first, *parts = old.split(CHAPTER)
-    chapters = dict(part.split("\n", 1) for part in parts)
-    chapters.pop(title, None)
-    chapters[title] = f"\n{text}\n"
-    body = "".join(f"{CHAPTER}{title}\n{text}" for title, text in chapters.items())
-    document.write_text(f"{before}{BEGIN}{first}{body}{END}{after}")
-
-
 def versions() -> str:
     """The versions of the tools, as they say themselves."""
     found = []
@@ -260,12 +247,12 @@ def main() -> int:
             done = pool.map(lambda shape: examine(shape, ways, Path(scratch), wanted), chosen)
             for shape, table in zip(chosen, done, strict=True):
                 text = "".join(render(shape.name, table, ways))
-                enter(Path(options.output), shape.name, text)
+                chapters.enter(Path(options.output), shape.name, text)
                 print(text)
     shutil.rmtree(perf.BUILD_IDS, ignore_errors=True)
     absent = "".join(f"- {reason}.\n" for reason in found if isinstance(reason, str))
-    enter(Path(options.output), "Not tried", absent or "Nothing of what is here.\n")
-    enter(Path(options.output), "Versions", f"{versions()}.\n")
+    chapters.enter(Path(options.output), "Not tried", absent or "Nothing of what is here.\n")
+    chapters.enter(Path(options.output), "Versions", f"{versions()}.\n")
     return 0
 
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import os
 
-from page_primer.elf.file import PF_R, PF_W, PF_X, PROGRAM_HEADER, PT_LOAD, ProgramHeader
-
 VARIABLE = "PAGE_PRIMER_ALIGNED"
 _SYSTEM_LIST = "/var/lib/page-primer/aligned"
 _PAGE = 4096  # the smallest; what ends in one can be followed by what begins in the next
@@ -31,6 +29,9 @@ def aligned_span(headers: bytes, pmd: int, *, fixed: bool = False) -> tuple[int,
     """The addresses of the span that is_aligned() is about: the longest executable run of PT_LOADs
     that are adjacent in memory and in the file, at a multiple of the huge page size; None where
     there is none with a whole huge page."""
+    # Not where a command is only started, and the list looked at.
+    from page_primer.elf.file import PF_R, PF_W, PF_X, PROGRAM_HEADER, PT_LOAD, ProgramHeader
+
     best: tuple[int, int] | None = None
     start = end = delta = 0
     largest = 0

@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import errno
 import os
-import signal
 
 from page_primer._lean import suppress
-from page_primer.heap.malloc import add_tunable
 from page_primer.launcher.child import LATE, SITE, VERBOSE, say
 from page_primer.launcher.warm import through_warm
 from page_primer.options import Options, flag
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import signal as _signal
     from collections.abc import Iterator, Mapping, Sequence
     from typing import NoReturn
+else:
+    import _signal  # signal itself imports enum, which takes 2 ms
 
-_IGNORED_BY_PYTHON = signal.SIGPIPE, signal.SIGXFSZ
+_IGNORED_BY_PYTHON = _signal.SIGPIPE, _signal.SIGXFSZ
 # What execvp(3) takes for "not in this directory of PATH"; EACCES it remembers.
 _NOT_HERE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ENODEV, errno.ETIMEDOUT)
 _DEFAULT_PATH = "/bin:/usr/bin"  # confstr(_CS_PATH): where execvp(3) looks without PATH
@@ -50,6 +51,8 @@ def run(command: Sequence[str], settings: Mapping[str, str]) -> int:
     if options.enabled:
         _add_site()
         if options.heap == "all":
+            from page_primer.heap.malloc import add_tunable
+
             add_tunable(os.environ)
     try:
         _execute(through_warm(command))
@@ -87,7 +90,7 @@ def _execute(command: Sequence[str]) -> NoReturn:
     # This interpreter ignores them, and an ignored signal stays ignored over an exec. How it found
     # them is not recorded anywhere, so they get their defaults, as by subprocess.Popen. Not before
     # there is nothing left to do here: a closed pipe as stderr, or `ulimit -f 0`, would kill us.
-    ignored = [(number, signal.signal(number, signal.SIG_DFL)) for number in _IGNORED_BY_PYTHON]
+    ignored = [(number, _signal.signal(number, _signal.SIG_DFL)) for number in _IGNORED_BY_PYTHON]
     try:
         for path in _candidates(command[0]):
             try:
@@ -99,7 +102,7 @@ def _execute(command: Sequence[str]) -> NoReturn:
                     break
     finally:
         for number, handler in ignored:
-            signal.signal(number, handler)
+            _signal.signal(number, handler)
     raise refusal
 
 

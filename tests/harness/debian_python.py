@@ -25,9 +25,14 @@ ARCHIVE = Path(
 LIBRARY = Path(f"/usr/lib/{os.uname().machine}-linux-gnu/lib{_NAME}.so")
 
 
-def build_shared(path: Path) -> None:
-    """Build an interpreter whose code is in Debian's libpython."""
-    _build(path, f"-l{_NAME}")
+def build_shared(path: Path, options: Sequence[str] = ()) -> None:
+    """Build an interpreter whose code is in Debian's libpython.
+
+    Args:
+        path: what is built.
+        options: more for the linker.
+    """
+    _build(path, f"-l{_NAME}", *options)
 
 
 def build_pie(path: Path, options: Sequence[str] = ()) -> None:
