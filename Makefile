@@ -2,8 +2,9 @@
 # make demo-celery    a real Celery worker, likewise
 # make test    the whole test suite (TESTS=tests/test_plan.py: a part of it)
 # make test-fast    without the tests that take long
+# make coverage    the suite with coverage of Python and C; writes docs/coverage.md
 # make trixie  make demo and make test in a Debian 13 (root; COMMAND=... for something else)
-# make lint    formatting, lint rules, types
+# make lint    formatting, lint rules, types, layers; C's format and its lint
 # make bench   what priming costs, and a start under page-primer run
 # make bench-pressure    what locking buys when memory is short (root)
 # make fuzz    what reads others' files and text, fuzzed (FUZZ="--seconds 600 align")
@@ -21,7 +22,7 @@ PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 PARALLEL := $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 SOURCES := pyproject.toml setup.py $(wildcard page_primer/*.[ch] page_primer/launcher/*.[ch])
 
-.PHONY: demo demo-celery test test-fast trixie lint bench bench-pressure fuzz tools-matrix kernels clean
+.PHONY: demo demo-celery test test-fast coverage trixie lint bench bench-pressure fuzz tools-matrix kernels clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/gunicorn/demo.py
@@ -39,6 +40,9 @@ test: $(VENV)/.dev
 test-fast: $(VENV)/.dev
 	$(PARALLEL) -m "not slow" $(TESTS)
 
+coverage: $(VENV)/.dev
+	$(BIN)/python tools/coverage_report.py --write docs/coverage.md
+
 trixie:
 	tools/system-packages debootstrap:debootstrap unshare:util-linux git:git
 	tools/trixie $(if $(COMMAND),'$(COMMAND)')
@@ -47,6 +51,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mypy --config-file tests/mypy.ini
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/clang-format --dry-run -Werror $$(git ls-files "*.c")
 	$(BIN)/clang-tidy --quiet $$(git ls-files "page_primer/*.c") -- -std=gnu11 -D_GNU_SOURCE \

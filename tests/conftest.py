@@ -17,11 +17,47 @@ pytest.register_assert_rewrite("harness")  # which is imported below
 # ruff: noqa: E402
 from harness.debian_python import DEBIAN, LIBRARY, PACKAGE, build_shared
 from harness.interpreters import INTERPRETERS, KINDS, python_of
+from harness.kernel import release
+from harness.kernel_log import KernelLog, faults
 from harness.servers import free_port, wait_for
 
 # Set by the package's own options; a person's environment must not decide what a test sees.
 for _name in [name for name in os.environ if name.startswith("PAGE_PRIMER")]:
     del os.environ[_name]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "broker" in getattr(item, "fixturenames", ()):
+            item.add_marker("broker")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what the markers `root` and `kernel` say cannot be done here."""
+    for marker in item.iter_markers("root"):
+        if os.geteuid() != 0:
+            pytest.skip(f"only root can {marker.args[0]}")
+    for marker in item.iter_markers("kernel"):
+        *since, what = marker.args
+        if release() < tuple(since):
+            pytest.skip(f"{what} is there from Linux {'.'.join(map(str, since))} on")
+
+
+@pytest.fixture(scope="session")
+def kernel_log() -> KernelLog | None:
+    """The kernel's log, where it can be read."""
+    try:
+        return KernelLog()
+    except OSError:
+        return None
+
+
+@pytest.fixture(autouse=True)
+def _no_kernel_faults(kernel_log: KernelLog | None) -> Iterator[None]:
+    """The kernel logs no fault during a test: its own, or of a process that was looked at."""
+    yield
+    if kernel_log is not None:
+        assert faults(kernel_log.new()) == [], "in the kernel's log, during this test"
 
 
 @pytest.fixture(

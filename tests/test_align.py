@@ -145,7 +145,7 @@ def test_program(kind: list[str], tmp_path: Path) -> None:
     assert subprocess.run([file]).returncode == expected
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+@pytest.mark.root("mount an overlay")
 def test_overlayfs(tmp_path: Path) -> None:
     """A container's file system: the kernel joins no mappings there, and aligns none by itself."""
     lower, upper, work, point = (tmp_path / name for name in ("lower", "upper", "work", "point"))

@@ -29,7 +29,7 @@ from page_primer.align.files import ALIGNED, CAN_BE
 from page_primer.align.original import Refused
 
 ROOT = os.geteuid() == 0
-needs_root = pytest.mark.skipif(not ROOT, reason="needs root")
+needs_root = pytest.mark.root("have other users and file capabilities")
 
 
 @pytest.fixture(autouse=True)

@@ -74,7 +74,7 @@ def test_importing_the_package_does_not_look_for_the_version():
                           capture_output=True, text=True)  # fmt: skip
     assert done.stdout == "False\n", done.stderr
     with pytest.raises(AttributeError, match="has no attribute 'prim'"):
-        page_primer.prim  # noqa: B018
+        page_primer.prim  # type: ignore[attr-defined]  # noqa: B018
 
 
 def test_plain_table():

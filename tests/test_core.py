@@ -46,14 +46,14 @@ def test_an_address_is_an_integer(call, wrong):
 @pytest.mark.parametrize(
     "call",
     [
-        lambda: _core.protect(0, PAGE),
-        lambda: _core.advise(0, PAGE),
-        lambda: _core.lock(0),
-        lambda: _core.unlock(0, PAGE, 0),
-        lambda: _core.unmap(0, PAGE, 0),
-        lambda: _core.reserve(PAGE, PAGE),
-        lambda: _core.swap(0, b"", [(0, PAGE, 0)], []),
-        lambda: _core.swap(0, "", [], []),
+        lambda: _core.protect(0, PAGE),  # type: ignore[call-arg]
+        lambda: _core.advise(0, PAGE),  # type: ignore[call-arg]
+        lambda: _core.lock(0),  # type: ignore[call-arg]
+        lambda: _core.unlock(0, PAGE, 0),  # type: ignore[call-arg]
+        lambda: _core.unmap(0, PAGE, 0),  # type: ignore[call-arg]
+        lambda: _core.reserve(PAGE, PAGE),  # type: ignore[call-arg]
+        lambda: _core.swap(0, b"", [(0, PAGE, 0)], []),  # type: ignore[list-item]
+        lambda: _core.swap(0, "", [], []),  # type: ignore[arg-type]
     ],
 )
 def test_arguments_are_neither_forgotten_nor_too_many(call):

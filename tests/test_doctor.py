@@ -37,7 +37,7 @@ ROOT = os.geteuid() == 0
 MIB = 1 << 20
 PMD = 2 * MIB
 
-needs_root = pytest.mark.skipif(not ROOT, reason="needs root, to give a directory away")
+needs_root = pytest.mark.root("give a directory away")
 
 # Every program is run with a private cache directory, and prints the last thing it says as JSON.
 PRELUDE = """
@@ -296,7 +296,7 @@ def test_memory_lock_limit_that_holds_the_code_alone(tmp_path: Path) -> None:
     assert locked > 0
 
 
-@pytest.mark.skipif(not ROOT, reason="needs root, which has CAP_IPC_LOCK")
+@pytest.mark.root("have CAP_IPC_LOCK")
 def test_capability_overrides_the_limit(tmp_path: Path) -> None:
     found, refused, _, _ = run(LOCKING, tmp_path, "prlimit", "--memlock=4096:4096")
     if "CAP_IPC_LOCK" not in found["found"]:

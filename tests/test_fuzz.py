@@ -8,9 +8,8 @@ import struct
 import subprocess
 import sys
 
-import fuzz_loop
-import fuzz_targets
 import pytest
+from harness import fuzz_loop, fuzz_targets
 from harness.process import Process
 
 from page_primer import plan, survey

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from harness import outside
 from harness.gunicorn_server import APP, CONF, Gunicorn, require_no_failure
-from harness.interpreters import python_of
+from harness.interpreters import BASE, python_of
 from harness.privileges import IS_ROOT
 from harness.servers import check, children, wait_for
 
@@ -284,7 +284,7 @@ def public_directory():
     shutil.rmtree(path)
 
 
-@pytest.mark.skipif(not IS_ROOT, reason="only root can drop privileges")
+@pytest.mark.root("drop privileges")
 def test_user_and_group(python, public_directory):
     """Workers lock before they become nobody, and an application's own libraries are primed after:
     with what nobody may do, which is to use memory without a file here."""
@@ -307,7 +307,7 @@ def test_user_and_group(python, public_directory):
         require_no_failure(server)
 
 
-@pytest.mark.skipif(not IS_ROOT, reason="the other tests run without privilege already")
+@pytest.mark.root("drop privileges; without it the other tests run without privilege already")
 @pytest.mark.parametrize("preload", [(), ("--preload",)], ids=["", "preload"])
 def test_without_any_privilege(every_python, images, tmp_path, preload):
     """Without a capability, and with the default RLIMIT_MEMLOCK."""
@@ -478,7 +478,7 @@ def churn(server, total):
 def test_twenty_thousand_requests_under_churn(images, tmp_path):
     """No more failed requests than the same churn costs an unprimed server: a request that a
     SIGKILLed worker was serving, and no others."""
-    interpreter = Path(python_of(tmp_path, sys._base_executable))
+    interpreter = Path(python_of(tmp_path, BASE))
     python = interpreter.with_name("python-churned")  # by which the kernel's log tells it
     python.symlink_to(interpreter.name)
     faults = kernel_faults(python.name)

@@ -2,10 +2,13 @@
 
 import ast
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from harness import kernel_log
 from harness.probes import PROBES
 
 ROOT = Path(__file__).parents[1]
@@ -53,3 +56,41 @@ def test_benchmarks_and_tools_find_the_harness():
         command = [sys.executable, str(ROOT / script), "--help"]
         done = subprocess.run(command, env=env, cwd="/", capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
+
+
+KERNELS_OWN = [
+    "BUG: Bad page state in process python3.11  pfn:1234",
+    "WARNING: CPU: 0 PID: 91 at mm/memory.c:2000 insert_pfn+0x1",
+    "Oops: 0000 [#1] PREEMPT SMP NOPTI",
+    "kernel BUG at mm/huge_memory.c:2100!",
+]
+CRASHED = [
+    "python3[{}]: segfault at 9f3dd8 ip 00007f60eab9317b sp 00007ffda9788660 error 4 in ld.so",
+    "traps: gunicorn[{}] trap invalid opcode ip:7f3 sp:7ff error:0 in libpython3.11.so.1.0",
+    "traps: my app[{}] general protection fault ip:7f3 sp:7ff error:0",
+]
+
+
+def test_faults_in_the_kernels_log_are_told_from_the_rest():
+    rest = [
+        "Memory cgroup out of memory: Killed process 77 (python3)",
+        "audit: WARNING: no",
+        *(line.format(1 << 23) for line in CRASHED),
+    ]
+    assert kernel_log.faults([*rest, *KERNELS_OWN]) == KERNELS_OWN
+    watched = [line.format(7) for line in CRASHED]
+    assert kernel_log.faults([*watched, *rest], {7}) == watched
+
+
+def test_a_crash_is_in_the_kernels_log():
+    try:
+        log = kernel_log.KernelLog()
+    except OSError as error:
+        pytest.skip(f"the kernel's log is not readable here: {error.strerror}")
+    if Path("/proc/sys/debug/exception-trace").read_text().strip() == "0":
+        pytest.skip("the kernel does not log crashes here (debug.exception-trace)")
+    crash = "import ctypes, resource; resource.setrlimit(4, (0, 0)); ctypes.string_at(8)"
+    process = subprocess.Popen([sys.executable, "-c", crash])
+    assert process.wait() == -signal.SIGSEGV
+    (line,) = kernel_log.faults(log.new(), {process.pid})
+    assert f"[{process.pid}]" in line and "segfault" in line

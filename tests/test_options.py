@@ -111,7 +111,7 @@ def test_bad_type_is_named_in_one_line(name, value):
 
 def test_unknown_option_is_named():
     with pytest.raises(TypeError, match="unknown page-primer option 'bakcing'"):
-        page_primer.prime(bakcing="auto")
+        page_primer.prime(bakcing="auto")  # type: ignore[call-arg]
 
 
 def test_bad_variable_is_named():

@@ -408,10 +408,10 @@ def test_locks_are_divided_by_worth_and_what_is_held_is_free():
     assert mlock_plan.affordable(locks, 6 * PAGE, ()) == (locks[:2], locks[2:])
     # A smaller one takes what a larger one could not.
     assert mlock_plan.affordable(locks, 3 * PAGE, ()) == (locks[1:], locks[:1])
-    assert mlock_plan.affordable(locks, 0, [(0, 4 * PAGE), (5 * PAGE, 7 * PAGE)]) == (
+    assert mlock_plan.affordable(locks, 0, [Range(0, 4 * PAGE), Range(5 * PAGE, 7 * PAGE)]) == (
         [locks[0], locks[2]], [locks[1]],
     )  # fmt: skip
-    held = [(PAGE, 6 * PAGE), (0, 2 * PAGE)]
+    held = [Range(PAGE, 6 * PAGE), Range(0, 2 * PAGE)]
     assert mlock_plan.affordable(locks, -1, held) == (locks[:2], locks[2:])
 
 
@@ -419,7 +419,7 @@ def test_without_knowledge_of_memory_nothing_is_withheld():
     assert budget.memory_room(None, Options(), ()) > 1 << 60
     some = Memory(10 * MIB, 20 * MIB, "/proc/meminfo")
     assert budget.memory_room(some, Options(memory_share=0.5), ()) == 5 * MIB
-    held = [(0, MIB), (0, 2 * MIB)]
+    held = [Range(0, MIB), Range(0, 2 * MIB)]
     assert budget.memory_room(some, Options(memory_share=0.5), held) == 4 * MIB
 
 

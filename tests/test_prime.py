@@ -12,7 +12,7 @@ import pytest
 from harness import outside
 from harness.debian_python import ARCHIVE, DEBIAN, PACKAGE, build_pie
 from harness.interpreters import KINDS, python_of
-from harness.kernel import release, require_huge_files
+from harness.kernel import require_huge_files
 from harness.libraries import BIG, build, build_library
 from harness.privileges import drop_memlock
 from harness.process import Process, interpreter, left_of
@@ -503,7 +503,7 @@ def test_thp_disabled_is_an_outcome(python, images):
         assert "PR_SET_THP_DISABLE" in str(core["segments"])
 
 
-@pytest.mark.skipif(release() < (6, 3), reason="PR_SET_MDWE is there from Linux 6.3 on")
+@pytest.mark.kernel(6, 3, "PR_SET_MDWE")
 @pytest.mark.parametrize(
     ("backing", "works"), [("image", True), ("memfd", True), ("anonymous", False), ("auto", True)]
 )
@@ -557,7 +557,7 @@ def test_modified_code_is_left_alone(python, images):
         assert interpreter(report)["code_huge_bytes"] > 0
 
 
-@pytest.mark.skipif(release() < (6, 10), reason="mseal(2) is there from Linux 6.10 on")
+@pytest.mark.kernel(6, 10, "mseal(2)")
 def test_sealed_code_is_left_alone(python, images):
     with Process(python) as process:
         process.run("import ssl, ctypes")

@@ -53,7 +53,7 @@ def test_equality_and_hash():
 def test_immutable():
     point = Point(1)
     with pytest.raises(AttributeError):
-        point.x = 2
+        point.x = 2  # type: ignore[misc]
     with pytest.raises(AttributeError):
         del point.x
     assert point.x == 1
@@ -88,9 +88,9 @@ def test_tuples_with_names():
     changed = pair._replace(right=5)
     assert (type(changed), changed) == (Pair, (1, 5))
     with pytest.raises(ValueError, match="middle"):
-        pair._replace(middle=1)
+        pair._replace(middle=1)  # type: ignore[call-arg]
     with pytest.raises(AttributeError):
-        pair.left = 3
+        pair.left = 3  # type: ignore[misc]
     for values, named in ((), {}), ((1,), {}), ((1, 2, 3), {}), ((1, 2), {"right": 3}):
         with pytest.raises(TypeError, match="takes left, right"):
             Pair(*values, **named)

@@ -180,7 +180,7 @@ def test_closed_descriptors(images, tmp_path, python, closed):
     assert (done.returncode, done.stdout, out.read_text()) == (0, "", "ran"), done.stderr
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root for a mount namespace")
+@pytest.mark.root("make a mount namespace")
 def test_without_proc(run, python, images):
     script = 'umount -l /proc; exec "$@"'
     done = execute("unshare", "-m", "sh", "-c", script, "sh", LAUNCHER, "run", python, "-c",

@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 from harness.process import Process
@@ -85,7 +86,7 @@ def test_what_is_no_report_is_refused(validator, python):
         (("objects", 0, "surplus"), 1),
     ):
         wrong = copy.deepcopy(report)
-        place = wrong
+        place: Any = wrong
         for key in path[:-1]:
             place = place[key]
         place[path[-1]] = value

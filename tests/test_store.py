@@ -116,8 +116,8 @@ def test_an_image_others_can_write_is_not_used(python, images):
         (lambda path: path.write_text(""), "Not a directory"),
         (lambda path: path.symlink_to("/tmp"), "Not a directory"),
         pytest.param(
-            lambda path: path.mkdir() or os.chown(path, 65534, 65534), "not ours alone",
-            marks=pytest.mark.skipif(not IS_ROOT, reason="only root can give a directory away"),
+            lambda path: (path.mkdir(), shutil.chown(path, 65534, 65534)), "not ours alone",
+            marks=pytest.mark.root("give a directory away"),
         ),
     ],
     ids=["world-writable", "file", "symlink", "foreign"],
@@ -161,7 +161,7 @@ def test_a_full_readonly_or_noexec_disk_is_an_outcome(python, tmp_path, options,
         assert process.run("import decimal; result = str(decimal.Decimal(1))") == "1"
 
 
-@pytest.mark.skipif(not IS_ROOT, reason="only root can become nobody")
+@pytest.mark.root("become nobody")
 def test_no_permission_is_an_outcome(python, tmp_path):
     locked = tmp_path / "locked"
     locked.mkdir(mode=0o700)
@@ -331,8 +331,8 @@ def test_other_users_cannot_lock_what_we_lock(python, images):
     locks = [open(path, "rb") for path in (where, where.parent / "origin")]
     folder = os.open(where.parent, os.O_RDONLY)
     try:
-        for lock in (*locks, folder):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for number in (*(lock.fileno() for lock in locks), folder):
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
         with Process(python) as process:
             core = interpreter(process.prime(image_dir=str(images)))
             assert (core["backing"], core["written_bytes"]) == ("image", 0)

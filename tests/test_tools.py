@@ -21,6 +21,7 @@ from harness.process import Process, interpreter
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.profiler,
     pytest.mark.skipif(
         os.geteuid() != 0 and Path("/proc/sys/kernel/yama/ptrace_scope").exists(),
         reason="tools may not attach to other processes here",

@@ -158,7 +158,7 @@ def huge_in_new_process(path: Path) -> int:
 
 
 def run(*command: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(  # type: ignore[call-overload, no-any-return]
+    return subprocess.run(  # type: ignore[call-overload]
         [str(word) for word in command],
         **{"capture_output": True, "text": True, "timeout": 60, **options},
     )
@@ -346,7 +346,7 @@ def as_nobody(*command: str | Path) -> list[str]:
 @pytest.fixture
 def readable(program: str, directory: Path) -> str:
     """The program where other users reach it."""
-    return shutil.copy(program, directory / "page-primer-warm")
+    return shutil.copy(program, str(directory / "page-primer-warm"))
 
 
 def test_another_user_warms_but_does_not_rewrite(readable: str, small: Path) -> None:

@@ -30,6 +30,9 @@ def _parent() -> tuple[str, int]:
 class Cgroup:
     """A memory cgroup with a limit in bytes. Where none can be made the test is skipped."""
 
+    path: str
+    version: int
+
     def __init__(self, limit: int, *, inside: Cgroup | None = None) -> None:
         try:
             parent, self.version = (inside.path, inside.version) if inside else _parent()

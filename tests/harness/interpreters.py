@@ -15,7 +15,11 @@ from elftools.elf.elffile import ELFFile
 
 import page_primer
 
-__all__ = ["INTERPRETERS", "KINDS", "is_shared", "python_of"]
+__all__ = ["BASE", "INTERPRETERS", "KINDS", "is_shared", "python_of"]
+
+
+# The one that the running virtual environment is of.
+BASE: str = sys._base_executable  # type: ignore[attr-defined]
 
 
 def _interpreters() -> dict[str, str]:
@@ -24,7 +28,7 @@ def _interpreters() -> dict[str, str]:
         "/usr/bin/python3.[0-9]*",
         "/usr/local/bin/python3.[0-9]*",
         os.path.expanduser("~/.pyenv/versions/*/bin/python3.[0-9]*"),
-        sys._base_executable,
+        BASE,
     ]
     found: dict[str, str] = {}
     seen = set()
@@ -81,5 +85,7 @@ def python_of(tmp: Path, base: str) -> str:
         subprocess.run([base, "-m", "venv", "--without-pip", str(home)], check=True)
         packages = next(home.glob("lib/python3.*/site-packages"))
         paths = [str(Path(page_primer.__file__).parents[1]), sysconfig.get_path("purelib")]
+        if "COVERAGE_PROCESS_START" in os.environ:  # make coverage
+            paths.append("import coverage; coverage.process_startup()")
         (packages / "tests.pth").write_text("\n".join(paths) + "\n")
     return str(home / "bin" / "python")

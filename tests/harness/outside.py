@@ -11,6 +11,8 @@ from typing import Any
 
 from elftools.elf.elffile import ELFFile
 
+from harness.kernel_log import watch
+
 PMD = int(open("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size").read())
 PAGE = 4096
 
@@ -39,6 +41,7 @@ class Vma:
 
 
 def smaps(pid: int) -> list[Vma]:
+    watch(pid)
     vmas: list[Vma] = []
     with open(f"/proc/{pid}/smaps", encoding="utf-8", errors="replace") as file:
         for line in file:
@@ -63,9 +66,10 @@ def file_mappings(pid: int) -> list[tuple[int, int, str, int, str]]:
     with open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as file:
         rows = [line.split(maxsplit=5) for line in file]
     return [
-        (*(int(part, 16) for part in row[0].split("-")), row[1], int(row[2], 16), row[5].strip())
+        (int(start, 16), int(end, 16), row[1], int(row[2], 16), row[5].strip())
         for row in rows
         if len(row) > 5 and row[5].startswith("/")
+        for start, _, end in [row[0].partition("-")]
     ]
 
 

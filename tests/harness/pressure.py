@@ -17,6 +17,7 @@ from pathlib import Path
 
 import page_primer
 from harness.cgroup import Cgroup
+from harness.interpreters import BASE
 
 __all__ = ["drop", "environment", "private_copy", "stream_through"]
 
@@ -47,7 +48,7 @@ def private_copy(home: Path, modules: Mapping[str, str] | None = None) -> None:
     version = f"python{sys.version_info[0]}.{sys.version_info[1]}"
     (home / "bin").mkdir(parents=True)
     (home / "lib").mkdir()
-    executable = os.path.realpath(sys._base_executable)
+    executable = os.path.realpath(BASE)
     shutil.copy(executable, home / "bin" / version)
     unwanted = ("test", "site-packages", "dist-packages", "idlelib", "tkinter", "lib2to3",
                 "ensurepip", "turtledemo", "config-*", "__pycache__", "*.a")  # fmt: skip
@@ -93,5 +94,5 @@ def environment(home: Path) -> dict[str, str]:
 
 def stream_through(cgroup: Cgroup, path: Path) -> None:
     """The neighbour."""
-    command = [*cgroup.wrapper, "/usr/bin/env", "-i", sys._base_executable, "-I", "-S"]
+    command = [*cgroup.wrapper, "/usr/bin/env", "-i", BASE, "-I", "-S"]
     subprocess.run([*command, "-c", NEIGHBOUR, str(path), "2"], check=True)

@@ -7,7 +7,7 @@ import pytest
 __all__ = ["IS_ROOT", "drop_memlock", "needs_root"]
 
 IS_ROOT = os.geteuid() == 0
-needs_root = pytest.mark.skipif(not IS_ROOT, reason="only root can drop capabilities or change ids")
+needs_root = pytest.mark.root("drop capabilities or change ids")
 
 
 def drop_memlock(limit):

@@ -10,6 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from harness.kernel_log import watch
+
 DRIVER = str(Path(__file__).with_name("driver.py"))
 
 
@@ -39,6 +41,7 @@ class Process:
             text=True,
         )
         self.pid = self.run("import os; result = os.getpid()")
+        watch(self.pid)
 
     def run(self, source: str) -> Any:
         """Execute statements there; what they assign to `result` comes back."""

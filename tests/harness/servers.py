@@ -14,6 +14,7 @@ from pathlib import Path
 import gunicorn.config
 
 from harness import outside
+from harness.kernel_log import watch
 
 # Since gunicorn 25.1; the tests' servers would share one.
 NO_CONTROL_SOCKET = (
@@ -31,7 +32,10 @@ def children(pid):
     text = subprocess.run(
         ["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True
     ).stdout
-    return sorted(int(part) for part in text.split())
+    found = sorted(int(part) for part in text.split())
+    for child in found:
+        watch(child)
+    return found
 
 
 def wait_for(condition, what, seconds=30):

@@ -16,7 +16,7 @@ import signal
 import struct
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from page_primer.kernel.smaps import Mapping
 PAGE = 4096
 PMD = 1 << 14  # huge pages of 16 KiB, so that files can be small
 BASE = 0x7F0000000000
-FOLDER = Path(__file__).with_name("corpus")
+FOLDER = Path(__file__).parents[1] / "corpus"
 
 # Linked without a C library: a few KiB, and yet a library that can be loaded and called.
 _SOURCE = """
@@ -117,9 +117,9 @@ def elf_file(data: bytes) -> bool:
         names = ask(lambda: file.section_names(sections))
         assert names is None or len(names) == len(sections)
         for header in headers[:64]:
-            found = ask(lambda header=header: file.build_id(header))
+            found = ask(functools.partial(file.build_id, header))
             assert found is None or 0 <= found[0] <= found[0] + found[1] <= file.size
-            elf.has_text_relocations(ask(lambda header=header: file.dynamic(header)) or [])
+            elf.has_text_relocations(ask(functools.partial(file.dynamic, header)) or [])
         ask(lambda: file.dynamic_strings(elf.DT_NEEDED))
         for one in headers[:64]:
             aligned.is_aligned(one.pack(), PMD)
@@ -247,7 +247,7 @@ def assert_same_in_memory(old: bytes, new: bytes) -> None:
         assert rest <= 0 or not new[place + filesz :][:rest].strip(b"\0")
 
 
-def _table_of(data: bytes) -> list[tuple[int, ...]]:
+def _table_of(data: bytes) -> Sequence[tuple[int, ...]]:
     at, count = struct.unpack_from("=Q", data, 32)[0], struct.unpack_from("=H", data, 56)[0]
     return _headers_of(data[at : at + 56 * count])
 

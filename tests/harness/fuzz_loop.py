@@ -9,11 +9,11 @@ import contextlib
 import random
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fuzz_targets import Target
+from harness.fuzz_targets import Target
 
 _WORDS = [0, 1, 2, 3, 5, 7, 8, 0x10, 0x38, 0x40, 0x7F, 0xFF, 0x1000, 0x4000, 0xFFFF, 1 << 31,
           (1 << 32) - 1, 1 << 40, (1 << 63) - 1, 1 << 63, (1 << 64) - 1]  # fmt: skip
@@ -104,7 +104,7 @@ def _place(data: bytearray, rng: random.Random) -> int:
     return at & -4 if rng.random() < 0.8 else at
 
 
-def inputs(target: Target, seed: int) -> Iterator[bytes]:
+def inputs(target: Target, seed: int) -> Generator[bytes, None, None]:
     """A target's corpus, then mutations of it without end, the same for a seed and a corpus."""
     corpus = target.corpus()
     yield from corpus

@@ -1,0 +1,273 @@
+"""Run the tests with coverage of Python and of C, and write what they never execute.
+
+The repository is copied to build/coverage/tree and built there with gcov's counters, beside a
+virtual environment that shares the packages of the one that runs this. Every Python that the tests
+start measures itself. Tests that fail are named and do not end the run: counters make processes
+slower and open files of their own, which some tests notice.
+
+    tools/coverage_report.py [--write docs/coverage.md] [--report-only] [PYTEST OPTION...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+WORK = ROOT / "build" / "coverage"
+TREE, HOME, DATA = WORK / "tree", WORK / "venv", WORK / "data"
+BEGIN, END = "<!-- made by make coverage -->\n", "<!-- end -->\n"
+GOAL = {"Python": 92, "C": 85}
+
+CONFIG = f"""
+[run]
+branch = true
+parallel = true
+data_file = {DATA}/python
+source = page_primer
+patch = _exit
+[report]
+exclude_also =
+    if TYPE_CHECKING:
+    ^\\s*\\.\\.\\.$
+"""
+
+# Why something is never executed, by the function: the first pattern that matches "file function".
+WHY: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass
+class File:
+    """What of one file was executed."""
+
+    name: str
+    lines: int = 0
+    run: int = 0
+    branches: int = 0
+    taken: int = 0
+    # By function: lines that were never executed; and lines that went one way only.
+    missed: dict[str, list[int]] = field(default_factory=dict)
+    partial: dict[str, list[int]] = field(default_factory=dict)
+
+
+# ------------------------------------------------------------------------------------- set-up ---
+
+
+def copy_tree() -> None:
+    """Copy what the repository has, uncommitted changes included."""
+    shutil.rmtree(TREE, ignore_errors=True)
+    names = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(names, cwd=ROOT, capture_output=True, check=True).stdout
+    for name in filter(None, listed.decode().split("\0")):
+        if (ROOT / name).exists():
+            (TREE / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, TREE / name)
+
+
+def build() -> None:
+    """Build the core and page-primer-warm in the copy, with counters."""
+    environment = {**os.environ, "CC": "gcc --coverage -fprofile-update=atomic", "CFLAGS": "-O0"}
+    setup = [sys.executable, "setup.py", "-q", "build_ext", "--inplace", "build_scripts"]
+    subprocess.run(setup, cwd=TREE, env=environment, check=True)
+    # Other users' processes, too, add to the counters, and the first creates the files.
+    for notes in TREE.rglob("*.gcno"):
+        notes.with_suffix(".gcda").touch()
+        notes.with_suffix(".gcda").chmod(0o666)
+
+
+def make_environment() -> None:
+    """A virtual environment with this one's packages, the copy instead of the repository."""
+    shutil.rmtree(HOME, ignore_errors=True)
+    venv.create(HOME, symlinks=True)
+    packages = Path(sysconfig.get_path("purelib"))
+    (there,) = HOME.glob("lib/python3.*/site-packages")
+    for path in packages.iterdir():
+        if not path.name.startswith("__editable__") and path.name != "__pycache__":
+            (there / path.name).symlink_to(path)
+    (there / "tree.pth").write_text(f"{TREE}\n")
+    (there / "coverage.pth").write_text("import coverage; coverage.process_startup()\n")
+    scripts = Path(sysconfig.get_path("scripts"))
+    shebang = re.compile(rb"^#!" + re.escape(os.fsencode(scripts)) + rb"/(python\S*)\n")
+    for path in scripts.iterdir():
+        target = HOME / "bin" / path.name
+        if target.exists() or not path.is_file():
+            continue
+        content = path.read_bytes()
+        if not shebang.match(content):
+            target.symlink_to(path)
+            continue
+        target.write_bytes(shebang.sub(b"#!%s/bin/\\1\n" % os.fsencode(HOME), content))
+        target.chmod(0o755)
+    (program,) = TREE.glob("build/scripts-*/page-primer-warm")
+    (HOME / "bin" / program.name).unlink(missing_ok=True)
+    shutil.copy(program, HOME / "bin")
+
+
+def run_tests(options: list[str]) -> int:
+    shutil.rmtree(DATA, ignore_errors=True)
+    DATA.mkdir(parents=True)
+    DATA.chmod(0o1777)
+    (WORK / "coveragerc").write_text(CONFIG)
+    environment = {
+        **os.environ,
+        "COVERAGE_PROCESS_START": str(WORK / "coveragerc"),
+        "GCOV_ERROR_FILE": "/dev/null",
+        "PATH": f"{HOME / 'bin'}{os.pathsep}{os.environ['PATH']}",
+    }
+    command = [HOME / "bin" / "python", "-m", "pytest", "-q", "--numprocesses", "auto",
+               "--maxprocesses", "8", "--dist", "loadfile", *options]  # fmt: skip
+    return subprocess.run(command, cwd=TREE, env=environment, check=False).returncode
+
+
+# ---------------------------------------------------------------------------------- what ran ---
+
+
+def python_files() -> Iterator[File]:
+    coverage = [sys.executable, "-m", "coverage"]
+    config = f"--rcfile={WORK / 'coveragerc'}"
+    report = WORK / "python.json"
+    if any(DATA.glob("python.*")):
+        combine = [*coverage, "combine", config, "-q", "--append"]
+        subprocess.run(combine, cwd=TREE, check=True)
+    subprocess.run([*coverage, "json", config, "-q", "-i", "-o", report], cwd=TREE, check=True)
+    for name, found in json.loads(report.read_text())["files"].items():
+        summary = found["summary"]
+        file = File(
+            name.removeprefix(f"{TREE}/").removeprefix("page_primer/"),
+            summary["num_statements"], summary["covered_lines"],
+            summary["num_branches"], summary["covered_branches"],
+        )  # fmt: skip
+        for function, part in found["functions"].items():
+            lines = part["missing_lines"]
+            if lines:
+                file.missed[function or "module"] = lines
+            ways = sorted({line for line, _ in part["missing_branches"]} - set(lines))
+            if ways:
+                file.partial[function or "module"] = ways
+        yield file
+
+
+def c_files() -> Iterator[File]:
+    """By gcov's own reading of its counters; what several objects have of a file is one."""
+    for path in TREE.rglob("*.gcda"):
+        if not path.stat().st_size:  # nothing of it ran
+            path.unlink()
+    out = WORK / "gcov"
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    for path in TREE.rglob("*.gcno"):
+        command = ["gcov", "--json-format", "--branch-probabilities", str(path)]
+        subprocess.run(command, cwd=out, check=True, stdout=subprocess.DEVNULL)
+    for path in sorted(out.glob("*.gz")):
+        for found in json.loads(gzip.decompress(path.read_bytes()))["files"]:
+            if found["file"].startswith("/") or not found["lines"]:
+                continue
+            file = File(found["file"].removeprefix("page_primer/"))
+            for line in found["lines"]:
+                ways = [way for way in line["branches"] if not way["throw"]]
+                file.lines += 1
+                file.run += line["count"] > 0
+                file.branches += len(ways)
+                file.taken += sum(way["count"] > 0 for way in ways)
+                name = line.get("function_name", "file")
+                if not line["count"]:
+                    file.missed.setdefault(name, []).append(line["line_number"])
+                elif any(not way["count"] for way in ways):
+                    file.partial.setdefault(name, []).append(line["line_number"])
+            yield file
+
+
+# ------------------------------------------------------------------------------------ report ---
+
+
+def percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else "-"
+
+
+def ranges(lines: Iterable[int]) -> Iterator[tuple[int, int]]:
+    first = last = 0
+    for line in sorted(lines):
+        if first and line != last + 1:
+            yield first, last
+            first = line
+        first, last = first or line, line
+    if first:
+        yield first, last
+
+
+def why(name: str) -> str:
+    return next((reason for pattern, reason in WHY if re.search(pattern, name)), "")
+
+
+def render(language: str, files: list[File]) -> Iterator[str]:
+    """A chapter: the figures of each file, and the lines never executed, by function."""
+    lines, run = sum(f.lines for f in files), sum(f.run for f in files)
+    branches, taken = sum(f.branches for f in files), sum(f.taken for f in files)
+    yield f"### {language}: {percent(run, lines)} of lines, {percent(taken, branches)} of branches"
+    yield f"\nThe goal is {GOAL[language]} % of lines.\n"
+    yield "| file | lines | branches |\n|---|---|---|"
+    for file in sorted(files, key=lambda file: file.name):
+        yield (
+            f"| {file.name} | {percent(file.run, file.lines)} "
+            f"| {percent(file.taken, file.branches)} |"
+        )
+    yield "\nNever executed, or only ever left one way:\n"
+    yield "| function | | never executed | why |\n|---|---|---|---|"
+    for file in sorted(files, key=lambda file: file.name):
+        source = (TREE / "page_primer" / file.name).read_text().splitlines()
+        for kind, found in (("line", file.missed), ("branch", file.partial)):
+            for function, numbers in found.items():
+                texts = [source[first - 1].strip() for first, _ in ranges(numbers)]
+                shown = "; ".join(f"`{text[:60]}`" for text in texts[:4]).replace("|", "\\|")
+                more = f" and {len(texts) - 4} more" if len(texts) > 4 else ""
+                label = f"{file.name} {function}"
+                yield f"| {label} | {kind} | {shown}{more} | {why(label)} |"
+    yield ""
+
+
+def write(document: Path, text: str) -> None:
+    before, _, rest = document.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    document.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--write", type=Path, metavar="FILE", help="the document to write it into")
+    parser.add_argument("--report-only", action="store_true", help="of the last run's counters")
+    options, more = parser.parse_known_args()
+    status = 0
+    if not options.report_only:
+        copy_tree()
+        build()
+        make_environment()
+        status = run_tests(more)
+    chapters = {"Python": list(python_files()), "C": list(c_files())}
+    text = "\n".join(line for name, files in chapters.items() for line in render(name, files))
+    if options.write:
+        write(options.write, text)
+    else:
+        print(text)
+    short = [
+        f"{language}: {percent(sum(f.run for f in files), sum(f.lines for f in files))}"
+        for language, files in chapters.items()
+        if 100 * sum(f.run for f in files) < GOAL[language] * sum(f.lines for f in files)
+    ]
+    if short:
+        print("below the goal:", *short, file=sys.stderr)
+    return 1 if short else status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
