@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import subprocess
 import tempfile
 import time
 from bisect import bisect_right
@@ -20,6 +19,7 @@ from harness.probes.commands import last_line, run, tool
 from harness.probes.registry import probe
 from harness.probes.target import Failed, Target
 from harness.probes.verdicts import CANNOT, WORKS, Verdict, hottest
+from harness.recording import recording
 
 
 @dataclass
@@ -84,9 +84,8 @@ class Symbols:
 
 # A cache as a user has it, that keeps by build-id what it has seen of unprimed processes.
 BUILD_IDS = Path(tempfile.gettempdir()) / f"page-primer-build-ids-{os.getpid()}"
-
-
 SECONDS = 1.2  # of the worker's, in its own code
+PATIENCE = 120.0  # of the clock's
 
 
 def used(pid: int) -> float:
@@ -99,21 +98,14 @@ def samples_of(target: Target, *scope: str, first: str = "") -> Samples:
     """perf at a scope, while the worker works; after it has answered a first request. For as long
     as the worker takes for its seconds of processor time, however busy the machine is."""
     data = target.directory / "perf.data"
-    record = [tool("perf"), "--buildid-dir", str(BUILD_IDS), "record", "-q", "-e", "cpu-clock",
-              "-F", "997", *scope, "-o", str(data), "--", "sh", "-c", "echo; exec cat"]  # fmt: skip
-    process = subprocess.Popen(
-        record, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    assert process.stdout is not None
-    try:
-        said = process.stdout.readline()  # its command is started when it records
+    perf = f"{tool('perf')} --buildid-dir {BUILD_IDS}"
+    options = ["-e", "cpu-clock", "-F", "997", *scope, "-o", str(data)]
+    with recording(perf, *options) as record:
         target.get(first)
         with target.spinning():
-            end = used(target.pid) + SECONDS
-            while used(target.pid) < end and process.poll() is None:
+            end, latest = used(target.pid) + SECONDS, time.monotonic() + PATIENCE
+            while used(target.pid) < end and record.running and time.monotonic() < latest:
                 time.sleep(0.05)
-    finally:
-        said += process.communicate(timeout=60)[0]
     script = run(tool("perf"), "--buildid-dir", str(BUILD_IDS), "script", "-i", str(data),
                  "--pid", str(target.pid), "-F", "ip,sym")  # fmt: skip
     data.unlink(missing_ok=True)
@@ -132,7 +124,9 @@ def samples_of(target: Target, *scope: str, first: str = "") -> Samples:
             samples.resolved += 1
             samples.wrong += name.partition("@")[0] not in known
     if samples.total < 100:
-        raise Failed(last_line(said) if not samples.total else f"only {samples.total} samples")
+        raise Failed(
+            last_line(record.said) if not samples.total else f"only {samples.total} samples"
+        )
     return samples
 
 
