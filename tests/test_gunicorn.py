@@ -18,6 +18,7 @@ import pytest
 from harness import outside
 from harness.gunicorn_server import APP, CONF, Gunicorn, require_no_failure
 from harness.interpreters import BASE, python_of
+from harness.launched import is_primed
 from harness.privileges import IS_ROOT
 from harness.servers import check, children, wait_for
 
@@ -493,9 +494,14 @@ def test_twenty_thousand_requests_under_churn(images, tmp_path):
             # Each thread has one request under way at most.
             assert failed <= 4 * kills, server.log()[-4000:]
             if primed == "1":
-                server.wait_for_workers(4)
-                time.sleep(0.5)
-                check([server.master, *server.workers])
+                # Workers may still end, and those in their place be about to lock.
+                wait_for(
+                    lambda: (
+                        len(server.workers) == 4
+                        and all(is_primed(pid) for pid in (server.master, *server.workers))
+                    ),
+                    "four primed workers",
+                )
         log = server.log()
         ends = set(re.findall(r"was sent (SIG\w+)", log))
         assert ends <= {"SIGKILL", "SIGTERM", "SIGHUP"}, ends

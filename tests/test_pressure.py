@@ -6,13 +6,13 @@ import os
 import shutil
 import subprocess
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
 from harness import outside, pressure
 from harness.cgroup import Cgroup
 from harness.gunicorn_server import Gunicorn
+from harness.recording import recording
 from harness.servers import wait_for
 
 pytestmark = pytest.mark.slow
@@ -50,18 +50,13 @@ def press(cgroup, directory):
 
 def elf_faults(server, worker, directory):
     """Major faults in ELF-backed memory that one request takes, by perf: what, and where."""
-    recording = Path(directory) / "perf.data"
-    perf = subprocess.Popen(
-        ["perf", "record", "-q", "-e", "major-faults", "-c", "1", "-d", "-p", str(worker), "-o",
-         str(recording)], stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    time.sleep(1)
-    assert perf.poll() is None, "perf watches"
-    assert int(server.get()) == worker
-    perf.send_signal(2)
-    perf.wait()
+    data = str(Path(directory) / "perf.data")
+    options = ["-e", "major-faults", "-c", "1", "-d", "-p", str(worker), "-o", data]
+    with recording("perf", *options) as perf:
+        assert perf.running, perf.said
+        assert int(server.get()) == worker
     listed = subprocess.run(
-        ["perf", "script", "-i", str(recording), "-F", "addr"], capture_output=True, text=True
+        ["perf", "script", "-i", data, "-F", "addr"], capture_output=True, text=True
     ).stdout
     vmas = outside.smaps(worker)
     found = []

@@ -10,13 +10,14 @@ _MADE = re.compile(r"(<!-- made by [^\n]* -->\n)(.*?)(<!-- end -->\n)", re.DOTAL
 _CHAPTER = "### "
 
 
-def enter(document: Path, title: str, text: str) -> None:
-    """Write a chapter into the document, as the last one, instead of the one of that title.
+def enter(document: Path, title: str, text: str, *, last: bool = False) -> None:
+    """Write a chapter into the document, in the place of the one of that title, if there is one.
 
     Args:
         document: has a comment `made by ...`, and a comment `end` after it.
         title: one line.
         text: what stands below it.
+        last: as the last chapter in any case.
     """
     whole = document.read_text()
     found = _MADE.search(whole)
@@ -24,7 +25,8 @@ def enter(document: Path, title: str, text: str) -> None:
         raise ValueError(f"{document} has no part that is made by a tool")
     first, *parts = found[2].split(_CHAPTER)
     chapters = dict(part.split("\n", 1) for part in parts)
-    chapters.pop(title, None)
+    if last:
+        chapters.pop(title, None)
     chapters[title] = f"\n{text}\n"
     body = "".join(f"{_CHAPTER}{title}\n{text}" for title, text in chapters.items())
     document.write_text(f"{whole[: found.start(2)]}{first}{body}{whole[found.start(3) :]}")

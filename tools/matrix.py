@@ -251,8 +251,10 @@ def main() -> int:
                 print(text)
     shutil.rmtree(perf.BUILD_IDS, ignore_errors=True)
     absent = "".join(f"- {reason}.\n" for reason in found if isinstance(reason, str))
-    chapters.enter(Path(options.output), "Not tried", absent or "Nothing of what is here.\n")
-    chapters.enter(Path(options.output), "Versions", f"{versions()}.\n")
+    chapters.enter(
+        Path(options.output), "Not tried", absent or "Nothing of what is here.\n", last=True
+    )
+    chapters.enter(Path(options.output), "Versions", f"{versions()}.\n", last=True)
     return 0
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import subprocess
 import tempfile
 import time
 from bisect import bisect_right
@@ -20,6 +19,7 @@ from harness.probes.commands import last_line, run, tool
 from harness.probes.registry import probe
 from harness.probes.target import Failed, Target
 from harness.probes.verdicts import CANNOT, WORKS, Verdict, hottest
+from harness.recording import recording
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Samples:
     resolvable: int = 0  # by the symbol tables of the objects' own files
     resolved: int = 0  # of these
     wrong: int = 0  # of these, named otherwise than in the tables
-    names: Counter[str] = field(default_factory=Counter)
+    names: Counter[str] = field(default_factory=Counter)  # of the resolvable ones
 
 
 def same_samples(expected: Samples, seen: Samples) -> Verdict:
@@ -46,7 +46,7 @@ def same_samples(expected: Samples, seen: Samples) -> Verdict:
         return Verdict(CANNOT, numbers)
     if seen.wrong > max(expected.wrong, 0.01 * seen.resolvable):
         return Verdict(CANNOT, f"{numbers}, {seen.wrong} wrongly")
-    hot = hottest(expected.names, expected.total)
+    hot = hottest(expected.names, expected.resolvable)
     missing = hot - set(seen.names)
     if missing:
         return Verdict(CANNOT, f"{numbers}; no {min(missing)}")
@@ -84,21 +84,28 @@ class Symbols:
 
 # A cache as a user has it, that keeps by build-id what it has seen of unprimed processes.
 BUILD_IDS = Path(tempfile.gettempdir()) / f"page-primer-build-ids-{os.getpid()}"
+SECONDS = 1.2  # of the worker's, in its own code
+PATIENCE = 120.0  # of the clock's
+
+
+def used(pid: int) -> float:
+    """Seconds of processor time that a process has spent in its own code."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) / os.sysconf("SC_CLK_TCK")
 
 
 def samples_of(target: Target, *scope: str, first: str = "") -> Samples:
-    """perf at a scope, while the worker works; after it has answered a first request."""
+    """perf at a scope, while the worker works; after it has answered a first request. For as long
+    as the worker takes for its seconds of processor time, however busy the machine is."""
     data = target.directory / "perf.data"
-    record = [tool("perf"), "--buildid-dir", str(BUILD_IDS), "record", "-q", "-e", "cpu-clock",
-              "-F", "997", *scope, "-o", str(data), "--", "sleep", "1.5"]  # fmt: skip
-    process = subprocess.Popen(record, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        time.sleep(0.3)
+    perf = f"{tool('perf')} --buildid-dir {BUILD_IDS}"
+    options = ["-e", "cpu-clock", "-F", "997", *scope, "-o", str(data)]
+    with recording(perf, *options) as record:
         target.get(first)
         with target.spinning():
-            process.wait(60)
-    finally:
-        said, _ = process.communicate(timeout=60)
+            end, latest = used(target.pid) + SECONDS, time.monotonic() + PATIENCE
+            while used(target.pid) < end and record.running and time.monotonic() < latest:
+                time.sleep(0.05)
     script = run(tool("perf"), "--buildid-dir", str(BUILD_IDS), "script", "-i", str(data),
                  "--pid", str(target.pid), "-F", "ip,sym")  # fmt: skip
     data.unlink(missing_ok=True)
@@ -111,12 +118,15 @@ def samples_of(target: Target, *scope: str, first: str = "") -> Samples:
         known = symbols.at(address)
         samples.total += 1
         samples.resolvable += bool(known)
-        samples.names[name] += 1
+        if known:  # a debug package has more, and is found by the build-id of the file alone
+            samples.names[name] += 1
         if known and name != "[unknown]":
             samples.resolved += 1
             samples.wrong += name.partition("@")[0] not in known
     if samples.total < 100:
-        raise Failed(last_line(said) if not samples.total else f"only {samples.total} samples")
+        raise Failed(
+            last_line(record.said) if not samples.total else f"only {samples.total} samples"
+        )
     return samples
 
 
