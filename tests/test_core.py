@@ -1,6 +1,7 @@
 """The C core's arguments: what is not an address, a length or a power of two is refused before any
 system call sees it."""
 
+import ctypes
 import mmap
 import os
 
@@ -59,6 +60,24 @@ def test_an_address_is_an_integer(call, wrong):
 def test_arguments_are_neither_forgotten_nor_too_many(call):
     with pytest.raises(TypeError):
         call()
+
+
+def test_a_page_for_core_files_is_one_that_can_be():
+    for address in (-PAGE, 1 << 64, TOP):
+        with pytest.raises(OverflowError):
+            _core.dump_page(address)
+    for address in (-PAGE, 1 << 64):
+        with pytest.raises(OverflowError):
+            _core.dump_before(address, _core.PROT_READ, -1, PAGE)
+    for address, offset in ((0, PAGE), (PAGE, 0)):
+        with pytest.raises(ValueError, match="before the first page"):
+            _core.dump_before(address, _core.PROT_READ, -1, offset)
+    with mmap.mmap(-1, PAGE) as memory, open("/proc/self/exe", "rb") as file:
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        with pytest.raises(_core.Error, match="exists"):
+            _core.dump_before(address + PAGE, _core.PROT_READ, file.fileno(), PAGE)
+        with pytest.raises(_core.Error):
+            _core.dump_page(PAGE)  # nothing is mapped there
 
 
 @pytest.mark.parametrize("alignment", [0, 1, PAGE // 2, 3 * PAGE, PAGE + 1])

@@ -7,6 +7,7 @@ import os
 
 from page_primer import _core, backing, reasons
 from page_primer._lean import Record, suppress
+from page_primer.apply import core_files
 from page_primer.backing import memory as memory_backing
 from page_primer.backing.pieces import PROT_BTI, Attempt, Place, Prepared, Refused, reason_of
 from page_primer.elf.file import PF_X
@@ -130,6 +131,7 @@ def _carry_out(
                 raise NotMoved(reasons.FILE_GONE, notes) from error
             notes.append(f"swap: {reason_of(error)}")
             raise NotMoved(reasons.SWAP_FAILED, notes) from error
+        core_files.include(move.object, prepared)
         fault_in(regions)
         prepared.unmap(moved_below=regions[-1].end)
         if prepared.image is not None:
