@@ -5,6 +5,7 @@
 # make coverage    the suite with coverage of Python and C; writes docs/coverage.md
 # make trixie  make demo and make test in a Debian 13 (root; COMMAND=... for something else)
 # make lint    formatting, lint rules, types, layers; C's format and its lint
+# make docs    the documentation as a site, in build/docs; a warning is an error
 # make bench   what priming costs, and a start under page-primer run
 # make bench-pressure    what locking buys when memory is short (root)
 # make fuzz    what reads others' files and text, fuzzed (FUZZ="--seconds 600 align")
@@ -22,7 +23,7 @@ PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 PARALLEL := $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 SOURCES := pyproject.toml setup.py $(wildcard page_primer/*.[ch] page_primer/launcher/*.[ch])
 
-.PHONY: demo demo-celery test test-fast coverage trixie lint bench bench-pressure fuzz tools-matrix kernels clean
+.PHONY: demo demo-celery test test-fast coverage trixie lint docs bench bench-pressure fuzz tools-matrix kernels clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/gunicorn/demo.py
@@ -56,6 +57,9 @@ lint: $(VENV)/.dev
 	$(BIN)/clang-format --dry-run -Werror $$(git ls-files "*.c")
 	$(BIN)/clang-tidy --quiet $$(git ls-files "page_primer/*.c") -- -std=gnu11 -D_GNU_SOURCE \
 	    -isystem "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))')"
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir build/docs
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/prime_cost.py
@@ -105,6 +109,10 @@ $(VENV)/.demo: $(VENV)/.created $(SOURCES)
 
 $(VENV)/.demo-celery: $(VENV)/.created $(SOURCES)
 	$(PIP_INSTALL) -e ".[celery,cli]" "celery[redis]" numpy pandas
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.created $(SOURCES)
+	$(PIP_INSTALL) -e ".[docs]"
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.created $(SOURCES)

@@ -210,7 +210,7 @@ def _directory(name: str, value: Any) -> str | None:
 
 
 class Option(Record):
-    """How one option is given and what it means: what prime()'s docstring, README and the command
+    """How one option is given and what it means: what prime()'s docstring, docs/options.md and the command
     line say of it."""
 
     name: str  # of the keyword argument

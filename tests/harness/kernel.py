@@ -18,7 +18,7 @@ def filesystem(path):
 
 
 def require_huge_files(path):
-    """Skip where the kernel gives no huge pages to files there; see the table in the README."""
+    """Skip where the kernel gives no huge pages to files there; see docs/how-it-works.md."""
     kind = filesystem(path)
     since = {"ext2/ext3": (6, 16), "xfs": (6, 12), "tmpfs": (6, 1)}.get(kind)
     if since is None or release() < since:
