@@ -208,9 +208,7 @@ def test_docstring_says_what_the_table_says():
 
 def test_page_says_what_the_table_says():
     page = (ROOT / "docs" / "options.md").read_text()
-    table = page.partition("| argument | variable | default | meaning |\n")[2].partition("\n\n")[
-        0
-    ]
+    table = page.partition("| argument | variable | default | meaning |\n")[2].partition("\n\n")[0]
     assert table.splitlines()[2:] == [
         f"| `{o.name}` | `{o.variable}` | {o.default} | {o.help} |" for o in TABLE
     ]
