@@ -187,7 +187,7 @@ def probe(directory: Path) -> list[list[float]]:
     return [[float(word) for word in line.split()] for line in out.splitlines()]
 
 
-def main() -> None:
+def main() -> None:  # Longer: one experiment and its table, read from top to bottom
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--python", default=sys.executable)
     parser.add_argument("--rounds", type=int, default=10)

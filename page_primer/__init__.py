@@ -121,6 +121,7 @@ def _nothing_done(reason: Reason, detail: str | None = None) -> Report:
 
 
 def _alone(action: Callable[[Process], Report]) -> Report:
+    # Where there is no core, the import of this package says nothing: the report does.
     from page_primer import _core
     from page_primer.apply.process import process
 
@@ -134,7 +135,7 @@ def _too_little_memory() -> Refusal | None:
     """The modules that prime take a few megabytes themselves, which may be the last ones."""
     if "page_primer.apply.process" in sys.modules:
         return None
-    from page_primer.kernel import memory
+    from page_primer.kernel import memory  # not for `import page_primer`
 
     found = memory.read()
     if found is None or found.available >= memory.WORKING:
@@ -162,7 +163,7 @@ if not TYPE_CHECKING:
         if name != "__version__":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         global __version__
-        from importlib import metadata
+        from importlib import metadata  # 20 ms
 
         # Beside this package first: it need not be the one that sys.path leads to.
         places = [os.path.dirname(os.path.dirname(os.path.abspath(__file__))), *sys.path]

@@ -847,7 +847,7 @@ def shared(tmp_path: Path) -> tuple[str, Path]:
     return python, copy
 
 
-def test_aligned_interpreter(shared: tuple[str, Path], tmp_path: Path) -> None:
+def test_aligned_interpreter(shared: tuple[str, Path], tmp_path: Path) -> None:  # Longer: a story
     """The doctor knows an aligned file, and that there is nothing left to do; and after an upgrade
     the log and the doctor say what is to be done."""
     python, libpython = shared

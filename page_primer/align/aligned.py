@@ -94,7 +94,7 @@ def change_list(path: str, *, listed: bool) -> None:
     Raises:
         OSError: the list cannot be written.
     """
-    import fcntl
+    import fcntl  # a library to load, which processes that are primed do without
 
     name = list_file()
     directory = os.path.dirname(name) or "."

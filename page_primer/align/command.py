@@ -93,6 +93,11 @@ def _files(given: argparse.Namespace) -> Iterator[tuple[str, str | None, bool]]:
         for path in given.paths:
             yield os.path.realpath(path), given.python or sys.executable, True
         return
+    yield from _of_interpreter(given)
+
+
+def _of_interpreter(given: argparse.Namespace) -> Iterator[tuple[str, str | None, bool]]:
+    """_files() of an interpreter, with what else was named or is in the list."""
     found = targets.interpreter(given.python)
     once = dict.fromkeys([found.code, *map(os.path.realpath, given.paths)])
     for path in once:

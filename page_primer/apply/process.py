@@ -102,7 +102,7 @@ class Process:
 
     @staticmethod
     def _freeze() -> int:
-        from page_primer.heap import freeze
+        from page_primer.heap import freeze  # a module that only this option needs
 
         return freeze.freeze()
 

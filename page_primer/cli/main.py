@@ -9,7 +9,8 @@ import os
 import sys
 
 import page_primer
-from page_primer.options import TABLE
+from page_primer.options import TABLE, Options
+from page_primer.report import counted, image_place, mib, percent
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = _plainly_run(words)
         return _execute(command, {}) if command else _parse_and_run(words)
     except ValueError as error:
-        from page_primer.launcher.child import say
+        from page_primer.launcher.child import say  # only where something is wrong
 
         say(f"page-primer: {error}")
         return 2
@@ -46,7 +47,7 @@ def _plainly_run(words: Sequence[str]) -> Sequence[str]:
 
 
 def _parse_and_run(words: Sequence[str]) -> int:
-    import io
+    import io  # for the commands that are not in the way of a start
 
     given = _parser().parse_args(words)
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -63,7 +64,7 @@ def _parse_and_run(words: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    import argparse
+    import argparse  # 10 ms, which a plain `run` does without
 
     parser = argparse.ArgumentParser(
         prog="page-primer",
@@ -105,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="as JSON, sizes in bytes")
     doctor.set_defaults(run=_doctor)
 
+    # As argparse: a plain `run` does not come here.
     from page_primer.align import command as align_command
     from page_primer.cli.tables import show_table
 
@@ -120,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _warm(words: Sequence[str]) -> int:
-    from page_primer.launcher import warm
+    from page_primer.launcher import warm  # of this command alone
 
     return warm.main(words)
 
@@ -143,7 +145,7 @@ def _run(given: argparse.Namespace) -> int:
 
 
 def _execute(command: Sequence[str], settings: Mapping[str, str]) -> int:
-    from page_primer.launcher import run as launch
+    from page_primer.launcher import run as launch  # of this command alone
 
     return launch.run(command, settings)
 
@@ -152,11 +154,12 @@ def _status(given: argparse.Namespace) -> int:
     if sys.platform != "linux":
         print(f"page-primer: not supported on {sys.platform}", file=sys.stderr)
         return 1
-    import json
+    import json  # of this command alone, as the next ones
 
-    from page_primer.cli.tables import show_table
+    from page_primer.cli.tables import show_table  # re, textwrap
 
     try:
+        # dataclasses, collections
         from page_primer.status import examine, family
     except ImportError as error:  # built without its C core
         print(f"page-primer: not available here: {error}", file=sys.stderr)
@@ -184,8 +187,6 @@ def _status(given: argparse.Namespace) -> int:
 
 def _rows(process: ProcessStatus, *, everything: bool) -> Iterator[list[str]]:
     """A row for each object, the large ones alone or all, and one for their sum."""
-    from page_primer.report import counted, mib, percent
-
     objects = [
         obj
         for obj in process.objects
@@ -212,18 +213,15 @@ def _rows(process: ProcessStatus, *, everything: bool) -> Iterator[list[str]]:
 
 def _place(obj: ObjectStatus) -> str:
     """Where an object's read-only span lies, if not on its own file."""
-    from page_primer.report import image_place
-
     backing = obj.backing or ""
     same_name = os.path.basename(backing) == os.path.basename(obj.path)
     return image_place(backing) if same_name else backing
 
 
 def _doctor(given: argparse.Namespace) -> int:
-    import json
+    import json  # of this command alone, as the next one
 
-    from page_primer import doctor
-    from page_primer.options import Options
+    from page_primer import doctor  # all that page-primer has
 
     options = Options.load()
     checks, layout = doctor.examine(options), doctor.interpreter(options)
@@ -237,6 +235,6 @@ def _doctor(given: argparse.Namespace) -> int:
 def _laid_out(
     titles: tuple[str, ...], rows: tuple[tuple[str, ...], ...], notes: tuple[str | None, ...]
 ) -> str:
-    from page_primer.cli.tables import Table, render
+    from page_primer.cli.tables import Table, render  # re, textwrap: as above
 
     return render(Table(titles, rows, left=(0, 1, 2), wraps=True, notes=notes))

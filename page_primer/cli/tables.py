@@ -88,6 +88,7 @@ def _fold(text: str, width: int) -> list[str]:
 
 def _by_rich(table: Table, console: Console) -> str:
     """Long cells fold to the width of the terminal."""
+    # An extra: whoever calls this has it.
     from rich.markup import escape
     from rich.table import Table as Grid
 

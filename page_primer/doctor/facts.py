@@ -81,7 +81,7 @@ def read_settings(pmd: int) -> Settings:
 
 def read_process() -> Process:
     """Read what this process may do."""
-    import resource
+    import resource  # Linux alone: the doctor is imported everywhere, and says so
 
     def limit(value: int) -> int | None:
         return None if value == resource.RLIM_INFINITY else value

@@ -36,7 +36,7 @@ def freeze_again(options: Options | None = None) -> None:
     except ValueError:  # which prime_and_log() says
         return
     if options.enabled and options.freeze:
-        from page_primer.heap import freeze
+        from page_primer.heap import freeze  # a module that only this option needs
 
         freeze.freeze(again=True)
 

@@ -35,6 +35,7 @@ def create_app() -> Any:
     What is wrong with the target is said in uvicorn's own words, as if it had been given to uvicorn
     itself.
     """
+    # primed() is of use under other servers, too.
     from uvicorn.importer import ImportFromStringError, import_from_string
 
     target = os.environ.get(_VARIABLE, "")
@@ -85,7 +86,7 @@ def _is_factory(target: Callable[..., Any]) -> bool:
 
 
 def _stop(message: str) -> Any:
-    import uvicorn.config
+    import uvicorn.config  # as above
 
     _LOGGER.error(message)
     # What uvicorn itself exits with, which was 1 before it got a name.

@@ -30,7 +30,7 @@ def start() -> None:
     report = prime(options)
     os.register_at_fork(after_in_child=_lock_in_child)
     if report.reason is None and _wants(LATE, True):
-        from page_primer.launcher import imports as late
+        from page_primer.launcher import imports as late  # not of processes that want none
 
         late.watch(options)
     if _wants(VERBOSE, False):
@@ -44,7 +44,7 @@ def say(line: str) -> None:
     exit fail with status 120. The signals for a closed pipe and a file that may not grow are
     consumed, since a host that embeds Python may not ignore them.
     """
-    import signal
+    import signal  # with enum: milliseconds, for the few that have something to say
 
     stderr = sys.__stderr__
     if stderr is None:  # closed: its number may be another file's by now

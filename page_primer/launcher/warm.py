@@ -87,7 +87,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _execute(command: Sequence[str]) -> int:
     """Returns only if it cannot be executed: an exit status, as a shell's."""
-    import signal
+    import signal  # of this command alone; `run` imports this module
 
     # An interpreter ignores these, and what it executes would inherit that.
     for number in (signal.SIGPIPE, signal.SIGXFSZ):
@@ -100,7 +100,7 @@ def _execute(command: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    import argparse
+    import argparse  # likewise
 
     parser = argparse.ArgumentParser(
         prog="page-primer warm",
@@ -132,6 +132,7 @@ def targets(python: str | None, libraries: bool) -> list[str]:
     Raises:
         ValueError: it gives no answer; the message says why.
     """
+    # Likewise, and they import much.
     from page_primer.align import files as align
     from page_primer.align.targets import interpreter
     from page_primer.align.targets import libraries as libraries_of
@@ -143,7 +144,7 @@ def targets(python: str | None, libraries: bool) -> list[str]:
 
 
 def _is_aligned(path: str, pmd: int) -> bool:
-    from page_primer.elf import file as elf
+    from page_primer.elf import file as elf  # likewise
 
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -21,7 +21,7 @@ def _start(directory):
         package = importlib._bootstrap.module_from_spec(spec)
         sys.modules["page_primer"] = package
         spec.loader.exec_module(package)
-    from page_primer.launcher import child
+    from page_primer.launcher import child  # not before the package is found, above
 
     child.start()
 
