@@ -53,6 +53,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/mypy --config-file tests/mypy.ini
+	$(BIN)/stubtest --mypy-config-file pyproject.toml page_primer._core
 	$(BIN)/lint-imports --no-cache
 	tools/limits
 	$(BIN)/clang-format --dry-run -Werror $$(git ls-files "*.c")

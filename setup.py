@@ -24,6 +24,11 @@ PROGRAMS = {
         for name in ("warm", "lists", "span", "pages", "rewrite", "hold")
     ],
 }
+# What page_primer._core is made of.
+CORE = [
+    f"page_primer/_{name}.c"
+    for name in ("core", "support", "objects", "memory", "dump", "swap", "heap", "alone")
+]
 SOURCES = [source for sources in PROGRAMS.values() for source in sources]
 
 
@@ -48,7 +53,7 @@ setup(
     ext_modules=[
         Extension(
             "page_primer._core",
-            ["page_primer/_core.c", "page_primer/_heap.c", "page_primer/_alone.c"],
+            CORE,
             depends=["page_primer/_core.h"],
             py_limited_api=stable_abi,
             extra_compile_args=["-std=gnu11", "-Wall", "-Wextra", "-Werror=implicit"],

@@ -11,11 +11,6 @@
  * it.  One lock for the process, also where interpreters have a GIL each.
  */
 
-#define _GNU_SOURCE
-#include <pyconfig.h> /* says whether this is a free-threaded build */
-#ifndef Py_GIL_DISABLED
-#define Py_LIMITED_API 0x030A0000
-#endif
 #include "_core.h"
 
 #include <errno.h>

@@ -1,16 +1,50 @@
-/* page_primer._core: what the other files of the module add to it. */
+/* page_primer._core: what its files share.  Each includes this before anything
+ * else. */
 
 #ifndef PAGE_PRIMER_CORE_H
 #define PAGE_PRIMER_CORE_H
 
+#define _GNU_SOURCE
+#include <pyconfig.h> /* says whether this is a free-threaded build */
+#ifndef Py_GIL_DISABLED
+#define Py_LIMITED_API 0x030A0000
+#endif
 #include <Python.h>
+
+#include <stdint.h>
+
+typedef struct {
+    PyObject *error; /* page_primer._core.Error */
+} core_state;
 
 #pragma GCC visibility push(hidden)
 
-/* _heap.c */
+/* _support.c: errors and arguments. */
+PyObject *none(void);
+PyObject *fail(PyObject *module, int number, const char *step,
+               uintptr_t start, uintptr_t end);
+int to_uint64(PyObject *value, void *result);
+int check_range(uint64_t address, uint64_t length);
+int parse_range(PyObject *args, const char *format, uint64_t *address,
+                uint64_t *length);
+
+/* _objects.c: what the loader has mapped. */
+extern PyMethodDef page_primer_objects_methods[];
+
+/* _memory.c: memory, a function a system call. */
+extern PyMethodDef page_primer_memory_methods[];
+int populate(void *address, size_t length);
+
+/* _dump.c: what core files hold of a mapping. */
+extern PyMethodDef page_primer_dump_methods[];
+
+/* _swap.c */
+extern PyMethodDef page_primer_swap_methods[];
+
+/* _heap.c: the arena allocator. */
 extern PyMethodDef page_primer_heap_methods[];
 
-/* _alone.c; to be called before any of its functions */
+/* _alone.c; to be called before any of its functions. */
 extern PyMethodDef page_primer_alone_methods[];
 void page_primer_alone_prepare(void);
 

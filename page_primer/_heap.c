@@ -17,11 +17,8 @@
  * it.  An address that is no used slot of ours belongs to the allocator before.
  */
 
-#define _GNU_SOURCE
-#include <pyconfig.h> /* says whether this is a free-threaded build */
-#ifndef Py_GIL_DISABLED
-#define Py_LIMITED_API 0x030A0000
-#endif
+/* Longer: one allocator, whose state is this file's alone. */
+
 #include "_core.h"
 
 #include <dlfcn.h>

@@ -78,7 +78,7 @@ def test_the_core_compiles_for_free_threading(tmp_path):
     with open(include / "pyconfig.h", "a") as file:
         file.write("\n#define Py_GIL_DISABLED 1\n")
     command = ["gcc", "-std=gnu11", "-Wall", "-Werror", "-fsyntax-only", f"-I{include}"]
-    subprocess.run([*command, str(ROOT / "page_primer/_core.c")], check=True)
+    subprocess.run([*command, *map(str, (ROOT / "page_primer").glob("_*.c"))], check=True)
 
 
 @pytest.mark.parametrize("backing", ["image", "memfd"])

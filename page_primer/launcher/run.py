@@ -51,7 +51,7 @@ def run(command: Sequence[str], settings: Mapping[str, str]) -> int:
     if options.enabled:
         _add_site()
         if options.heap == "all":
-            from page_primer.heap.malloc import add_tunable
+            from page_primer.heap.malloc import add_tunable  # of this option alone
 
             add_tunable(os.environ)
     try:

@@ -94,12 +94,47 @@ execute(char **command)
     return error == ENOENT || error == ENOTDIR ? 127 : 126;
 }
 
+typedef struct {
+    bool quiet, verbose, keep, may_rewrite;
+    bool listed, good; /* lists were named, and could be read */
+    char **command;    /* or NULL */
+} options;
+
+/* Returns -1, or the exit status where there is nothing more to do. */
+static int
+parse(int argc, char **argv, options *given)
+{
+    int at;
+
+    for (at = 1; at < argc && strcmp(argv[at], "--"); at++) {
+        const char *word = argv[at];
+        if (!strcmp(word, "-q"))
+            given->quiet = true;
+        else if (!strcmp(word, "-v"))
+            given->verbose = true;
+        else if (!strcmp(word, "--hold"))
+            given->keep = true;
+        else if (!strcmp(word, "--rewrite"))
+            given->may_rewrite = true;
+        else if (!strcmp(word, "--list") && at + 1 < argc) {
+            given->listed = true;
+            given->good &= add_list(argv[++at]) || complain(argv[at]);
+        } else if (!strcmp(word, "--help"))
+            return fputs(usage, stdout) < 0;
+        else if (*word == '-')
+            return fputs(usage, stderr), 2;
+        else
+            add_file(argv[at]);
+    }
+    given->command = at + 1 < argc ? argv + at + 1 : NULL;
+    return -1;
+}
+
 int
 main(int argc, char **argv)
 {
-    bool quiet = false, verbose = false, keep = false, may_rewrite = false;
-    bool listed = false, good = true;
-    int at, fd;
+    options given = {.good = true};
+    int fd, status;
 
     /* What we open is never taken for stdio that is closed. */
     while ((fd = open("/dev/null", O_RDWR | O_CLOEXEC)) >= 0 && fd < 3)
@@ -108,44 +143,27 @@ main(int argc, char **argv)
     read_page_size();
     if (argc && !strcmp(argv[0], HOLDER))
         return hold(argv + 1);
-    for (at = 1; at < argc && strcmp(argv[at], "--"); at++) {
-        const char *word = argv[at];
-        if (!strcmp(word, "-q"))
-            quiet = true;
-        else if (!strcmp(word, "-v"))
-            verbose = true;
-        else if (!strcmp(word, "--hold"))
-            keep = true;
-        else if (!strcmp(word, "--rewrite"))
-            may_rewrite = true;
-        else if (!strcmp(word, "--list") && at + 1 < argc) {
-            listed = true;
-            good &= add_list(argv[++at]) || complain(argv[at]);
-        } else if (!strcmp(word, "--help"))
-            return fputs(usage, stdout) < 0;
-        else if (*word == '-')
-            return fputs(usage, stderr), 2;
-        else
-            add_file(argv[at]);
-    }
-    char **command = at + 1 < argc ? argv + at + 1 : NULL;
+    status = parse(argc, argv, &given);
+    if (status >= 0)
+        return status;
 
     /* A closed pipe or `ulimit -f` must not end it; COMMAND finds both signals
      * as they were. */
     void (*pipe)(int) = signal(SIGPIPE, SIG_IGN);
     void (*limit)(int) = signal(SIGXFSZ, SIG_IGN);
     char **holder = arguments_of_holder();
-    if (!listed && !holder[1])
+    bool good = given.good;
+    if (!given.listed && !holder[1])
         good = add_recorded() || complain(getenv("PAGE_PRIMER_ALIGNED"));
-    FILE *failures = quiet ? NULL : command ? stderr : stdout;
+    FILE *failures = given.quiet ? NULL : given.command ? stderr : stdout;
     for (char **file = holder + 1; *file; file++)
-        good &= warm(*file, may_rewrite, failures,
-                     verbose || !command ? failures : NULL);
+        good &= warm(*file, given.may_rewrite, failures,
+                     given.verbose || !given.command ? failures : NULL);
     if (failures)
         fflush(failures);
-    if (keep && holder[1])
+    if (given.keep && holder[1])
         good &= leave_holder(holder);
     signal(SIGPIPE, pipe);
     signal(SIGXFSZ, limit);
-    return command ? execute(command) : !good;
+    return given.command ? execute(given.command) : !good;
 }
