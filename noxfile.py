@@ -1,13 +1,13 @@
 """The frameworks' oldest and newest supported versions: nox [-s SESSION]. `make test` runs the
 newest only."""
 
+import runpy
+
 import nox
 
-OLDEST = {
-    "gunicorn": ["gunicorn==21.2.0"],
-    "uvicorn": ["uvicorn==0.30.0", "uvicorn-worker==0.2.0"],
-    "celery": ["celery==5.4.0"],
-}
+TESTED = runpy.run_path("page_primer/integrations/versions.py")["TESTED"]
+# What an old framework needs beside it.
+WITH_OLDEST = {"uvicorn": ["uvicorn-worker==0.2.0"]}
 TESTS = {
     "gunicorn": ["tests/test_gunicorn.py", "tests/test_gunicorn_dirty.py"],
     "uvicorn": ["tests/test_asgi_wsgi.py"],
@@ -23,5 +23,6 @@ nox.options.default_venv_backend = "venv"
 def frameworks(session: nox.Session, framework: str, version: str) -> None:
     session.install(".[test]")
     if version == "oldest":
-        session.install(*OLDEST[framework])
+        oldest, _ = TESTED[framework]
+        session.install(f"{framework}=={oldest}", *WITH_OLDEST.get(framework, []))
     session.run("pytest", *TESTS[framework], *session.posargs)

@@ -18,12 +18,12 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from celery import current_app, signals
+from celery import __version__, current_app, signals
 from celery.utils.log import get_logger
 
 import page_primer
 from page_primer._lean import replace
-from page_primer.integrations import announce, freeze_again, prime_and_log
+from page_primer.integrations import announce, freeze_again, prime_and_log, versions
 from page_primer.options import NAMES, Options
 from page_primer.report import Report
 
@@ -38,8 +38,9 @@ def setup(app: Any) -> None:
     application of the process; this also checks the options at once.
 
     Raises:
-        TypeError, ValueError: an option is unknown or does not make sense.
+        TypeError, ValueError: an option is unknown or does not make sense, or Celery is too old.
     """
+    versions.require("celery", __version__)
     options_of(app.conf)
 
 
@@ -68,6 +69,7 @@ def _prime_parent(conf: Any = None, **_: Any) -> None:
     """Before the pool forks or starts threads."""
     global _options, _first
     try:
+        versions.require("celery", __version__)
         _options = options_of(current_app.conf if conf is None else conf)
     except (TypeError, ValueError) as error:
         # Celery swallows exceptions of receivers; this one is to stop the worker.

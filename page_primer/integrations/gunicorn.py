@@ -19,7 +19,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from page_primer.integrations import asgi, freeze_again, prime_and_log
+from page_primer.integrations import asgi, freeze_again, prime_and_log, versions
 
 if TYPE_CHECKING:
     from page_primer.integrations.asgi import Message, Receive, Send
@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 
 def on_starting(server: Any) -> None:
     """Prime the master: after a preloaded application, before sockets, threads and forks."""
+    try:
+        versions.require("gunicorn", sys.modules["gunicorn"].__version__)
+    except ValueError as error:
+        sys.exit(f"page-primer: {error}")
     freeze_again()
     prime_and_log(server.log)
 

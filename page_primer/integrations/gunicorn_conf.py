@@ -23,10 +23,12 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import gunicorn
 from gunicorn.config import make_settings
 
 import page_primer
 from page_primer.integrations import gunicorn as _gunicorn
+from page_primer.integrations import versions
 from page_primer.options import Options
 
 # A gunicorn that does not know some of them ignores them.
@@ -150,6 +152,7 @@ def _take_over(theirs: dict[str, Any]) -> dict[str, Any]:
 
 
 try:
+    versions.require("gunicorn", gunicorn.__version__)
     _options = Options.load()
 except ValueError as error:
     sys.exit(f"page-primer: {error}")

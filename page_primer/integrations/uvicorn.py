@@ -22,7 +22,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from page_primer.integrations import asgi, prime_and_log
+from page_primer.integrations import asgi, prime_and_log, versions
 from page_primer.options import Options
 
 _VARIABLE = "PAGE_PRIMER_APP"
@@ -56,8 +56,10 @@ def primed(target: Callable[..., Any]) -> Any:
     """Wrap an application, or a factory of one, so that its process is primed.
 
     Raises:
-        ValueError: a PAGE_PRIMER_* variable has a value that does not make sense.
+        ValueError: a PAGE_PRIMER_* variable has a value that does not make sense, or uvicorn is
+            too old.
     """
+    versions.require("uvicorn", getattr(sys.modules.get("uvicorn"), "__version__", ""))
     Options.load()
     if not _is_factory(target):
         return _prime_for(target)
