@@ -210,8 +210,8 @@ def _directory(name: str, value: Any) -> str | None:
 
 
 class Option(Record):
-    """How one option is given and what it means: what prime()'s docstring, docs/options.md and the command
-    line say of it."""
+    """How one option is given and what it means: what prime()'s docstring, docs/options.md and the
+    command line say of it."""
 
     name: str  # of the keyword argument
     parse: Callable[[str, Any], Any]  # from the name to blame, and a value; else raises ValueError
