@@ -97,6 +97,15 @@ def test_align_check_undo(file: Path, own_list: Path) -> None:
     assert again.returncode == 1 and "not aligned by page-primer" in again.stdout
 
 
+def test_a_device_is_no_list(file: Path, own_list: Path) -> None:
+    """PAGE_PRIMER_ALIGNED=/dev/null; the test's own link keeps /dev out of it."""
+    own_list.parent.mkdir()
+    own_list.symlink_to("/dev/null")
+    assert command(file).returncode == 0
+    assert align.look(str(file)).state == ALIGNED
+    assert own_list.is_symlink() and own_list.is_char_device()
+
+
 def test_an_upgrade_is_noticed_and_mended(file: Path, library: Path) -> None:
     assert command(file).returncode == 0
     shutil.copy2(library, file.with_name("upgrade"))

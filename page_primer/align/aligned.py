@@ -89,7 +89,8 @@ def listed(path: str) -> bool:
 
 
 def change_list(path: str, *, listed: bool) -> None:
-    """Put a path into the list, or take it out, in one step for whoever reads it.
+    """Put a path into the list, or take it out, in one step for whoever reads it. A list that is
+    no regular file (/dev/null) is none, and stays what it is.
 
     Raises:
         OSError: the list cannot be written.
@@ -97,6 +98,8 @@ def change_list(path: str, *, listed: bool) -> None:
     import fcntl  # a library to load, which processes that are primed do without
 
     name = list_file()
+    if os.path.exists(name) and not os.path.isfile(name):
+        return
     directory = os.path.dirname(name) or "."
     os.makedirs(directory, mode=0o755, exist_ok=True)
     lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -1,0 +1,77 @@
+"""An interpreter's copy that `page-primer align` has aligned; the interpreter stays as it is."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from harness.interpreters import python_of
+
+__all__ = ["Copy", "NotAligned", "align", "copy_of"]
+
+# The program without virtual environments, and the libpython if it has one.
+_QUESTION = """
+import json, os, re, sys
+found = re.search(r" (/.*/libpython3\\.\\d+\\S*\\.so\\S*)", open("/proc/self/maps").read())
+print(json.dumps([os.path.realpath(sys._base_executable), found and found[1]]))
+"""
+
+
+class NotAligned(Exception):
+    """`page-primer align` refused; the message is what it said."""
+
+
+@dataclass(frozen=True)
+class Copy:
+    """`python` is in a virtual environment, `code` the file with the interpreter's code; `env` is
+    what the loader needs to find a libpython."""
+
+    python: str
+    code: Path
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+def align(path: str, *command: str, env: Mapping[str, str] | None = None) -> None:
+    """Align a file by the command, run by an interpreter that has the package. The machine's list
+    of aligned files stays as it is."""
+    own_list = f"{path}.list"  # beside it, in a chroot too
+    done = subprocess.run(
+        [*command, "-m", "page_primer", "align", path], capture_output=True, text=True,
+        env={**os.environ, **(env or {}), "PAGE_PRIMER_ALIGNED": own_list}, timeout=300,
+        check=False,
+    )  # fmt: skip
+    if done.returncode:
+        raise NotAligned((done.stdout + done.stderr).strip())
+
+
+def copy_of(python: str, directory: Path) -> Copy:
+    """Copy an interpreter into a directory and align it.
+
+    Args:
+        python: the interpreter, in a virtual environment or not.
+        directory: on a file system that takes huge pages for files.
+
+    Raises:
+        NotAligned: it cannot be aligned.
+    """
+    program, library = where(python)
+    twin = python_of(directory, program)
+    code = directory / os.path.basename(library) if library else Path(twin)
+    code.unlink(missing_ok=True)  # in a virtual environment it is a link
+    shutil.copy2(library or os.path.realpath(python), code)
+    env = {"LD_LIBRARY_PATH": str(directory)} if library else {}
+    align(str(code), python, env={**env, "PAGE_PRIMER": "0"})
+    return Copy(twin, code, env)
+
+
+def where(python: str, wrapper: Sequence[str] = ()) -> tuple[str, str | None]:
+    """The program of an interpreter, outside virtual environments, and its libpython if it has
+    one."""
+    command = [*wrapper, python, "-c", _QUESTION]
+    program, library = json.loads(subprocess.check_output(command, text=True))
+    return program, library
