@@ -72,8 +72,8 @@ none(void)
 
 /* ------------------------------------------------------------- errors --- */
 
-/* Set _core.Error(errno, "step at 0x..-0x..: strerror") with the attributes
- * step, start and end; always returns NULL.
+/* Set _core.Error(errno, "step 0x..-0x..: strerror"), without a range where
+ * there is none, with the attributes step, start and end; always returns NULL.
  */
 static PyObject *
 fail(PyObject *module, int number, const char *step, uintptr_t start,
@@ -82,8 +82,11 @@ fail(PyObject *module, int number, const char *step, uintptr_t start,
     core_state *state = PyModule_GetState(module);
     PyObject *text = NULL, *error = NULL, *value = NULL;
 
-    text = PyUnicode_FromFormat("%s %p-%p: %s", step, (void *)start,
-                                (void *)end, strerror(number));
+    if (end == 0)
+        text = PyUnicode_FromFormat("%s: %s", step, strerror(number));
+    else
+        text = PyUnicode_FromFormat("%s %p-%p: %s", step, (void *)start,
+                                    (void *)end, strerror(number));
     if (text == NULL)
         goto done;
     error = PyObject_CallFunction(state->error, "iO", number, text);
@@ -1057,7 +1060,6 @@ core_exec(PyObject *module)
 {
     core_state *state = PyModule_GetState(module);
 
-    page_primer_alone_prepare();
     if (PyModule_AddFunctions(module, page_primer_heap_methods) < 0
         || PyModule_AddFunctions(module, page_primer_alone_methods) < 0)
         return -1;

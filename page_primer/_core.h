@@ -10,9 +10,8 @@
 /* _heap.c */
 extern PyMethodDef page_primer_heap_methods[];
 
-/* _alone.c; to be called before any of its functions */
+/* _alone.c */
 extern PyMethodDef page_primer_alone_methods[];
-void page_primer_alone_prepare(void);
 
 #pragma GCC visibility pop
 
