@@ -150,7 +150,10 @@ def _unsupported() -> Refusal | None:
     elif sys.implementation.name != "cpython":
         found = sys.implementation.name
     else:
-        machine = os.uname().machine
+        try:
+            machine = os.uname().machine
+        except OSError:  # a sandbox: on another our C core would not be here
+            return None
         if machine not in ("x86_64", "aarch64") or sys.maxsize < 1 << 32:
             found = f"{machine}, {sys.maxsize.bit_length() + 1} bits"
     return Refusal(reasons.NOT_SUPPORTED, found) if found else None

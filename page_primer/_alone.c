@@ -134,19 +134,14 @@ in_any_child(void)
         held = running = by_fork = false;
 }
 
-static void
+/* As the module is loaded, so once, and without pthread_once(3), which is
+ * fatal where a sandbox refuses futex(2).
+ */
+__attribute__((constructor)) static void
 prepare(void)
 {
     make_condition();
     pthread_atfork(before_any_fork, after_any_fork, in_any_child);
-}
-
-void
-page_primer_alone_prepare(void)
-{
-    static pthread_once_t once = PTHREAD_ONCE_INIT;
-
-    pthread_once(&once, prepare);
 }
 
 /* ------------------------------------------------------------ functions --- */

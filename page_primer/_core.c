@@ -107,7 +107,6 @@ core_exec(PyObject *module)
 {
     core_state *state = PyModule_GetState(module);
 
-    page_primer_alone_prepare();
     if (PyModule_AddFunctions(module, page_primer_objects_methods) < 0
         || PyModule_AddFunctions(module, page_primer_memory_methods) < 0
         || PyModule_AddFunctions(module, page_primer_dump_methods) < 0

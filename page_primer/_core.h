@@ -44,9 +44,8 @@ extern PyMethodDef page_primer_swap_methods[];
 /* _heap.c: the arena allocator. */
 extern PyMethodDef page_primer_heap_methods[];
 
-/* _alone.c; to be called before any of its functions. */
+/* _alone.c: one call at a time. */
 extern PyMethodDef page_primer_alone_methods[];
-void page_primer_alone_prepare(void);
 
 #pragma GCC visibility pop
 

@@ -17,8 +17,8 @@ none(void)
 
 /* ------------------------------------------------------------- errors --- */
 
-/* Set _core.Error(errno, "step at 0x..-0x..: strerror") with the attributes
- * step, start and end; always returns NULL.
+/* Set _core.Error(errno, "step 0x..-0x..: strerror"), without a range where
+ * there is none, with the attributes step, start and end; always returns NULL.
  */
 PyObject *
 fail(PyObject *module, int number, const char *step, uintptr_t start,
@@ -27,8 +27,11 @@ fail(PyObject *module, int number, const char *step, uintptr_t start,
     core_state *state = PyModule_GetState(module);
     PyObject *text = NULL, *error = NULL, *value = NULL;
 
-    text = PyUnicode_FromFormat("%s %p-%p: %s", step, (void *)start,
-                                (void *)end, strerror(number));
+    if (end == 0)
+        text = PyUnicode_FromFormat("%s: %s", step, strerror(number));
+    else
+        text = PyUnicode_FromFormat("%s %p-%p: %s", step, (void *)start,
+                                    (void *)end, strerror(number));
     if (text == NULL)
         goto done;
     error = PyObject_CallFunction(state->error, "iO", number, text);

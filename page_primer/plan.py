@@ -171,7 +171,7 @@ def _refusal(obj: Object, survey: Survey, options: Options) -> Reason | None:
     if not selects(options, obj.path):
         return reasons.EXCLUDED
     if not survey.pmd_size:
-        return reasons.NO_HUGE_PAGES
+        return reasons.SIZE_UNKNOWN if survey.size_unknown else reasons.NO_HUGE_PAGES
     if survey.thp_disabled and options.backing != "hugetlb":
         return reasons.THP_DISABLED
     if not any(segment.code and not segment.writable for segment in obj.segments):

@@ -39,6 +39,7 @@ UNEXPECTED = Reason("unexpected error")
 
 # Nothing was done for the process's code, or for its heap.
 NO_HUGE_PAGES = Reason("no huge pages on this kernel")
+SIZE_UNKNOWN = Reason("the size of huge pages cannot be read")
 THP_DISABLED = Reason("huge pages are disabled for this process (PR_SET_THP_DISABLE)")
 THP_OFF = Reason("transparent huge pages are off")
 SMALL_LIMIT = Reason("the memory limit is below PAGE_PRIMER_HEAP_MIN_MEMORY")
@@ -56,6 +57,7 @@ OVER_MEMORY = Reason("short of memory")
 
 # An object cannot be moved at all.
 FILE_GONE = Reason("file deleted or replaced on disk")
+FILE_UNREADABLE = Reason("its file cannot be looked at")
 TEXT_RELOCATIONS = Reason("text relocations")
 EXECUTE_ONLY = Reason("execute-only code")
 SEALED = Reason("sealed")

@@ -13,7 +13,7 @@ from page_primer.kernel import memory
 from page_primer.kernel.address_space import map_new
 from page_primer.kernel.memory import Memory
 from page_primer.kernel.smaps import Mapping, overlapping, read_maps, read_smaps
-from page_primer.kernel.thp import page_size, pmd_size
+from page_primer.kernel.thp import has_no_huge_pages, page_size, pmd_size
 from page_primer.reasons import Reason
 
 TYPE_CHECKING = False
@@ -31,6 +31,7 @@ class Survey(Record, aside=("mappings",)):
     loads: tuple[int, int]  # the loader's counters
     memory: Memory | None = None  # what is to be had, where known
     mappings: Sequence[Mapping] = ()
+    size_unknown: bool = False  # pmd_size is 0 since it cannot be read
 
 
 def take(
@@ -64,12 +65,28 @@ def take(
     return Survey(
         tuple(objects),
         pmd,
-        _core.thp_disabled(),
-        _core.threads(),
+        _thp_disabled(),
+        threads(),
         (adds, subs),
         None if as_known else memory.read(),
         mappings,
+        not pmd and not has_no_huge_pages(),
     )
+
+
+def threads() -> int:
+    """The number of threads; 0 where we may not ask."""
+    try:
+        return _core.threads()
+    except OSError:
+        return 0
+
+
+def _thp_disabled() -> bool:
+    try:
+        return _core.thp_disabled()
+    except OSError:  # a sandbox: smaps tells what comes of trying
+        return False
 
 
 def _object(
@@ -116,8 +133,10 @@ def _inspect(
         return None, reasons.MAPPED_OTHERWISE
     try:
         source = Source.of(found.path, os.stat(found.path))
-    except OSError:
+    except FileNotFoundError:
         return None, reasons.FILE_GONE
+    except OSError:
+        return None, reasons.FILE_UNREADABLE
     if not _is_mapped_at(source, origin):
         return None, reasons.FILE_GONE
     for segment in found.segments:

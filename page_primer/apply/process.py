@@ -15,6 +15,7 @@ from page_primer.backing import in_place
 from page_primer.backing.pieces import Place, reason_of
 from page_primer.elf.objects import Object, Range
 from page_primer.kernel import memlock, smaps
+from page_primer.kernel.limits import soft_limit
 from page_primer.kernel.memory import Memory
 from page_primer.kernel.smaps import Mapping
 from page_primer.kernel.thp import fault_in, pmd_size
@@ -301,7 +302,7 @@ class Process:
             lock_refused_bytes=refused,
             lock_withheld_bytes=withheld,
             lock_refusal=refusal,
-            lock_limit=_core.limit(_core.RLIMIT_MEMLOCK) if refusal == memlock.OVER else None,
+            lock_limit=soft_limit(_core.RLIMIT_MEMLOCK) if refusal == memlock.OVER else None,
             perf_map=self._perf_map_outcome(),
             memory=self.memory,
             memory_share=options.memory_share if options else None,
@@ -311,7 +312,7 @@ class Process:
                 if name in explicit and getattr(options, name)
             ),
             milliseconds=_since(began),
-            threads=_core.threads(),
+            threads=survey.threads(),
             unknown_variables=unknown_variables(),
         )
 

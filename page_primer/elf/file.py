@@ -226,6 +226,8 @@ class File:
         for found, value in entries:
             if found == tag and tables:
                 at = self._offset_of(tables[0], headers) + value
+                if at >= self.size:
+                    raise Malformed("a name out of bounds")
                 raw = os.pread(self._fd, _LONGEST_PATH, at).partition(b"\0")[0]
                 names.append(os.fsdecode(raw))
         return names

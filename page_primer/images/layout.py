@@ -31,7 +31,7 @@ from page_primer.elf.objects import Object, Region
 from page_primer.images import names
 from page_primer.kernel import memory
 from page_primer.kernel.address_space import Window
-from page_primer.kernel.limits import check_file_size
+from page_primer.kernel.limits import check_file_size, soft_limit
 from page_primer.kernel.thp import page_size
 
 TYPE_CHECKING = False
@@ -157,7 +157,7 @@ def _room(target: int) -> int:
     found = memory.read()
     if found is not None:
         room = min(room, found.available // 8)
-    limit = _core.limit(_core.RLIMIT_FSIZE)
+    limit = soft_limit(_core.RLIMIT_FSIZE)
     return room if limit is None else min(room, limit // 4)
 
 

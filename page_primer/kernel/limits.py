@@ -8,12 +8,20 @@ import os
 from page_primer import _core
 
 
+def soft_limit(resource: int) -> int | None:
+    """The soft limit in force; None where there is none, or a sandbox keeps us from asking."""
+    try:
+        return _core.limit(resource)
+    except OSError:
+        return None
+
+
 def check_file_size(size: int) -> None:
     """RLIMIT_FSIZE is enforced by a signal, which a host that embeds Python may not ignore: so ask.
 
     Raises:
         OSError: EFBIG, as write(2) would say where SIGXFSZ is ignored.
     """
-    limit = _core.limit(_core.RLIMIT_FSIZE)
+    limit = soft_limit(_core.RLIMIT_FSIZE)
     if limit is not None and size > limit:
         raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))

@@ -10,6 +10,7 @@ import os
 
 from page_primer import _core
 from page_primer._lean import suppress
+from page_primer.kernel.limits import soft_limit
 from page_primer.kernel.thp import page_size
 
 OVER = "over RLIMIT_MEMLOCK"
@@ -24,7 +25,7 @@ def margin(limit: int) -> int:
 def room() -> int | None:
     """Bytes that may yet be locked beside the host's part, below zero if that is touched already;
     None where no limit is in force."""
-    limit = _core.limit(_core.RLIMIT_MEMLOCK)
+    limit = soft_limit(_core.RLIMIT_MEMLOCK)
     if limit is None or try_lock(limit + page_size()) is None:
         return None
     return limit - _locked() - margin(limit)

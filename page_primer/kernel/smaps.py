@@ -104,8 +104,11 @@ def total(mappings: Iterable[Mapping], counter: str) -> int:
 
 def _text(path: str) -> str:
     # In one go: the kernel then walks the address space in as few steps as it can.
-    with open(path, "rb", buffering=0) as file:
-        return os.fsdecode(file.readall())
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return os.fsdecode(file.readall())
+    except OSError as error:  # of reading, it does not say which file
+        raise type(error)(error.errno, error.strerror, path) from error
 
 
 def _blocks(text: str) -> Iterator[tuple[str, str]]:

@@ -26,10 +26,20 @@ def page_size() -> int:
 def pmd_size() -> int:
     """The size of a huge page in bytes: 2 MiB on x86-64, up to 512 MiB on arm64; 0 without THP."""
     try:
-        with open(_PMD_SIZE_FILE) as file:
+        with open(_PMD_SIZE_FILE, encoding="ascii") as file:
             return int(file.read())
     except (OSError, ValueError):
         return 0
+
+
+def has_no_huge_pages() -> bool:
+    """Where pmd_size() is 0: whether that is since the kernel has none. Otherwise it cannot be
+    read: no descriptor is free, or a sandbox keeps us from it."""
+    try:
+        with open(_PMD_SIZE_FILE, "rb"):
+            return False
+    except OSError as error:
+        return error.errno in (errno.ENOENT, errno.ENOTDIR)
 
 
 def bring_in(address: int, length: int, pmd: int) -> None:

@@ -1,0 +1,181 @@
+"""Hostile environments: how each is made, and what prime() may do in it.
+
+In every one the host lives, answers, ends normally, and the report names the reason; restore()
+leaves no descriptor, mapping or lock. test_environments.py tries each, and tools/environments
+writes docs/environments.md from what it observes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from harness import outside
+from harness.process import Failed, Process, interpreter
+
+MIB = 1 << 20
+PRIMED, OTHERWISE, NOT = "on huge pages", "on huge pages, otherwise", "left alone"
+
+# What a program does that would notice code gone wrong.
+EXERCISE = (
+    "import json, re, decimal, gc; gc.collect()\n"
+    "assert json.loads(json.dumps({'a': [1.5, None]})) == {'a': [1.5, None]}\n"
+    "assert re.sub('(a+)', r'<\\1>', 'xaay') == 'x<aa>y'\n"
+    "result = str(decimal.Decimal(2).sqrt())[:10]"
+)
+PRIME = "import page_primer; report = page_primer.prime(**options)"
+
+
+class Unavailable(Exception):
+    """This machine cannot make the environment; the message says why."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """A process's surroundings: the interpreter, what is put before it, variables, options."""
+
+    python: str
+    folder: Path  # empty, on disk, and gone afterwards
+    options: dict[str, Any] = field(default_factory=dict)
+    wrapper: tuple[str, ...] = ()
+    variables: dict[str, str] = field(default_factory=dict)
+    flags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Environment:
+    """`make` puts it up around a process; `before` is executed there first, `during` in prime()'s
+    place, which it is part of. `says` is what the report must have, `outcome` what may come of it:
+    one of the three words above, or several."""
+
+    name: str
+    how: str
+    outcome: tuple[str, ...] = (PRIMED,)
+    says: str = ""
+    make: Callable[[Made, ExitStack], Made] = lambda made, _: made
+    before: str = ""
+    during: str = PRIME
+    slow: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was observed."""
+
+    outcome: str
+    reason: str  # in the report's words
+
+
+def observe(environment: Environment, python: str, folder: Path) -> Row:
+    """Try an environment: everything that must hold in each is asserted.
+
+    Raises:
+        Unavailable: it cannot be made here.
+        AssertionError, Failed: something did not hold.
+    """
+    with ExitStack() as stack:
+        options = {"image_dir": str(folder / "store" / "images")}
+        (folder / "store").mkdir(mode=0o755)
+        made = environment.make(Made(python, folder, options), stack)
+        try:
+            process = stack.enter_context(
+                Process(made.python, env=made.variables, wrapper=made.wrapper, options=made.flags)
+            )
+        except Failed as error:
+            raise Unavailable(f"no such process can be started: {error}") from error
+        return _observe(environment, made, process)
+
+
+def _observe(environment: Environment, made: Made, process: Process) -> Row:
+    pid = leaf(process._process.pid)
+    process.run(EXERCISE)
+    process.run("import ctypes, os, page_primer")
+    process.run(f"options = {made.options!r}\n{environment.before}")
+    report, text = process.run(
+        f"{environment.during}\nresult = report.as_dict(), str(report) + repr(report.as_dict())"
+    )
+    assert process.run(EXERCISE) == "1.41421356", "it answers"
+    outcome, reason = _outcome(environment, made, pid, report, text)
+    put_back = process.run("result = page_primer.restore().reason")
+    assert bool(put_back) == bool(report["reason"]), put_back
+    assert process.run(EXERCISE) == "1.41421356", "it answers when put back"
+    # What a first call imports and allocates stays: what is compared is another.
+    before = state(pid)
+    process.run(f"{environment.during}\npage_primer.restore()\nresult = None")
+    assert process.run(EXERCISE) == "1.41421356"
+    assert_nothing_left(before, state(pid))
+    return Row(outcome, reason)
+
+
+def _outcome(
+    environment: Environment, made: Made, pid: int, report: dict[str, Any], text: str
+) -> tuple[str, str]:
+    core = interpreter(report) if report["objects"] else None
+    huge = 0
+    if core is not None:
+        with suppress(OSError, StopIteration):  # it was upgraded, and is not at its path
+            huge = outside.text_of(pid, core["path"]).huge
+            assert bool(huge) == bool(core["code_huge_bytes"]), (huge, core)
+        huge = huge or core["code_huge_bytes"]
+    wanted = made.options.get("backing", "image")
+    outcome = NOT
+    if core is not None and huge:
+        outcome = PRIMED if core["backing"] in (wanted, "already", "in_place") else OTHERWISE
+    assert outcome in environment.outcome, (outcome, text)
+    found = re.search(environment.says, text)
+    assert found, (environment.says, text)
+    reason = found[0] if environment.says else ""
+    if outcome != NOT and core is not None:
+        return f"{outcome}: {core['backing']}", reason
+    return outcome, reason
+
+
+def leaf(pid: int) -> int:
+    """The process at the end of a chain of wrappers that fork, as we see it."""
+    while True:
+        with open(f"/proc/{pid}/task/{pid}/children") as file:
+            children = file.read().split()
+        if not children:
+            return pid
+        pid = int(children[0])
+
+
+@dataclass(frozen=True)
+class State:
+    """What a process holds, seen from outside."""
+
+    files: list[tuple[int, int, str, int, str]]
+    mappings: int
+    size: int
+    locked: int
+    descriptors: list[str]
+
+
+def state(pid: int) -> State:
+    with open(f"/proc/{pid}/maps") as file:
+        spans = [line.split()[0].split("-") for line in file]
+    with open(f"/proc/{pid}/status") as file:
+        locked = next((int(line.split()[1]) for line in file if line.startswith("VmLck")), 0)
+    names = []
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        with suppress(FileNotFoundError):
+            names.append(os.readlink(f"/proc/{pid}/fd/{name}"))
+    size = sum(int(high, 16) - int(low, 16) for low, high in spans)
+    return State(outside.file_mappings(pid), len(spans), size, locked, sorted(names))
+
+
+def assert_nothing_left(before: State, after: State, slack: int = 3) -> None:
+    """Descriptors, locks and file mappings are the same; a few mappings may be the interpreter's
+    own memory."""
+    assert after.descriptors == before.descriptors
+    assert after.locked == before.locked, "locks"
+    assert [m for m in before.files if m not in after.files] == [], "not put back"
+    more = [m for m in after.files if m not in before.files]
+    assert [m for m in more if "page-primer" in m[4] or "/images/" in m[4]] == [], "left mapped"
+    assert after.mappings <= before.mappings + slack
+    assert after.size <= before.size + 8 * MIB

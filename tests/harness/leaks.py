@@ -1,0 +1,360 @@
+"""Call a function of the package again and again; what it took must not grow.
+
+    python leaks.py '{"CASE": ROUNDS, ...}'
+
+One JSON object comes out: of each case, what was there more after ROUNDS calls than before.
+"""
+
+import contextlib
+import ctypes
+import gc
+import io
+import json
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+
+import page_primer
+from page_primer import _core
+
+PAGE = os.sysconf("SC_PAGESIZE")
+SIZE = 4 * PAGE
+READ_WRITE = _core.PROT_READ | _core.PROT_WRITE
+ANONYMOUS = _core.MAP_PRIVATE | _core.MAP_ANONYMOUS
+TOP = 1 << 63  # an address that no process has
+CASES: dict[str, Callable[[], object]] = {}
+
+_folder = tempfile.mkdtemp(prefix="page-primer-leaks-")
+_options = {"image_dir": f"{_folder}/images", "limit": 0, "mlock": "code"}
+_file = os.open(sys.executable, os.O_RDONLY)
+_area = _core.reserve(SIZE, PAGE, 0)
+_core.map(_area, SIZE, READ_WRITE, ANONYMOUS, -1, 0)
+
+
+def case(function: Callable[[], object]) -> Callable[[], object]:
+    """A function that calls the one that its name says, both well and badly."""
+    CASES[{"version": "__version__"}.get(function.__name__, function.__name__)] = function
+    return function
+
+
+def refused(function: Callable[..., object], *arguments: object) -> None:
+    """Call it badly: an error takes memory, too."""
+    try:
+        function(*arguments)
+    except (OSError, OverflowError, TypeError, ValueError):
+        return
+    raise AssertionError(f"{function.__name__}{arguments} is not refused")
+
+
+# ----------------------------------------------------------------------------------------- _core --
+
+
+@case
+def Error() -> None:  # noqa: N802
+    with contextlib.suppress(OSError):
+        raise _core.Error(12, "a step")
+
+
+@case
+def objects() -> None:
+    _core.objects()
+
+
+@case
+def loads() -> None:
+    _core.loads()
+
+
+@case
+def interpreter_address() -> None:
+    _core.interpreter_address()
+
+
+@case
+def threads() -> None:
+    _core.threads()
+
+
+@case
+def reserve() -> None:
+    _core.unmap(_core.reserve(SIZE, 1 << 21, 0x1000), SIZE)
+    refused(_core.reserve, SIZE, 3, 0)
+    refused(_core.reserve, 1 << 62, PAGE, 0)
+
+
+@case
+def map() -> None:
+    address = _core.reserve(SIZE, PAGE, 0)
+    _core.map(address, SIZE, READ_WRITE, ANONYMOUS, -1, 0)
+    _core.unmap(address, SIZE)
+    refused(_core.map, _area, SIZE, 1, ANONYMOUS | _core.MAP_FIXED_NOREPLACE, -1, 0)
+    refused(_core.map, TOP, SIZE, 1, ANONYMOUS, -1, 0)
+
+
+@case
+def memfd() -> None:
+    os.close(_core.memfd(b"leaks", 0))
+    refused(_core.memfd, b"leaks", 1 << 20)
+    refused(_core.memfd, "leaks", 0)
+
+
+@case
+def fill() -> None:
+    _core.fill(_area, SIZE, _file, 0)
+    refused(_core.fill, _area, SIZE, -1, 0)
+
+
+@case
+def view() -> None:
+    _core.view(_area, SIZE).release()
+    refused(_core.view, _area, -1)
+
+
+@case
+def unmap() -> None:
+    _core.unmap(_core.reserve(SIZE, PAGE, 0), SIZE)
+    refused(_core.unmap, _area + 1, SIZE)
+
+
+@case
+def protect() -> None:
+    _core.protect(_area, SIZE, READ_WRITE)
+    refused(_core.protect, TOP, SIZE, READ_WRITE)
+
+
+@case
+def advise() -> None:
+    _core.advise(_area, SIZE, _core.MADV_POPULATE_READ)
+    refused(_core.advise, _area, SIZE, 9999)
+
+
+@case
+def populate() -> None:
+    _core.populate(_area, SIZE)
+    refused(_core.populate, TOP, SIZE)
+
+
+@case
+def lock() -> None:
+    with contextlib.suppress(OSError):  # RLIMIT_MEMLOCK may be nothing
+        _core.lock(_area, SIZE)
+        _core.lock(_area, SIZE, _core.MLOCK_ONFAULT)
+    _core.unlock(_area, SIZE)
+    refused(_core.lock, TOP, SIZE)
+
+
+@case
+def unlock() -> None:
+    _core.unlock(_area, SIZE)
+    refused(_core.unlock, TOP, SIZE)
+
+
+@case
+def swap() -> None:
+    """As restore() does it: the file's own mappings again."""
+    _name, base, headers = _core.objects()[2][0]
+    piece = (_area, SIZE, READ_WRITE, _area, -1, 0)
+    _core.swap(base, headers, [], [])
+    refused(_core.swap, base + 1, headers, [piece] * 50, [piece])
+    refused(_core.swap, base, headers, [piece] * 50 + [(1, 2)], [])
+    refused(_core.swap, base, headers, [(_area, SIZE, 1, TOP, -1, 0)], [])
+
+
+@case
+def thp_disabled() -> None:
+    _core.thp_disabled()
+
+
+@case
+def mdwe() -> None:
+    with contextlib.suppress(OSError):  # Linux before 6.3
+        _core.mdwe()
+
+
+@case
+def limit() -> None:
+    _core.limit(_core.RLIMIT_MEMLOCK)
+    refused(_core.limit, 9999)
+
+
+@case
+def dump_page() -> None:
+    address = _core.reserve(PAGE, PAGE, 0)
+    _core.map(address, PAGE, _core.PROT_READ, _core.MAP_PRIVATE, _file, 0)
+    _core.dump_page(address)
+    _core.unmap(address, PAGE)
+    refused(_core.dump_page, TOP)
+
+
+@case
+def dump_before() -> None:
+    area = _core.reserve(2 * PAGE, PAGE, 0)
+    _core.map(area + PAGE, PAGE, _core.PROT_READ, _core.MAP_PRIVATE, _file, PAGE)
+    _core.unmap(area, PAGE)
+    _core.dump_before(area + PAGE, _core.PROT_READ, _file, PAGE)
+    _core.unmap(area + PAGE, PAGE)
+    refused(_core.dump_before, TOP, _core.PROT_READ, _file, PAGE)
+
+
+@case
+def alone() -> None:
+    assert _core.alone(lambda: 5, lambda _: 6) == 5
+    assert _core.alone(lambda: _core.alone(lambda: 5, lambda mine: mine), lambda _: 6) is True
+    with contextlib.suppress(ZeroDivisionError):
+        _core.alone(lambda: 1 // 0, lambda _: 6)
+    refused(_core.alone, 5)
+
+
+@case
+def before_fork() -> None:
+    _core.before_fork()
+    _core.after_fork()
+
+
+@case
+def after_fork() -> None:
+    _core.before_fork()
+    _core.after_fork()
+
+
+@case
+def forks() -> None:
+    _core.forks()
+
+
+@case
+def arenas_install() -> None:
+    _core.arenas_install(1 << 21)
+    refused(_core.arenas_install, -1)
+
+
+@case
+def arenas_retire() -> None:
+    _core.arenas_install(1 << 21)
+    _core.arenas_retire()
+
+
+@case
+def arenas_regions() -> None:
+    _core.arenas_regions()
+
+
+@case
+def arenas_counts() -> None:
+    _core.arenas_counts()
+
+
+@case
+def region_size() -> None:
+    _core.region_size()
+
+
+@case
+def heap_mark() -> None:
+    _core.heap_mark()
+
+
+@case
+def malloc_object() -> None:
+    _core.malloc_object()
+
+
+# ----------------------------------------------------------------------------------- page_primer --
+
+
+@case
+def prime() -> None:
+    """What is done again and again: moved, or known to be; and an option that is none."""
+    page_primer.prime(**_options)
+    page_primer.prime(**_options)
+    page_primer.restore()
+    refused(lambda: page_primer.prime(limit="much"))
+
+
+@case
+def restore() -> None:
+    page_primer.restore()
+
+
+@case
+def Options() -> None:  # noqa: N802
+    page_primer.Options.load({"include": "a,b", "limit": "5M"}, {"PAGE_PRIMER_BACKING": "memfd"})
+    page_primer.Options(merge=False).as_dict()
+    refused(page_primer.Options.load, {"limit": -1})
+
+
+_report = page_primer.prime(**_options)
+page_primer.restore()
+_logger = logging.getLogger("leaks")
+_logger.addHandler(logging.NullHandler())
+_logger.propagate = False
+_logger.setLevel(logging.DEBUG)
+
+
+@case
+def Report() -> None:  # noqa: N802
+    _report.as_dict()
+    _report.summary()
+    _report.log(_logger)
+    _report.log(_logger, since=_report)
+    print(_report, file=io.StringIO())
+
+
+@case
+def version() -> None:
+    assert page_primer.__version__
+
+
+# ---------------------------------------------------------------------------------- what is held --
+
+
+class _Mallinfo2(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in
+                ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks",
+                 "fordblks", "keepcost")]  # fmt: skip
+
+
+def held() -> dict[str, int]:
+    """What this process holds now, cycles that wait for the collector aside."""
+    gc.collect()
+    found = {"blocks": sys.getallocatedblocks(), "descriptors": len(os.listdir("/proc/self/fd"))}
+    with open("/proc/self/maps") as file:
+        found["mappings"] = sum(1 for _ in file)
+    with open("/proc/self/status") as file:
+        rows = dict(line.split(":", 1) for line in file)
+    found["locked"] = int(rows["VmLck"].split()[0])
+    found["size"] = int(rows["VmSize"].split()[0])
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallinfo2"):  # glibc 2.33
+        libc.mallinfo2.restype = _Mallinfo2
+        info = libc.mallinfo2()
+        found["malloc"] = info.uordblks + info.hblkhd
+    return found
+
+
+def grown(function: Callable[[], object], rounds: int) -> dict[str, int]:
+    """What it took over many calls, and did not give back."""
+    for _ in range(max(3, rounds // 10)):
+        function()
+    held()
+    before = held()
+    for _ in range(rounds):
+        function()
+    after = held()
+    return {kind: after[kind] - before[kind] for kind in before}
+
+
+def main() -> None:
+    given = json.loads(sys.argv[1])
+    json.dump({name: grown(CASES[name], rounds) for name, rounds in given.items()}, sys.stdout)
+    page_primer.restore()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    finally:
+        shutil.rmtree(_folder)

@@ -1,0 +1,166 @@
+"""Refuse one system call after the other to prime() and restore(), each in a child of its own.
+
+    python -m harness.refused < JSON    {"calls": {NAME: NUMBER}, "errors": [ERRNO], "late": BOOL,
+                                 "options": {}}
+
+The child's seccomp filter answers a call with an error; with `late` it is put up once the process
+is primed. The child tells what came of it through shared memory, since any call may be the refused
+one, and waits in a loop while it is looked at from outside. JSON comes out: a list of outcomes.
+"""
+
+import ctypes
+import json
+import mmap
+import os
+import platform
+import struct
+import sys
+import time
+import traceback
+
+import page_primer
+from harness.environments import EXERCISE, assert_nothing_left, state
+
+PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 38, 22, 2
+RET_ALLOW, RET_ERRNO = 0x7FFF0000, 0x00050000
+AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}[platform.machine()]
+LD_ABS, JEQ, RET = 0x20, 0x15, 0x06  # linux/bpf_common.h
+SECONDS = 30.0
+
+# What nobody can give back where the call for it is refused.
+CANNOT_GIVE_BACK = {"munmap": "mappings", "munlock": "locks", "close": "descriptors"}
+
+
+def refuse(number, error):
+    """From now on this process gets an error for a system call."""
+    rows = [
+        (LD_ABS, 0, 0, 4),  # seccomp_data.arch
+        (JEQ, 0, 3, AUDIT_ARCH),
+        (LD_ABS, 0, 0, 0),  # seccomp_data.nr
+        (JEQ, 0, 1, number),
+        (RET, 0, 0, RET_ERRNO | error),
+        (RET, 0, 0, RET_ALLOW),
+    ]
+    program = b"".join(struct.pack("=HBBI", *row) for row in rows)
+    code = ctypes.create_string_buffer(program)
+    header = struct.pack("@HP", len(rows), ctypes.addressof(code))
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    prctl.argtypes = [ctypes.c_int] + [ctypes.c_ulong] * 4
+    filter_ = ctypes.create_string_buffer(header)
+    assert prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
+    if prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.addressof(filter_), 0, 0):
+        raise OSError(ctypes.get_errno(), "no seccomp filter can be put up here")
+
+
+class Channel:
+    """Shared memory: a step that one side has reached and the other has seen, and a text."""
+
+    def __init__(self):
+        self._memory = mmap.mmap(-1, 4 << 20)
+
+    def reach(self, step, text=""):
+        data = text.encode()
+        self._memory[8 : 8 + len(data)] = data
+        self._memory[4:8] = struct.pack("=I", len(data))
+        self._memory[0] = step
+        while self._memory[1] != step:
+            pass
+
+    def wait(self, step, child):
+        end = time.monotonic() + SECONDS
+        while self._memory[0] != step:
+            if time.monotonic() > end:
+                raise TimeoutError(f"step {step} is never reached")
+            if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                raise ChildProcessError(f"it ended before step {step}")
+            time.sleep(0.0005)
+        (size,) = struct.unpack("=I", self._memory[4:8])
+        return self._memory[8 : 8 + size].decode()
+
+    def go_on(self, step):
+        self._memory[1] = step
+
+
+def subject(channel, number, error, options, late):
+    """In the child."""
+    names = {}
+    if late:
+        page_primer.prime(**options)
+    refuse(number, error)
+    if not late:
+        page_primer.prime(**options)
+    page_primer.restore()
+    channel.reach(1)
+    report = page_primer.prime(**options)
+    exec(EXERCISE, names)
+    channel.reach(2, json.dumps(report.as_dict()))
+    page_primer.restore()
+    exec(EXERCISE, names)
+    channel.reach(3, names["result"])
+
+
+def look(channel, child, name):
+    """What one child did, in a dictionary."""
+    channel.wait(1, child)
+    before = state(child)
+    channel.go_on(1)
+    report = json.loads(channel.wait(2, child))
+    channel.go_on(2)
+    assert channel.wait(3, child) == "1.41421356"
+    after = state(child)
+    channel.go_on(3)
+    left = []
+    try:
+        assert_nothing_left(before, after)
+    except AssertionError as what:
+        left.append(str(what) or traceback.format_exc())
+    reason = ": ".join(filter(None, (report["reason"], report["detail"]))) or None
+    core = next((obj for obj in report["objects"] if obj["interpreter"]), None)
+    return {
+        "reason": reason, "backing": core and core["backing"],
+        "huge": core["code_huge_bytes"] if core else 0, "notes": core["notes"] if core else [],
+        "locked": report["locked_bytes"], "left": left,
+        "lock_refusal": report["lock_refusal"],
+    }  # fmt: skip
+
+
+def attempt(name, number, error, options, late):
+    channel = Channel()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            subject(channel, number, error, options, late)
+            status = 0
+        except BaseException:
+            channel._memory[0] = 9
+            text = traceback.format_exc().encode()
+            channel._memory[8 : 8 + len(text)] = text
+        finally:
+            os._exit(status)
+    outcome = {"name": name, "errno": error, "problem": None}
+    try:
+        outcome |= look(channel, child, name)
+    except (AssertionError, OSError, ValueError) as problem:
+        said = channel._memory[8:].split(b"\0")[0].decode(errors="replace")
+        outcome["problem"] = f"{problem!r}: {said}"
+        os.kill(child, 9)
+    _, status = os.waitpid(child, 0)
+    if status and not outcome["problem"]:
+        outcome["problem"] = f"it ended with status {status:#x}"
+    return outcome
+
+
+def main():
+    given = json.load(sys.stdin)
+    exec(EXERCISE, {})
+    outcomes = [
+        attempt(name, number, error, given["options"], given["late"])
+        for name, number in given["calls"].items()
+        for error in given["errors"]
+    ]
+    json.dump(outcomes, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
