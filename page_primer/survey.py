@@ -8,17 +8,18 @@ from page_primer import _core, reasons
 from page_primer._lean import Record, replace
 from page_primer.elf import file as elf
 from page_primer.elf.file import PF_R, ProgramHeader
-from page_primer.elf.objects import Object, Segment, Source, segments_of
+from page_primer.elf.objects import Object, Range, Segment, Source, segments_of
 from page_primer.kernel import memory
 from page_primer.kernel.address_space import map_new
 from page_primer.kernel.memory import Memory
-from page_primer.kernel.smaps import Mapping, overlapping, read_maps, read_smaps
+from page_primer.kernel.pagemap import Pagemap
+from page_primer.kernel.smaps import Mapping, overlapping, read_maps, read_own
 from page_primer.kernel.thp import page_size, pmd_size
 from page_primer.reasons import Reason
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 
 class Survey(Record, aside=("mappings",)):
@@ -33,9 +34,7 @@ class Survey(Record, aside=("mappings",)):
     mappings: Sequence[Mapping] = ()
 
 
-def take(
-    read: Callable[[], Sequence[Mapping]] = read_smaps, known: Iterable[Object] = ()
-) -> Survey:
+def take(read: Callable[[], Sequence[Mapping]] = read_own, known: Iterable[Object] = ()) -> Survey:
     """Survey this process.
 
     Args:
@@ -100,12 +99,37 @@ def _object(
         interpreter=any(s.start <= inside < s.end for s in segments if s.code),
         bti=bool(code) and all("bt" in m.flags for m in code),
         resident_code=sum(m.count("Rss") for m in code),
+        resident=sum(m.count("Rss") for m in here),
     )
     # What follows opens files; objects without room for a huge page are never moved.
     if not pmd or all(span[-1].end - span[0].start < pmd for span in found.spans()):
         return found
     source, problem = _inspect(found, origin, here)
-    return replace(found, source=source, problem=problem)
+    touched = None if problem or found.interpreter else tuple(_touched(found, here, pmd))
+    return replace(found, source=source, problem=problem, touched=touched)
+
+
+def _touched(found: Object, here: Sequence[Mapping], pmd: int) -> Iterator[tuple[int, int]]:
+    """Of each chunk its start, and bytes that are in this process's page tables; where these are
+    closed to us, as much as its mappings have on an average."""
+    with Pagemap() as pages:
+        for span in found.spans():
+            low, high = Range(span[0].start, span[-1].end).huge(pmd)
+            if not any(segment.code for segment in span) or low == high:
+                continue
+            if not pages.closed:
+                for chunk in pages.chunks(low, high, pmd):
+                    yield chunk.start, chunk.present * page_size()
+                continue
+            for start in range(low, high, pmd):
+                whole = Range(start, start + pmd)
+                yield (
+                    start,
+                    sum(
+                        whole.clip(Range(m.start, m.end)).length * m.count("Rss") // m.size
+                        for m in overlapping(here, start, start + pmd)
+                    ),
+                )
 
 
 def _inspect(

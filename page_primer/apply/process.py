@@ -56,7 +56,7 @@ class Process:
         last = self.report
         if last is not None and self.options == options and self.loads == _core.loads():
             if child and not self._inherit():
-                last = self._measure((), smaps.read_smaps(), began)
+                last = self._measure((), smaps.read_own(), began)
             elif child or last.moved:
                 last = replace(last, pid=self.identity[0], moved=(), milliseconds=_since(began))
             if self.heap is not None and (self.heap.is_new() or (child and options.heap_unshare)):
@@ -117,7 +117,7 @@ class Process:
         loaded = {(base, headers) for _, base, headers in _core.objects()[2]}
         self.objects = tuple(obj for obj in self.objects if key_of(obj) in loaded)
         self.options = None
-        self.report = self._measure((), smaps.read_smaps(), began)
+        self.report = self._measure((), smaps.read_own(), began)
         return self.report
 
     def lock_in_child(self) -> Report:
@@ -131,8 +131,8 @@ class Process:
         the parent's measurements hold."""
         before = set(self.mlocks.made), self.huge, self._perf_map_outcome()
         self.lock_in_child()
-        for regions in self.registry.regions():
-            fault_in(regions)
+        for regions, mappings in self.registry.regions():
+            fault_in(regions, mappings)
         self._write_perf_map()
         self.huge = self.registry.huge(smaps.starting_at(self.registry.starts()))
         return before == (set(self.mlocks.made), self.huge, self._perf_map_outcome())
@@ -147,7 +147,9 @@ class Process:
         if len(registry.primed) < known:  # what was forgotten may have left something mapped
             found = registry.reconcile(survey.take())
         self.mlocks.note_host(found)
-        planned = plan.make(found, options, registry.copied, held)
+        planned = plan.make(
+            found, options, registry.copied(shared=True), held, registry.copied(shared=False)
+        )
         registry.enter_plan(found, planned)
         self.memory, self.objects = found.memory, found.objects
         self.options, self.loads = options, found.loads
@@ -183,7 +185,7 @@ class Process:
         """Returns the moves that did not come out huge throughout, or, if a part is good enough,
         not at all; with what came of it in their notes."""
         pmd = self.registry.pmd
-        outcomes = in_place.bring_in([move.in_place for move in moves], pmd) if moves else []
+        outcomes = in_place.bring_in(moves, pmd) if moves else []
         failed = []
         for move, outcome in zip(moves, outcomes, strict=True):
             if outcome.complete or (partly and outcome.huge):
@@ -266,12 +268,12 @@ class Process:
         self.mlocks.relock_for_host(r for key in moved for r in primed[key].regions)
         wanted = mlock_plan.locks(self.objects, mappings, options)
         room = budget.memory_room(self.memory, options, held)
-        objects = [primed[key].object for key in moved]
-        room -= sum(budget.size_of(obj) for obj in objects)
-        paid = [*held, *(Range(s.start, s.end) for obj in objects for s in obj.segments)]
+        copies = [primed[key] for key in moved]
+        room -= sum(budget.size_of(copy.object, copy.regions) for copy in copies)
+        paid = [*held, *(Range(s.start, s.end) for copy in copies for s in copy.object.segments)]
         allowed, self.mlocks.withheld = mlock_plan.affordable(wanted, room, paid)
         self.mlocks.make(allowed)
-        return smaps.read_smaps()
+        return smaps.read_own()
 
     def _survey_again(self, moved: dict[Key, Move]) -> Sequence[Mapping]:
         """Writing an image loads modules, which are to be locked as well: find what was loaded
