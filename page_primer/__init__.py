@@ -16,7 +16,8 @@ from page_primer import reasons
 from page_primer._lean import is_ours
 from page_primer.options import Options, unknown_variables
 from page_primer.reasons import Reason, Refusal
-from page_primer.report import Report, shortage
+from page_primer.report import Report
+from page_primer.words import shortage
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

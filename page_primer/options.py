@@ -121,6 +121,12 @@ class Options(Record, aside=("explicit",)):
         enabled = flag(SWITCH, environ.get(SWITCH) or True)
         return cls(enabled=enabled, explicit=frozenset(found), **found)
 
+    @property
+    def named(self) -> tuple[str, ...]:
+        """Those that somebody asked for, and that may come to nothing."""
+        names = ("backing", "heap", "image_dir", "mlock", "remap")
+        return tuple(name for name in names if name in self.explicit and getattr(self, name))
+
     def as_dict(self) -> dict[str, Any]:
         """The options as plain data, for reports and logs."""
         return {name: getattr(self, name) for name in ("enabled", *NAMES)}

@@ -271,6 +271,13 @@ def _in_place(move: Move | None, obj: Object, survey: Survey) -> Move | None:
     return replace(move, in_place=tuple(found), aligned=aligned, hot=touched)
 
 
+def attainable(move: Move, pmd: int) -> int:
+    """Bytes of an object's code that whole huge pages can cover where it moves."""
+    huge = [region.huge(pmd) for region in move.wanted]
+    code = [part for segment in move.object.segments if segment.code for part in segment.measured]
+    return sum(part.clip(whole).length for part in code for whole in huge)
+
+
 def is_huge(move: Move, survey: Survey) -> bool:
     """Whether all that is to be huge of an object's own mappings is."""
     huge = {mapping.start: mapping.huge for mapping in survey.mappings}

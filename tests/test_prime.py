@@ -22,7 +22,7 @@ from harness.process import Failed, Process, interpreter, left_of
 import page_primer
 from page_primer.kernel import memlock
 from page_primer.reasons import OVER_PRIVATE_LIMIT
-from page_primer.report import memlock_for
+from page_primer.words import memlock_for
 
 MIB = 1 << 20
 

@@ -14,10 +14,10 @@ from page_primer.backing import image as image_backing
 from page_primer.backing import in_place
 from page_primer.backing.pieces import Place, reason_of
 from page_primer.elf.objects import Object, Range
-from page_primer.kernel import memlock, smaps
+from page_primer.kernel import memlock, memory, smaps
 from page_primer.kernel.memory import Memory
 from page_primer.kernel.smaps import Mapping
-from page_primer.kernel.thp import fault_in, pmd_size
+from page_primer.kernel.thp import pmd_size
 from page_primer.options import IN_PLACE, Options, unknown_variables
 from page_primer.plan import Move
 from page_primer.report import Report
@@ -47,6 +47,7 @@ class Process:
         self.huge = 0  # bytes on huge pages of what is to be, when last measured
         self.report: Report | None = None
         self.heap: Heap | None = None
+        self.resident = 0, 0  # bytes by which priming made this process grow, and had before a call
 
     def prime(self, options: Options) -> Report:
         """Bring the process to the primed state; see page_primer.prime()."""
@@ -55,19 +56,25 @@ class Process:
         child, self.identity = self.identity != identity, identity
         last = self.report
         if last is not None and self.options == options and self.loads == _core.loads():
-            if child and not self._inherit():
-                last = self._measure((), smaps.read_own(), began)
-            elif child or last.moved:
-                last = replace(last, pid=self.identity[0], moved=(), milliseconds=_since(began))
+            if child:
+                self.resident = 0, memory.resident()
+                if not self._inherit():
+                    last = self._measure((), smaps.read_own(), began)
+                last = replace(last, objects=self.registry.inherited(last.objects))
+            if child or last.moved:
+                last = replace(last, pid=identity[0], moved=(), milliseconds=_since(began))
+                last = replace(last, resident_bytes=self._grown() if child else self.resident[0])
             if self.heap is not None and (self.heap.is_new() or (child and options.heap_unshare)):
                 last = replace(last, heap=self.heap.prime(options, self.registry.pmd))
             self.report = last  # from now on the same, which costs a frequent caller least
             return last
+        self.resident = 0 if child else self.resident[0], memory.resident()
         self.report = None  # should this not come to its end
         # By the parent too, so that locking it here takes no memory.
         held = [*self.registry.ranges(), *self.mlocks.made]
         if child:
             self.mlocks.forget()
+            self.registry.fault_in()
         moved = self._move_new(options, held)
         mappings = self._lock_and_look(moved, options, held)
         # Of the first backing that could be prepared, smaps was not asked yet.
@@ -81,6 +88,12 @@ class Process:
         frozen = self._freeze() if options.freeze else None
         self.report = replace(report, heap=self._prime_heap(options), frozen=frozen)
         return self.report
+
+    def _grown(self) -> int:
+        """By how much priming made this process grow; what the call has taken so far is entered."""
+        now = memory.resident()
+        self.resident = self.resident[0] + now - self.resident[1], now
+        return self.resident[0]
 
     def start_heap(self, options: Options) -> Report:
         """Before an application is loaded: have its arenas huge, and leave the rest to prime()."""
@@ -123,7 +136,11 @@ class Process:
     def lock_in_child(self) -> Report:
         """In a forked child: lock what the parent had locked, and nothing else."""
         self.mlocks.make_again()
-        return self.report or Report(os.getpid(), None)
+        made, refused = self.mlocks.sizes
+        report = self.report or Report(os.getpid(), None)
+        return replace(
+            report, pid=os.getpid(), lock_wanted_bytes=made + refused, lock_refused_bytes=refused
+        )
 
     def _inherit(self) -> bool:
         """In a forked child: lock what the parent had locked, which a fork does not inherit, and
@@ -131,8 +148,7 @@ class Process:
         the parent's measurements hold."""
         before = set(self.mlocks.made), self.huge, self._perf_map_outcome()
         self.lock_in_child()
-        for regions, mappings in self.registry.regions():
-            fault_in(regions, mappings)
+        self.registry.fault_in()
         self._write_perf_map()
         self.huge = self.registry.huge(smaps.starting_at(self.registry.starts()))
         return before == (set(self.mlocks.made), self.huge, self._perf_map_outcome())
@@ -289,11 +305,9 @@ class Process:
     def _measure(self, moved: Iterable[Key], mappings: Sequence[Mapping], began: float) -> Report:
         self.huge = self.registry.huge(mappings)
         refusal = self.mlocks.refusal
-        refused = sum(where.length for where in self.mlocks.refused)
+        made, refused = self.mlocks.sizes
         withheld = sum(lock.range.length for lock in self.mlocks.withheld)
-        made = sum(where.length for where in self.mlocks.made)
         options = self.options
-        explicit = options.explicit if options else ()
         return Report(
             pid=self.identity[0],
             reason=None,
@@ -307,11 +321,10 @@ class Process:
             perf_map=self._perf_map_outcome(),
             memory=self.memory,
             memory_share=options.memory_share if options else None,
-            warn=tuple(
-                name
-                for name in ("backing", "heap", "mlock", "remap")
-                if name in explicit and getattr(options, name)
-            ),
+            warn=options.named if options else (),
+            backing=options.backing if options else "auto",
+            image_dir=options.image_dir if options else None,
+            resident_bytes=self._grown(),
             milliseconds=_since(began),
             threads=_core.threads(),
             unknown_variables=unknown_variables(),

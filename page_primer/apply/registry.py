@@ -5,6 +5,8 @@ An object is entered before it is moved, so that whatever interrupts the move ca
 
 from __future__ import annotations
 
+import os
+
 from page_primer import _core, hot, plan, reasons
 from page_primer._lean import Record, replace, suppress
 from page_primer.align.aligned import all_listed, is_aligned
@@ -13,6 +15,7 @@ from page_primer.backing.in_place import ALREADY
 from page_primer.backing.pieces import reason_of
 from page_primer.elf.objects import Object, Range, Region
 from page_primer.kernel.smaps import Mapping, overlapping
+from page_primer.kernel.thp import fault_in
 from page_primer.plan import Move, Plan, Remainder
 from page_primer.reasons import Reason
 from page_primer.report import ObjectReport
@@ -45,6 +48,7 @@ class Registry:
         self._replaced: set[Key] = set()  # objects whose file was aligned, and is no longer
         self._remainders: dict[Key, list[Remainder]] = {}
         self._notes: dict[Key, tuple[str, ...]] = {}
+        self._attainable: dict[Key, int] = {}  # of the interpreter: code that can be huge, bytes
 
     def copied(self, *, shared: bool) -> int:
         """Bytes that were copied of objects other than the interpreter, for others to share, or
@@ -65,6 +69,11 @@ class Registry:
             yield primed.regions, primed.regions
         for kept in self.in_place.values():
             yield kept.hot or kept.mappings, kept.mappings
+
+    def fault_in(self) -> None:
+        """In a forked child, whose page tables have nothing of a file: have all that mapped."""
+        for regions, mappings in self.regions():
+            fault_in(regions, mappings)
 
     def starts(self) -> set[int]:
         """The addresses where smaps tells of those."""
@@ -90,6 +99,9 @@ class Registry:
             self._remainders.setdefault(key_of(part.object), []).append(part)
         for key, primed in self.primed.items():
             self._remainders[key] = plan.explain(primed.object, primed.regions, self.pmd)
+        for move in (*planned.moves, *planned.already):
+            if move.object.interpreter:
+                self._attainable = {key_of(move.object): plan.attainable(move, self.pmd)}
         loaded = {key_of(obj): obj for obj in found.objects}
         self.in_place = {key: kept for key, kept in self.in_place.items() if key in loaded}
         for move in planned.already:
@@ -200,6 +212,13 @@ class Registry:
 
     # ---------------------------------------------------------------------------- reporting ---
 
+    @staticmethod
+    def inherited(objects: tuple[ObjectReport, ...]) -> tuple[ObjectReport, ...]:
+        """The same in a forked child: what was its parent's own, both have now."""
+        if not any(obj.sharing == "private" for obj in objects):
+            return objects
+        return tuple(replace(o, sharing=o.sharing and "shared") for o in objects)
+
     def describe(self, obj: Object, mappings: Sequence[Mapping]) -> ObjectReport:
         """What became of one object, measured."""
         key = key_of(obj)
@@ -207,6 +226,11 @@ class Registry:
         primed, kept = self.primed.get(key), self.in_place.get(key)
         segments = measure(obj.segments, here, self.pmd, self._remainders.get(key, ()))
         code = [segment for segment in segments if segment.kind == "code"]
+        sharing = None
+        if primed:
+            recurs = primed.prepared.backing == "image" and hot.is_shared(primed.object, self.pmd)
+            mine = primed.maker == (os.getpid(), _core.forks())
+            sharing = "private" if mine and not recurs else "shared"
         return ObjectReport(
             path=obj.path,
             interpreter=obj.interpreter,
@@ -220,6 +244,8 @@ class Registry:
             written_bytes=primed.prepared.written if primed else 0,
             segments=segments,
             notes=primed.notes if primed else self._notes.get(key, ()),
+            sharing=sharing,
+            attainable_bytes=self._attainable.get(key, 0),
             aligned=key in self._aligned,
             no_longer_aligned=key in self._replaced,
         )

@@ -177,14 +177,14 @@ def _status(given: argparse.Namespace) -> int:
         titles = ("object", "code", "huge", "locked", "copied", "shared", "PSS", "on")
         show_table(titles, list(_rows(process, everything=given.all)))
         print(f"  heap: {process.heap}")
-        if process.unlocked:
-            print(f"  {process.unlocked}")
+        for line in filter(None, (process.added, process.unlocked)):
+            print(f"  {line}")
     return 0 if any(process.problem is None for process in processes) else 1
 
 
 def _rows(process: ProcessStatus, *, everything: bool) -> Iterator[list[str]]:
     """A row for each object, the large ones alone or all, and one for their sum."""
-    from page_primer.report import counted, mib, percent
+    from page_primer.words import counted, mib, percent
 
     objects = [
         obj
@@ -212,7 +212,7 @@ def _rows(process: ProcessStatus, *, everything: bool) -> Iterator[list[str]]:
 
 def _place(obj: ObjectStatus) -> str:
     """Where an object's read-only span lies, if not on its own file."""
-    from page_primer.report import image_place
+    from page_primer.words import image_place
 
     backing = obj.backing or ""
     same_name = os.path.basename(backing) == os.path.basename(obj.path)

@@ -17,12 +17,20 @@ from page_primer.options import Options
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
+    from page_primer.report import Report
 
-def watch(options: Options) -> None:
-    """Look after each extension module that this process imports from now on."""
+
+def watch(options: Options, tell: Callable[[Report], None]) -> None:
+    """Look after each extension module that this process imports from now on.
+
+    Args:
+        options: for each call.
+        tell: is given the report of each call.
+    """
     plain = ExtensionFileLoader.create_module
     pmd = pmd_size()
     known = {(base, headers) for _, base, headers in _core.objects()[2]}
@@ -33,7 +41,7 @@ def watch(options: Options) -> None:
             new = {(base, headers) for _, base, headers in _core.objects()[2]} - known
             known.update(new)
             if any(_has_room(base, headers, pmd) for base, headers in new):
-                prime(options)
+                tell(prime(options))
         return module
 
     if pmd:
