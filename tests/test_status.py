@@ -112,6 +112,22 @@ def test_a_closed_pipe_is_quiet():
     assert done.stderr == ""
 
 
+def test_a_closed_pipe_and_a_full_stderr_change_no_exit_status():
+    command = f'"{sys.executable}" -m page_primer'
+    for words, code in (
+        # More than a pipe holds, so that the writer finds it closed.
+        ("status --all --json $$ | true", 0),
+        ("doctor | true", 0),
+        ("status 4194305 2> /dev/full", 1),
+        ("status nonsense 2> /dev/full", 2),
+        ("status --all $$ 2> /dev/full > /dev/null", 0),
+        ("status 4194305 2>&-", 1),
+    ):
+        script = f"set -o pipefail; {command} {words}"
+        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (code, ""), words
+
+
 def test_command_line_errors():
     done = status("nonsense")
     assert done.returncode == 2
