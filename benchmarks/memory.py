@@ -1,19 +1,30 @@
-"""What a gunicorn server's workers take of memory, with and without `heap` and `freeze`.
+"""What a gunicorn server's workers take of memory, unprimed and primed, or with and without `heap`
+and `freeze`.
 
-    python benchmarks/memory.py [--application django|flask] [--workers N] [--requests N]
-                                [--rounds N] [--collect] [--json]
+    python benchmarks/memory.py --code [--application small|arrays|django|flask] [--aligned PYTHON]
+    python benchmarks/memory.py        [--application ...] [--collect]
+                                both:  [--workers N] [--requests N] [--rounds N] [--json]
 
 Each variant is a server of its own, preloaded or not; every round runs all of them in turns, and
 printed are medians. After so many requests a worker, from smaps and /proc/PID/stat:
 
     PSS tree    of the master and its workers, together: what the server takes of the machine
-    RSS, PSS, private    of a worker, the mean
+    a worker    that, divided by the number of workers
+    RSS, PSS, private, shared    of a worker, the mean; shared is resident and other processes' too
+    locked      of what is locked the worker's share (smaps' Locked)
     huge        of a worker's private anonymous memory, what is on huge pages
     faults      minor page faults of a worker up to the first answer, and a request from then on
 
-Code is not moved and not locked (PAGE_PRIMER_REMAP=0, PAGE_PRIMER_MLOCK=0): this is about the heap.
-`plain` is without page-primer, `page-primer` with it and neither `heap` nor `freeze`: its modules
-take two megabytes. With --collect each worker runs a full collection at every fiftieth request, as
+--code is about what is moved and locked, with the defaults, with images in the temporary directory
+(TMPDIR). `small` is a WSGI application of the standard library, `arrays` loads numpy and pandas
+(without pyarrow, unless --application pyarrow). --aligned names an interpreter that `page-primer
+align` was run on, with the same packages. In a container: run this under one, with the virtual
+environment and TMPDIR where the overlay is.
+
+Without --code, code is not moved and not locked (PAGE_PRIMER_REMAP=0, PAGE_PRIMER_MLOCK=0): that is
+about the heap. `plain` is without page-primer, `page-primer` with it and neither `heap` nor
+`freeze`: its modules take two megabytes. With --collect each worker runs a full collection at
+every fiftieth request, as
 a process that lives long does now and then. Django is not among page-primer's own extras:
 `pip install django`.
 """
@@ -97,6 +108,27 @@ def index():
         "{% for i, n in rows %}<li>{{ i }}: {{ n|upper }}</li>{% endfor %}", rows=rows.fetchall())
 """
 
+SMALL = """
+import json, sqlite3, hashlib, decimal, logging, urllib.parse
+def application(environ, start_response):
+    body = json.dumps({"<li>": hashlib.sha256(b"x" * 1000).hexdigest()}).encode()
+    start_response("200 OK", [("Content-Length", str(len(body)))])
+    return [body]
+"""
+
+ARRAYS = """
+import sys
+sys.modules["pyarrow"] = None  # which pandas loads where it is installed
+import numpy, pandas
+frame = pandas.DataFrame({"group": numpy.arange(20000) % 37, "value": numpy.arange(20000.0)})
+def application(environ, start_response):
+    found = frame.groupby("group")["value"].agg(["mean", "std"]).sort_values("mean")
+    product = numpy.linalg.inv(numpy.eye(50) + 1) @ numpy.arange(50.0)
+    body = f"<li>{found.iloc[0]}{product.sum()}".encode()
+    start_response("200 OK", [("Content-Length", str(len(body)))])
+    return [body]
+"""
+
 # Django's and Flask's `application` is a WSGI application; this wraps it.
 COLLECTING = """
 import gc
@@ -109,7 +141,11 @@ def application(environ, start_response):
     return _application(environ, start_response)
 """
 
-APPLICATIONS = {"django": DJANGO, "flask": FLASK}
+APPLICATIONS = {
+    "django": DJANGO, "flask": FLASK, "small": SMALL, "arrays": ARRAYS,
+    "pyarrow": ARRAYS.replace('sys.modules["pyarrow"] = None', "import pyarrow"),
+}  # fmt: skip
+CODE_VARIANTS: dict[str, dict[str, str] | None] = {"unprimed": None, "primed": {}}
 VARIANTS: dict[str, dict[str, str] | None] = {
     "plain": None,
     "page-primer": {},
@@ -119,25 +155,34 @@ VARIANTS: dict[str, dict[str, str] | None] = {
     "heap=auto, unshare": {"PAGE_PRIMER_HEAP": "auto", "PAGE_PRIMER_HEAP_UNSHARE": "1"},
 }
 COLUMNS = ("PSS tree", "RSS", "PSS", "private", "huge", "anonymous", "faults", "per request")
+CODE_COLUMNS = (
+    "PSS tree", "a worker", "RSS", "PSS", "private", "shared", "locked", "code huge",
+)  # fmt: skip
 
 
 @contextlib.contextmanager
 def server(
-    directory: str, source: str, settings: dict[str, str] | None, workers: int, *, preload: bool
+    directory: str,
+    source: str,
+    settings: dict[str, str] | None,
+    workers: int,
+    *,
+    preload: bool,
+    python: str = sys.executable,
 ) -> Iterator[tuple[int, int]]:
     """A gunicorn that answers; its process and port."""
     Path(directory, "served.py").write_text(source)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "gunicorn", "--workers", str(workers), "--bind",
+    command = [python, "-m", "gunicorn", "--workers", str(workers), "--bind",
                f"127.0.0.1:{port}", "--log-file", f"{directory}/log"]  # fmt: skip
     if settings is not None:
         command += ["-c", "python:page_primer.integrations.gunicorn_conf"]
-    off = {"PAGE_PRIMER_REMAP": "0", "PAGE_PRIMER_MLOCK": "0"}
+    environ = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [*command, *(["--preload"] if preload else []), "served:application"],
-        cwd=directory, env={**os.environ, **off, **(settings or {})},
+        cwd=directory, env={**environ, **(settings or {})},
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
@@ -187,11 +232,17 @@ def faults(pid: int) -> int:
 
 
 def measure(
-    source: str, settings: dict[str, str] | None, workers: int, requests: int, *, preload: bool
+    source: str,
+    settings: dict[str, str] | None,
+    workers: int,
+    requests: int,
+    *,
+    preload: bool,
+    python: str = sys.executable,
 ) -> dict[str, float]:
     """One server's numbers, memory in MiB."""
     with tempfile.TemporaryDirectory(prefix="page-primer-memory-") as directory, server(
-        directory, source, settings, workers, preload=preload
+        directory, source, settings, workers, preload=preload, python=python
     ) as (master, port):  # fmt: skip
         pids = wait_for(port, master, workers)
         ask_many(port, 20, workers)  # every worker has answered
@@ -204,8 +255,13 @@ def measure(
         def mean(*names: str) -> float:
             return sum(smaps.total(one, name) for one in each for name in names) / len(each) / 2**20
 
+        whole = sum(smaps.total(one, "Pss") for one in tree) / 2**20
         return {
-            "PSS tree": sum(smaps.total(one, "Pss") for one in tree) / 2**20,
+            "PSS tree": whole,
+            "a worker": whole / workers,
+            "shared": mean("Shared_Clean", "Shared_Dirty"),
+            "locked": mean("Locked"),
+            "code huge": mean("ShmemPmdMapped", "FilePmdMapped"),
             "RSS": mean("Rss"),
             "PSS": mean("Pss"),
             "private": mean("Private_Clean", "Private_Dirty"),
@@ -216,8 +272,39 @@ def measure(
         }
 
 
+def heap_runs(source: str, given: argparse.Namespace) -> Iterator[tuple[str, dict[str, float]]]:
+    """One round of the variants of `heap` and `freeze`: titles and numbers."""
+    off = {"PAGE_PRIMER_REMAP": "0", "PAGE_PRIMER_MLOCK": "0"}
+    for preload in (False, True):
+        for name, settings in VARIANTS.items():
+            if not preload and ("freeze" in name or "unshare" in name):
+                continue  # nothing is inherited
+            settings = None if settings is None else {**off, **settings}
+            title = f"{'preloaded' if preload else 'each its own'}: {name}"
+            yield title, measure(
+                source, settings, given.workers, given.requests, preload=preload
+            )  # fmt: skip
+
+
+def code_runs(source: str, given: argparse.Namespace) -> Iterator[tuple[str, dict[str, float]]]:
+    """One round of unprimed and primed: titles and numbers."""
+    pythons = {"": sys.executable, **({"aligned, ": given.aligned} if given.aligned else {})}
+    with tempfile.TemporaryDirectory(prefix="page-primer-memory-") as images:
+        for prefix, python in pythons.items():
+            for name, settings in CODE_VARIANTS.items():
+                if settings is not None:
+                    settings = {"PAGE_PRIMER_IMAGE_DIR": f"{images}/images", **settings}
+                yield f"{prefix}{name}", measure(
+                    source, settings, given.workers, given.requests, preload=given.preload,
+                    python=python,
+                )  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--code", action="store_true", help="what is moved and locked")
+    parser.add_argument("--aligned", metavar="PYTHON", help="with --code: aligned, too")
+    parser.add_argument("--preload", action="store_true", help="with --code: load it in the master")
     parser.add_argument("--application", choices=APPLICATIONS, default="django")
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--requests", type=int, default=250, help="a worker")
@@ -227,27 +314,21 @@ def main() -> None:
     given = parser.parse_args()
     source = APPLICATIONS[given.application] + (COLLECTING if given.collect else "")
     runs: dict[str, list[dict[str, float]]] = {}
+    variants, columns = (code_runs, CODE_COLUMNS) if given.code else (heap_runs, COLUMNS)
     for _ in range(given.rounds):
-        for preload in (False, True):
-            for name, settings in VARIANTS.items():
-                if not preload and ("freeze" in name or "unshare" in name):
-                    continue  # nothing is inherited
-                title = f"{'preloaded' if preload else 'each its own'}: {name}"
-                runs.setdefault(title, []).append(
-                    measure(source, settings, given.workers, given.requests,
-                            preload=preload)
-                )  # fmt: skip
+        for title, numbers in variants(source, given):
+            runs.setdefault(title, []).append(numbers)
     table = {
-        title: {column: statistics.median(run[column] for run in found) for column in COLUMNS}
+        title: {column: statistics.median(run[column] for run in found) for column in columns}
         for title, found in runs.items()
     }
     if given.json:
         print(json.dumps(table, indent=2))
         return
     print(f"{given.application}, {given.workers} workers, {given.requests} requests each; MiB")
-    print(f"{'':34}" + "".join(f"{column:>12}" for column in COLUMNS))
+    print(f"{'':34}" + "".join(f"{column:>12}" for column in columns))
     for title, row in table.items():
-        print(f"{title:34}" + "".join(f"{row[column]:12.1f}" for column in COLUMNS))
+        print(f"{title:34}" + "".join(f"{row[column]:12.1f}" for column in columns))
 
 
 if __name__ == "__main__":

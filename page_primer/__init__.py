@@ -16,7 +16,8 @@ from page_primer import reasons
 from page_primer._lean import is_ours
 from page_primer.options import Options, unknown_variables
 from page_primer.reasons import Reason, Refusal
-from page_primer.report import Report, shortage
+from page_primer.report import Report
+from page_primer.words import shortage
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -58,6 +59,8 @@ def prime(options: Options | None = None, /, **values: Unpack[OptionValues]) -> 
         exclude: no objects whose path or file name matches one of these fnmatch patterns.
         limit: bytes to copy at most for objects other than the interpreter, the hottest first;
             `64M` works too.
+        private_limit: the same for objects at a random load address (overlayfs, without
+            `page-primer align`), whose copies other processes can hardly share.
         memory_share: of the memory that is available to this process (of the machine, and within
             the limits of its memory cgroups), the share that copies and locks may take at most:
             above 0, up to 1.

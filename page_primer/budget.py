@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import sys
 
+from page_primer import hot
 from page_primer.elf.objects import Object, Range
 from page_primer.kernel.memory import Memory
 from page_primer.options import Options
@@ -50,8 +51,11 @@ def memory_room(memory: Memory | None, options: Options, held: Iterable[Range]) 
     return int(options.memory_share * (memory.available + taken)) - taken
 
 
-def size_of(obj: Object) -> int:
-    """Bytes of memory that an object takes once it is moved and locked."""
+def size_of(obj: Object, moved: Iterable[Range] = ()) -> int:
+    """Bytes of memory that an object takes once `moved` is copied of it, and it is locked: all of
+    the interpreter; of others what is copied, and what they have in memory now."""
+    if obj.in_chunks and obj.resident is not None:
+        return sum(region.length for region in moved) + obj.resident
     return sum(segment.end - segment.start for segment in obj.segments)
 
 
@@ -60,7 +64,7 @@ def lock_size(obj: Object, options: Options, held: Sequence[Range], code_only: b
         return 0
     code_only |= options.mlock == "code"
     wanted = [s for s in obj.segments if s.kind == "code" or not code_only]
-    return sum(outside(Range(s.start, s.end), held) for s in wanted)
+    return int(hot.share(obj) * sum(outside(Range(s.start, s.end), held) for s in wanted))
 
 
 def disjoint(ranges: Iterable[Range]) -> list[Range]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from page_primer import hot
 from page_primer._lean import Record
 from page_primer.budget import disjoint, heat, outside, selects
 from page_primer.elf.objects import Object, Range
@@ -79,7 +80,7 @@ def affordable(
     allowed: list[Lock] = []
     withheld: list[Lock] = []
     for lock in wanted:
-        cost = outside(lock.range, held)
+        cost = int(hot.share(lock.object) * outside(lock.range, held))
         if cost > max(room, 0):
             withheld.append(lock)
             continue

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         include: Iterable[str] | str | None
         exclude: Iterable[str] | str | None
         limit: int | str
+        private_limit: int | str
         memory_share: float | str
         image_dir: str | os.PathLike[str] | None
         heap: HeapMode | bool
@@ -42,6 +43,9 @@ BACKINGS = ("auto", IN_PLACE, "image", "memfd", "anonymous", "hugetlb")
 # worker touches is far less; what exceeds this is one framework of hundreds of megabytes, whose
 # user should decide.
 DEFAULT_LIMIT = 64 << 20
+
+# The hottest chunks of a few libraries, for each process that has them at an address of its own.
+DEFAULT_PRIVATE_LIMIT = 8 << 20
 
 # All that a web worker has mapped fits a container of 128 MiB, and the interpreter one of 64 MiB;
 # three quarters of what is there stay for the application to grow into.
@@ -84,6 +88,7 @@ class Options(Record, aside=("explicit",)):
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     limit: int = DEFAULT_LIMIT
+    private_limit: int = DEFAULT_PRIVATE_LIMIT
     memory_share: float = DEFAULT_MEMORY_SHARE
     image_dir: str | None = None
     heap: HeapMode | Literal[False] = False
@@ -115,6 +120,12 @@ class Options(Record, aside=("explicit",)):
             found[name] = BY_NAME[name].parse(name, value)
         enabled = flag(SWITCH, environ.get(SWITCH) or True)
         return cls(enabled=enabled, explicit=frozenset(found), **found)
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """Those that somebody asked for, and that may come to nothing."""
+        names = ("backing", "heap", "image_dir", "mlock", "remap")
+        return tuple(name for name in names if name in self.explicit and getattr(self, name))
 
     def as_dict(self) -> dict[str, Any]:
         """The options as plain data, for reports and logs."""
@@ -267,6 +278,11 @@ TABLE = (
         "limit", _bytes, "64M",
         "bytes to copy at most for objects other than the interpreter, the hottest first; `64M` "
         "works too",
+    ),
+    Option(
+        "private_limit", _bytes, "8M",
+        "the same for objects at a random load address (overlayfs, without `page-primer align`), "
+        "whose copies other processes can hardly share",
     ),
     Option(
         "memory_share", _share, "0.25",

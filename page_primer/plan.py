@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from page_primer import reasons
+from page_primer import hot, reasons
 from page_primer._lean import Record, replace
 from page_primer.budget import disjoint, heat, lock_size, memory_room, selects, size_of
 from page_primer.elf.file import PF_R, PF_X
@@ -52,11 +52,22 @@ class Move(Record):
     in_place: tuple[Region, ...] = ()  # whole mappings
     aligned: bool = False
     notes: tuple[str, ...] = ()  # attempts so far
+    hot: tuple[Region, ...] = ()  # of `in_place` what is to be huge, if that is not all
 
     @property
     def bytes(self) -> int:
         """What the move copies or brings into memory at most."""
-        return sum(region.end - region.start for region in self.image or self.in_place)
+        return sum(region.end - region.start for region in self.wanted)
+
+    def sizes(self, pmd: int) -> list[int]:
+        """Of each mapping of `in_place`, the bytes that are to be huge."""
+        wanted = [region.huge(pmd) for region in self.hot or self.in_place]
+        return [sum(mapping.clip(part).length for part in wanted) for mapping in self.in_place]
+
+    @property
+    def wanted(self) -> tuple[Region, ...]:
+        """What is to be on huge pages."""
+        return self.image or self.hot or self.in_place
 
 
 class Remainder(Record):
@@ -75,7 +86,13 @@ class Plan(Record):
     already: tuple[Move, ...] = ()  # on huge pages where they are: nothing is to be done
 
 
-def make(survey: Survey, options: Options, used: int = 0, held: Iterable[Range] = ()) -> Plan:
+def make(
+    survey: Survey,
+    options: Options,
+    used: int = 0,
+    held: Iterable[Range] = (),
+    used_private: int = 0,
+) -> Plan:
     """Plan the moves, the hottest object first.
 
     Args:
@@ -83,11 +100,12 @@ def make(survey: Survey, options: Options, used: int = 0, held: Iterable[Range] 
         options: what the caller wants.
         used: bytes of the limit that earlier moves of this process have taken.
         held: what this process has copied or locked before.
+        used_private: the same as `used`, of the limit for private copies.
     """
     moves: list[Move] = []
     already: list[Move] = []
     left: list[Remainder] = []
-    room = options.limit - used
+    allowance = hot.Allowance(options, survey.pmd_size, used, used_private)
     held = disjoint(held)
     memory = memory_room(survey.memory, options, held)
     spare = survey.memory.available - WORKING if survey.memory else memory
@@ -96,27 +114,31 @@ def make(survey: Survey, options: Options, used: int = 0, held: Iterable[Range] 
         move = None if reason else _move(obj, survey, options)
         if reason is None or reason in _NOT_REPLACEABLE:
             move = _in_place(move, obj, survey)
+        fits = allowance.fit(obj, move.image) if move else ()
         if move is None:
-            reason = reason or reasons.NO_CHUNK
-        elif move.aligned and is_huge(move.in_place, survey):
+            reason = reason or (reasons.COLD if obj.touched else reasons.NO_CHUNK)
+        elif move.aligned and is_huge(move, survey):
             already.append(move)
-            left += explain(obj, move.in_place, survey.pmd_size)
+            left += explain(obj, move.hot or move.in_place, survey.pmd_size)
             memory -= min(memory, lock_size(obj, options, held, code_only=False))
             continue
         elif options.backing == IN_PLACE and not move.in_place:
             reason = reasons.NOT_CONGRUENT
-        elif not obj.interpreter and move.bytes > room:
-            reason = reasons.OVER_LIMIT
-        elif size_of(obj) > memory or 2 * size_of(obj) > spare:
+        elif move.image and not fits:
+            shared = hot.is_shared(obj, survey.pmd_size)
+            reason = reasons.OVER_LIMIT if shared else reasons.OVER_PRIVATE_LIMIT
+        elif size_of(obj, fits) > memory or 2 * size_of(obj, fits) > spare:
             # Twice: of the object that moves there may be two copies, the best and the one tried.
             reason = reasons.OVER_MEMORY
         else:
             reason = None
         if move is not None and not reason:
+            if fits != move.image:
+                move = replace(move, image=fits, memory=fits)
             moves.append(move)
-            room -= 0 if obj.interpreter else move.bytes
-            size = size_of(obj)
-            left += explain(obj, move.image or move.in_place, survey.pmd_size)
+            allowance.take(obj, fits)
+            size = size_of(obj, fits)
+            left += explain(obj, move.wanted, survey.pmd_size)
         else:
             # It will be locked where it is; if it must be less than all, then the code.
             size = lock_size(obj, options, held, code_only=reason == reasons.OVER_MEMORY)
@@ -130,13 +152,15 @@ def make(survey: Survey, options: Options, used: int = 0, held: Iterable[Range] 
 def explain(obj: Object, regions: Sequence[Region], pmd: int) -> list[Remainder]:
     """Every byte of an object that does not go onto a huge page when `regions` move, and why."""
     moved = [region.huge(pmd) for region in regions]
-    kept = [page for page in _head(obj, pmd) if page.end <= regions[0].start]
+    head = [] if obj.in_chunks else _head(obj, pmd)
+    kept = [page for page in head if page.end <= regions[0].start]
     left: list[Remainder] = []
     for span in obj.spans():
         reachable = Range(span[0].start, span[-1].end).huge(pmd)
         has_code = any(segment.code for segment in span)
+        edges = [reachable] if has_code and obj.in_chunks else []
         for segment in span:
-            cuts = {edge for pair in (*moved, *kept) for edge in pair}
+            cuts = {edge for pair in (*moved, *kept, *edges) for edge in pair}
             cuts = {segment.start, segment.end} | {
                 cut for cut in cuts if segment.start < cut < segment.end
             }
@@ -147,6 +171,8 @@ def explain(obj: Object, regions: Sequence[Region], pmd: int) -> list[Remainder]
                 reason = obj.problem or reasons.NO_CHUNK if has_code else reasons.NO_CODE
                 if _inside(part, kept) and reachable.contains(part):
                     reason = reasons.PROFILERS_HEAD
+                elif edges and reachable.contains(part):
+                    reason = reasons.COLD
                 last = left[-1] if left else None
                 if last and (last.end, last.kind, last.reason) == (low, segment.kind, reason):
                     low = left.pop().start
@@ -198,6 +224,8 @@ def _move(obj: Object, survey: Survey, options: Options) -> Move | None:
         regions = _regions(span, start, pmd, options.merge)
         whole = [(region.huge(pmd), region.flags) for region in regions]
         chunks = [Region(low, high, flags) for (low, high), flags in whole if low < high]
+        if obj.in_chunks:
+            regions = chunks = list(hot.chunks_of(obj, chunks, pmd))
         if any(chunk.flags & PF_X for chunk in chunks):
             image += regions
             keep = head if options.keep_profilers and (obj.main or obj.interpreter) else []
@@ -232,19 +260,30 @@ def _in_place(move: Move | None, obj: Object, survey: Survey) -> Move | None:
     ]
     if not any(region.flags & PF_X for region in found):
         return move
+    touched = hot.chunks_of(obj, found, pmd) if obj.in_chunks else ()
+    if obj.in_chunks and not touched:
+        return move
     if move is None:
-        return Move(obj, (), (), in_place=tuple(found), aligned=True)
+        return Move(obj, (), (), in_place=tuple(found), aligned=True, hot=touched)
     covered = [region.huge(pmd) for region in found]
     copied = [region.huge(pmd) for region in move.image if region.flags & PF_X]
     aligned = all(_inside(part, covered) for part in copied)
-    return replace(move, in_place=tuple(found), aligned=aligned)
+    return replace(move, in_place=tuple(found), aligned=aligned, hot=touched)
 
 
-def is_huge(regions: Iterable[Region], survey: Survey) -> bool:
-    """Whether all that whole huge pages can cover of some mappings is on them."""
+def attainable(move: Move, pmd: int) -> int:
+    """Bytes of an object's code that whole huge pages can cover where it moves."""
+    huge = [region.huge(pmd) for region in move.wanted]
+    code = [part for segment in move.object.segments if segment.code for part in segment.measured]
+    return sum(part.clip(whole).length for part in code for whole in huge)
+
+
+def is_huge(move: Move, survey: Survey) -> bool:
+    """Whether all that is to be huge of an object's own mappings is."""
     huge = {mapping.start: mapping.huge for mapping in survey.mappings}
     return all(
-        huge.get(region.start, 0) >= region.huge(survey.pmd_size).length for region in regions
+        huge.get(mapping.start, 0) >= size
+        for mapping, size in zip(move.in_place, move.sizes(survey.pmd_size), strict=True)
     )
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 from page_primer._lean import Record, asdict
 from page_primer.options import nearest_variable
 from page_primer.reasons import OVER_LIMIT, OVER_MEMORY, Reason, Refusal
+from page_primer.words import counted, image_place, memlock_remedy, mib, percent, shortage
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,11 +23,10 @@ if TYPE_CHECKING:
         def warning(self, msg: str, *args: Any) -> Any: ...
 
 
-# The limit permits, it reserves nothing; and what is mapped differs from one process of a server to
-# another. Advice that followed each would change with each.
-_MEMLOCK = 256 << 20
-
-TOTALS = ("code_bytes", "code_huge_bytes", "locked_bytes", "copied_bytes")  # of all objects
+TOTALS = (  # of all objects
+    "code_bytes", "code_huge_bytes", "locked_bytes", "copied_bytes", "shared_bytes",
+    "private_bytes",
+)  # fmt: skip
 
 
 class ObjectReport(Record):
@@ -48,6 +46,10 @@ class ObjectReport(Record):
     written_bytes: int  # what this process wrote for that; 0 where an image was there
     segments: tuple[SegmentReport, ...]
     notes: tuple[str, ...]  # attempts that failed, in order
+    # Whether other processes map the same pages of a copy: "shared" where a fork inherited it or an
+    # image is at a load address that recurs, else "private"; None where there is no copy.
+    sharing: str | None = None
+    attainable_bytes: int = 0  # of the interpreter's code, what its layout lets be huge
     aligned: bool = False  # its own mappings can have huge pages, without a copy
     no_longer_aligned: bool = False  # recorded as aligned, but another file has taken its place
 
@@ -93,7 +95,10 @@ class Report(Record):
     lock_withheld_bytes: int = 0  # not tried, to leave memory to others
     memory: Memory | None = None  # what was available then
     memory_share: float | None = None  # of it, what copies and locks may take
+    resident_bytes: int = 0  # by which priming this process has made it grow, all calls together
     warn: tuple[str, ...] = ()  # what was asked for by name: "remap", "mlock"
+    backing: str = "auto"  # what was asked for
+    image_dir: str | None = None
     milliseconds: float = 0.0
     threads: int = 0
     unknown_variables: tuple[str, ...] = ()  # named PAGE_PRIMER_*, and nothing reads them
@@ -118,6 +123,16 @@ class Report(Record):
     @property
     def copied_bytes(self) -> int:
         return sum(obj.copied_bytes for obj in self.objects)
+
+    @property
+    def shared_bytes(self) -> int:
+        """What is copied, and mapped by other processes as well."""
+        return sum(obj.copied_bytes for obj in self.objects if obj.sharing == "shared")
+
+    @property
+    def private_bytes(self) -> int:
+        """What is copied for this process."""
+        return sum(obj.copied_bytes for obj in self.objects if obj.sharing == "private")
 
     @property
     def interpreter(self) -> ObjectReport | None:
@@ -191,6 +206,9 @@ class Report(Record):
         if left_out:
             parts.append(f"over the limit: {', '.join(left_out)}")
         parts.append(f"{mib(self.locked_bytes)} locked")
+        if self.copied_bytes:
+            kinds = (("shared", self.shared_bytes), ("private", self.private_bytes))
+            parts.append(f"copied: {', '.join(f'{mib(n)} {kind}' for kind, n in kinds if n)}")
         written = sum(obj.written_bytes for obj in self.objects if obj.path in self.moved)
         if self.frozen is not None:
             parts.append(f"{self.frozen} objects frozen")
@@ -240,11 +258,38 @@ class Report(Record):
         )
 
     def _remap_shortfall(self) -> str | None:
+        """What was asked for by name and not used, or the interpreter's layout would allow."""
         core = self.interpreter
-        if self.reason or core is None or "remap" not in self.warn or core.code_huge_bytes:
+        if self.reason or core is None or OVER_MEMORY in _reasons(core):
             return None
-        why = "; ".join(core.notes) or "; ".join(_reasons(core)) or "no reason known"
-        return f"no code of {core.name} is on huge pages ({why}); `page-primer doctor` explains"
+        best = max(core.attainable_bytes, 1 if "remap" in self.warn else 0)
+        problem = self._unused(core)
+        if problem is None and core.code_huge_bytes < best:
+            share = percent(core.code_huge_bytes, core.code_bytes)
+            problem = f"{share} of {core.name}'s code on huge pages"
+            if core.attainable_bytes:
+                problem += f", {percent(core.attainable_bytes, core.code_bytes)} are possible"
+        if problem is None:
+            return None
+        why = "; ".join((*core.notes, *_reasons(core))) or "no reason known"
+        remedy = "run `page-primer align` once"
+        if core.attainable_bytes:
+            remedy += (
+                ", or name a directory of this user on ext4 (Linux 6.16) or xfs with "
+                "PAGE_PRIMER_IMAGE_DIR"
+            )
+        return f"{problem} ({why}): {remedy}; `page-primer doctor` explains"
+
+    def _unused(self, core: ObjectReport) -> str | None:
+        """The backing or the directory that was named, if the interpreter is not on it."""
+        if core.backing in ("already", "in_place"):  # nothing had to be copied
+            return None
+        if "backing" in self.warn and self.backing not in ("auto", core.backing):
+            return f"backing {self.backing} not used"
+        directory = f"{(self.image_dir or '').rstrip('/')}/"
+        if "image_dir" in self.warn and not (core.where or "").startswith(directory):
+            return f"image directory {self.image_dir} not used"
+        return None
 
     def _replaced(self) -> str | None:
         """The files that were aligned once."""
@@ -295,55 +340,3 @@ class Report(Record):
 def _reasons(obj: ObjectReport) -> list[Reason]:
     """The reasons that concern code, each once."""
     return list(dict.fromkeys(why for s in obj.segments if s.kind == "code" for why in s.left))
-
-
-def image_place(path: str) -> str:
-    """An image's path, for people: its store, rather than the folder named after its content."""
-    return f"image in {path.rsplit('/', 2)[0]}"
-
-
-def memlock_for(size: int) -> int:
-    """The RLIMIT_MEMLOCK to advise where so many bytes are to be locked: the same for nearly every
-    process, and twice as much, and so on, where less than a quarter of it would be left."""
-    limit = _MEMLOCK
-    while 3 * limit < 4 * size:
-        limit *= 2
-    return limit
-
-
-def memlock_remedy(size: int) -> str:
-    """The lines that let a process lock so many bytes."""
-    limit = memlock_for(size)
-    if "KUBERNETES_SERVICE_HOST" in os.environ:  # a pod has no such limit of its own to set
-        return (
-            "securityContext: {capabilities: {add: [IPC_LOCK]}} where the container runs as root, "
-            f"or LimitMEMLOCK={limit >> 20}M for the node's container runtime"
-        )
-    return (
-        f"LimitMEMLOCK={limit >> 20}M (systemd), --ulimit memlock={limit} (Docker) "
-        f"or ulimit -l {limit >> 10}"
-    )
-
-
-def shortage(memory: Memory) -> str:
-    """What is available, and where the limit is, for people."""
-    return f"{mib(memory.available)} available of {mib(memory.limit)} ({memory.where})"
-
-
-def mib(size: int) -> str:
-    """A size for people."""
-    return f"{size / (1 << 20):.1f} MiB"
-
-
-def counted(number: int, noun: str) -> str:
-    """A number of things for people: "1 object", "2 objects"."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def percent(part: int, whole: int) -> str:
-    """A share for people; 100 % only when nothing is missing."""
-    if not whole:
-        return "-"
-    if part >= whole:
-        return "100 %"
-    return f"{min(100 * part / whole, 99.9):.1f} %"

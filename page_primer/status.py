@@ -17,11 +17,12 @@ from page_primer._lean import asdict as plain
 from page_primer.elf import file as elf
 from page_primer.elf.file import PROGRAM_HEADER, PT_LOAD, ProgramHeader
 from page_primer.elf.objects import Segment, segments_of
+from page_primer.kernel import memlock
 from page_primer.kernel.anonymous import Use, named_by_us, use_of
 from page_primer.kernel.smaps import Mapping, overlapping, read_smaps, total
 from page_primer.kernel.thp import page_size, pmd_size
-from page_primer.report import memlock_remedy, mib
 from page_primer.verify import measure
+from page_primer.words import memlock_remedy, mib
 
 CAP_IPC_LOCK = 14  # linux/capability.h
 # More than any real file has of program headers, and than a process has of copies of one (dlmopen
@@ -40,6 +41,8 @@ class ObjectStatus:
     locked_bytes: int
     lockable_bytes: int  # mapped, and not by the loader's PROT_NONE gaps
     copied_bytes: int  # of the read-only span, not mapped from the object's own file
+    copied_shared_bytes: int  # of them resident, and mapped by other processes too
+    copied_private_bytes: int  # of them resident in this process alone
     shared_bytes: int  # resident, of the read-only span, and mapped by other processes too
     pss_bytes: int  # resident, of the read-only span, divided by the processes that map it
 
@@ -64,29 +67,47 @@ class ProcessStatus:
         return sum(getattr(obj, name) for obj in self.objects)
 
     @property
+    def primed(self) -> bool:
+        """Whether something of it was moved or locked."""
+        return any(obj.backing or obj.locked_bytes for obj in self.objects)
+
+    @property
     def unlocked(self) -> str | None:
-        """What is not locked and why, with the remedy; None where all that can be locked is."""
+        """What the limit keeps from being locked, with the remedy."""
         wanted, locked = self.sum("lockable_bytes"), self.sum("locked_bytes")
-        if locked >= wanted:
+        if locked >= wanted or not self.primed or self.lock_limit is None:
             return None
-        text = f"{mib(wanted - locked)} of {mib(wanted)} not locked"
-        # Locks of something else may take their part of the limit.
-        if self.lock_limit is None or self.locked_bytes - locked + wanted <= self.lock_limit:
-            return (
-                f"{text}, although its limit allows it: mlock is off or "
-                "not called yet, or its log has the reason"
-            )
+        # Locks of something else may take their part of the limit, and the host has one.
+        need = self.locked_bytes - locked + wanted
+        if need + memlock.margin(self.lock_limit) <= self.lock_limit:
+            return None  # what was loaded since, or is left out
         return (
-            f"{text}: RLIMIT_MEMLOCK is {mib(self.lock_limit)}; "
-            f"allow it with {memlock_remedy(self.locked_bytes - locked + wanted)}"
+            f"{mib(wanted - locked)} of {mib(wanted)} not locked: RLIMIT_MEMLOCK is "
+            f"{mib(self.lock_limit)}; allow it with {memlock_remedy(need)}"
+        )
+
+    @property
+    def added(self) -> str | None:
+        """What priming has added to its memory."""
+        shared, private = self.sum("copied_shared_bytes"), self.sum("copied_private_bytes")
+        if not self.primed:
+            return "unprimed: nothing of its code was moved or locked"
+        if not self.sum("copied_bytes"):
+            return None
+        return (
+            f"copied: {mib(self.sum('copied_bytes'))}, of which {mib(shared + private)} resident, "
+            f"{mib(shared)} shared with other processes, {mib(private)} private"
         )
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, ready for json.dumps()."""
         data = asdict(self)
-        data["unlocked"] = self.unlocked
+        data["unlocked"], data["primed"] = self.unlocked, self.primed
         data["heap"] = plain(self.heap)
-        for name in ("code_bytes", "code_huge_bytes", "copied_bytes", "shared_bytes", "pss_bytes"):
+        for name in (
+            "code_bytes", "code_huge_bytes", "copied_bytes", "copied_shared_bytes",
+            "copied_private_bytes", "shared_bytes", "pss_bytes",
+        ):  # fmt: skip
             data[name] = self.sum(name)
         return data
 
@@ -161,6 +182,8 @@ def _objects(pid: int, mappings: Sequence[Mapping]) -> Iterator[ObjectStatus]:
                 min(m.end, last) - max(m.start, first) for m in here if m.permissions[0] == "r"
             ),
             copied_bytes=sum(m.size for m in moved),
+            copied_shared_bytes=total(moved, "Shared_Clean") + total(moved, "Shared_Dirty"),
+            copied_private_bytes=total(moved, "Private_Clean") + total(moved, "Private_Dirty"),
             shared_bytes=total(span, "Shared_Clean") + total(span, "Shared_Dirty"),
             pss_bytes=total(span, "Pss"),
         )

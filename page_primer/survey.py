@@ -8,17 +8,18 @@ from page_primer import _core, reasons
 from page_primer._lean import Record, replace
 from page_primer.elf import file as elf
 from page_primer.elf.file import PF_R, ProgramHeader
-from page_primer.elf.objects import Object, Segment, Source, segments_of
+from page_primer.elf.objects import Object, Range, Segment, Source, segments_of
 from page_primer.kernel import memory
 from page_primer.kernel.address_space import map_new
 from page_primer.kernel.memory import Memory
-from page_primer.kernel.smaps import Mapping, overlapping, read_maps, read_smaps
+from page_primer.kernel.pagemap import Pagemap
+from page_primer.kernel.smaps import Mapping, overlapping, read_maps, read_own
 from page_primer.kernel.thp import has_no_huge_pages, page_size, pmd_size
 from page_primer.reasons import Reason
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 
 class Survey(Record, aside=("mappings",)):
@@ -34,9 +35,7 @@ class Survey(Record, aside=("mappings",)):
     size_unknown: bool = False  # pmd_size is 0 since it cannot be read
 
 
-def take(
-    read: Callable[[], Sequence[Mapping]] = read_smaps, known: Iterable[Object] = ()
-) -> Survey:
+def take(read: Callable[[], Sequence[Mapping]] = read_own, known: Iterable[Object] = ()) -> Survey:
     """Survey this process.
 
     Args:
@@ -117,12 +116,37 @@ def _object(
         interpreter=any(s.start <= inside < s.end for s in segments if s.code),
         bti=bool(code) and all("bt" in m.flags for m in code),
         resident_code=sum(m.count("Rss") for m in code),
+        resident=sum(m.count("Rss") for m in here),
     )
     # What follows opens files; objects without room for a huge page are never moved.
     if not pmd or all(span[-1].end - span[0].start < pmd for span in found.spans()):
         return found
     source, problem = _inspect(found, origin, here)
-    return replace(found, source=source, problem=problem)
+    touched = None if problem or found.interpreter else tuple(_touched(found, here, pmd))
+    return replace(found, source=source, problem=problem, touched=touched)
+
+
+def _touched(found: Object, here: Sequence[Mapping], pmd: int) -> Iterator[tuple[int, int]]:
+    """Of each chunk its start, and bytes that are in this process's page tables; where these are
+    closed to us, as much as its mappings have on an average."""
+    with Pagemap() as pages:
+        for span in found.spans():
+            low, high = Range(span[0].start, span[-1].end).huge(pmd)
+            if not any(segment.code for segment in span) or low == high:
+                continue
+            if not pages.closed:
+                for chunk in pages.chunks(low, high, pmd):
+                    yield chunk.start, chunk.present * page_size()
+                continue
+            for start in range(low, high, pmd):
+                whole = Range(start, start + pmd)
+                yield (
+                    start,
+                    sum(
+                        whole.clip(Range(m.start, m.end)).length * m.count("Rss") // m.size
+                        for m in overlapping(here, start, start + pmd)
+                    ),
+                )
 
 
 def _inspect(
@@ -139,21 +163,24 @@ def _inspect(
         return None, reasons.FILE_UNREADABLE
     if not _is_mapped_at(source, origin):
         return None, reasons.FILE_GONE
+    return source, _why_fixed(found, origin, here)
+
+
+def _why_fixed(found: Object, origin: Mapping, here: Sequence[Mapping]) -> Reason | None:
+    """Why an object's mappings must stay as they are, if they must."""
     for segment in found.segments:
         if segment.writable or segment.file_end == segment.start:
             continue
         if segment.code and not segment.flags & PF_R:
-            return source, reasons.EXECUTE_ONLY
+            return reasons.EXECUTE_ONLY
         for mapping in overlapping(here, segment.start, segment.file_end):
             if (mapping.device, mapping.inode) != (origin.device, origin.inode):
-                return source, reasons.REMAPPED
+                return reasons.REMAPPED
             if mapping.offset - mapping.start != segment.offset - segment.start:
-                return source, reasons.MAPPED_OTHERWISE
+                return reasons.MAPPED_OTHERWISE
             if "sl" in mapping.flags:
-                return source, reasons.SEALED
-    if _has_text_relocations(found):
-        return source, reasons.TEXT_RELOCATIONS
-    return source, None
+                return reasons.SEALED
+    return reasons.TEXT_RELOCATIONS if _has_text_relocations(found) else None
 
 
 def _is_mapped_at(source: Source, mapping: Mapping) -> bool:

@@ -129,6 +129,25 @@ def test_prefork(tmp_path, broker, images, configure):
         assert len(worker.lines("DEBUG")) >= 3
 
 
+def test_children_near_their_memory_limit_are_warned_of_once(tmp_path, broker, images):
+    """Celery would replace a child after each task, and say nothing of why."""
+    limit = "app.conf.worker_max_memory_per_child = 20000\n"
+    with Worker(tmp_path, broker, images, "-c", "2", configure=BY_IMPORT + limit) as worker:
+        (line,) = [line for line in worker.lines("WARNING") if "max_memory_per_child" in line]
+        assert "it is replaced after each task; set worker_max_memory_per_child to " in line
+        size = int(re.search(r"a child takes (\d+) KiB", line)[1])
+        assert size > 20000
+        assert int(line.split(" set worker_max_memory_per_child to ")[1].split()[0]) >= 2 * size
+
+
+def test_a_memory_limit_that_is_far_is_nothing_to_be_said():
+    from page_primer.integrations.celery import memory_warning
+
+    assert memory_warning(50_000, 39_999) is None
+    assert "after few tasks" in memory_warning(50_000, 40_000)
+    assert "after each task" in memory_warning(50_000, 50_001)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [("-P", "solo"), ("-P", "threads", "-c", "3"), ("--autoscale", "3,1")],

@@ -136,7 +136,9 @@ for path in LIBRARIES:
     __import__(path)
 import page_primer
 report = page_primer.prime(image_dir=sys.argv[1])
-print(json.dumps({"report": report.as_dict(), "said": str(report)}))
+from page_primer.kernel import smaps
+locked = sum(m.count("Rss") for m in smaps.read_smaps() if m.is_locked)
+print(json.dumps({"report": report.as_dict(), "said": str(report), "locked": locked}))
 import json.tool, decimal, http.client  # it lives on
 """
 
@@ -167,8 +169,8 @@ def test_a_small_cgroup_is_never_killed_by_priming(python, images, limit, backin
         assert bound["limit"] == limit * MIB
         assert bound["where"].startswith(cgroup.path)
         copied = sum(obj["copied_bytes"] for obj in report["objects"])
-        locked = report["locked_bytes"]
-        assert max(copied, locked) <= bound["available"] // 4
+        # What reading smaps and printing have touched since comes on top.
+        assert max(copied, answer["locked"]) <= bound["available"] // 4 + MIB
         if limit <= 32:
             assert report["lock_withheld_bytes"] > 0
             assert "to leave memory to others" in said
@@ -228,7 +230,8 @@ def test_the_share_is_an_option(python, images):
                 report = process.prime(image_dir=str(images), memory_share=share)
                 assert (report["lock_withheld_bytes"] > 0) == (share < 0.5)
                 room = share * report["memory"]["available"]
-                assert report["locked_bytes"] <= room
+                locked = [v.kb["Rss"] for v in outside.smaps(process.pid) if "lo" in v.flags]
+                assert sum(locked) << 10 <= room + MIB
 
 
 def test_doctor_tells_what_memory_allows():

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from page_primer import budget, mlock_plan, plan, reasons
+from page_primer import budget, hot, mlock_plan, plan, reasons
 from page_primer.elf import file as elf
 from page_primer.elf.file import PF_R, PF_W, PF_X
 from page_primer.elf.objects import Object, Range, Segment, Source, segments_of
@@ -527,3 +527,114 @@ def test_of_an_aligned_file_only_machine_code_is_counted_as_code():
     # As the linker made it, without such entries, all of it is code.
     (text, _) = segments_of(headers[:56] + headers[3 * 56 :], 0, PAGE)
     assert text.measured == (Range(0x400000, 0x400000 + 0x544968),)
+
+
+# ------------------------------------------------------------------------- hot chunks, limits ---
+
+
+def touched_library(start, *touched, path="/lib/t.so", **more):
+    """Eight MiB of code, bytes touched of each huge page, and data."""
+    chunks = range(-(-start // PMD) * PMD, start + 8 * MIB - PMD + 1, PMD)
+    return obj(
+        segment(start, 8 * MIB, PF_R | PF_X), segment(start + 8 * MIB, MIB, PF_R | PF_W),
+        path=path, touched=tuple(zip(chunks, touched, strict=True)),
+        resident=sum(touched), **more,
+    )  # fmt: skip
+
+
+def test_only_hot_chunks_move():
+    start = 1 << 30
+    one = touched_library(start, PMD // 8, PMD // 8 - 1, PMD, PMD)
+    planned = make(one)
+    (move,) = planned.moves
+    assert ranges(move.image) == [
+        (start, start + PMD, "x"), (start + 2 * PMD, start + 4 * PMD, "x"),
+    ]  # fmt: skip
+    assert move.memory == move.image
+    assert [(p.start, p.end, p.reason) for p in planned.remainders if p.kind == "code"] == [
+        (start + PMD, start + 2 * PMD, reasons.COLD)
+    ]
+    # Nothing of it is hot.
+    planned = make(touched_library(start, 0, PAGE, 0, PAGE))
+    assert planned.moves == ()
+    assert {p.reason for p in planned.remainders if p.kind == "code"} == {reasons.COLD}
+    # The interpreter moves whole, whatever was touched.
+    whole = touched_library(start, 0, 0, 0, 0, interpreter=True)
+    assert make(whole).moves[0].bytes == 8 * MIB
+    # Strict protections: a chunk must be of code alone.
+    split = obj(
+        segment(start, PMD + MIB, PF_R), segment(start + PMD + MIB, 5 * MIB, PF_R | PF_X),
+        touched=((start, PMD), (start + PMD, PMD), (start + 2 * PMD, PMD)), resident=0,
+    )  # fmt: skip
+    assert ranges(make(split).moves[0].image) == [(start + PMD, start + 3 * PMD, "x")]
+    assert ranges(make(split, merge=False).moves[0].image) == [
+        (start + 2 * PMD, start + 3 * PMD, "x")
+    ]
+
+
+def test_a_private_copy_has_a_limit_of_its_own_and_keeps_the_hottest():
+    start = (1 << 30) + 5 * PAGE
+    private = touched_library(start, PMD // 2, PMD // 4, PMD)
+    (move,) = make(private).moves
+    assert move.bytes == 3 * PMD
+    first = (1 << 30) + PMD
+    (move,) = make(private, private_limit=2 * PMD, limit=0).moves
+    assert ranges(move.image) == [
+        (first, first + PMD, "x"),
+        (first + 2 * PMD, first + 3 * PMD, "x"),
+    ]
+    (move,) = make(private, private_limit=2 * PMD - 1).moves
+    assert ranges(move.image) == [(first + 2 * PMD, first + 3 * PMD, "x")]
+    planned = make(private, private_limit=PMD - 1)
+    assert planned.moves == ()
+    assert reasons.OVER_PRIVATE_LIMIT in {p.reason for p in planned.remainders}
+    # At an address that recurs a copy is others', too.
+    shared = touched_library(1 << 31, PMD, PMD, PMD, PMD, path="/lib/s.so")
+    moves = make(private, shared, private_limit=PMD).moves
+    assert {m.object.path: m.bytes for m in moves} == {"/lib/t.so": PMD, "/lib/s.so": 4 * PMD}
+    assert make(shared, limit=PMD - 1).moves == ()
+    # What was copied before counts.
+    found = Survey((private,), PMD, False, 1, (1, 0), None, ())
+    options = Options(private_limit=3 * PMD)
+    assert plan.make(found, options, used=1 << 40, used_private=PMD).moves[0].bytes == 2 * PMD
+    assert hot.is_shared(shared, PMD)
+    assert not hot.is_shared(private, PMD)
+
+
+def test_what_a_library_takes_of_memory_is_what_it_has_touched_and_what_is_copied():
+    one = touched_library(1 << 30, PMD, 0, 0, 0)
+    assert budget.size_of(one, make(one).moves[0].image) == 2 * PMD
+    room = 4 * 2 * PMD
+    assert make(one, available=room).moves != ()
+    assert make(one, available=room - 4).moves == ()
+    # A lock on fault takes no more than is there.
+    lock = mlock_plan.Lock(one, one.start, one.start + 8 * MIB, "code", True)
+    share = PMD / (9 * MIB)
+    assert mlock_plan.affordable([lock], int(share * 8 * MIB), ()) == ([lock], [])
+    assert mlock_plan.affordable([lock], int(share * 8 * MIB) - 1, ()) == ([], [lock])
+
+
+@given(
+    start=st.integers(0, 1023),
+    touched=st.lists(st.integers(0, PMD), min_size=1, max_size=12),
+    limit=st.integers(0, 12 * PMD),
+)
+def test_chunks_stay_within_limits_and_leave_nothing_unexplained(start, touched, limit):
+    low = (1 << 30) + start * PAGE
+    first = -(-low // PMD) * PMD
+    end = first + len(touched) * PMD + 3 * PAGE
+    one = obj(
+        segment(low, end - low, PF_R | PF_X), segment(end, PAGE, PF_R | PF_W), resident=0,
+        touched=tuple((first + n * PMD, size) for n, size in enumerate(touched)),
+    )  # fmt: skip
+    planned = make(one, limit=limit, private_limit=limit)
+    moved = [region for move in planned.moves for region in move.image]
+    assert sum(region.length for region in moved) <= limit
+    chosen = {at for region in moved for at in range(region.start, region.end, PMD)}
+    sizes = dict(one.touched)
+    assert all(8 * sizes[at] >= PMD for at in chosen)
+    spared = [size for at, size in one.touched if at not in chosen and 8 * size >= PMD]
+    assert not spared or len(chosen) == limit // PMD
+    assert all(size <= min(sizes[at] for at in chosen) for size in spared if chosen)
+    left = sum(p.end - p.start for p in planned.remainders if p.kind == "code")
+    assert left + sum(region.length for region in moved) == end - low

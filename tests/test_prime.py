@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import textwrap
 from pathlib import Path
 
@@ -13,13 +14,15 @@ from harness import outside
 from harness.debian_python import ARCHIVE, DEBIAN, PACKAGE, build_pie
 from harness.interpreters import KINDS, python_of
 from harness.kernel import require_huge_files
-from harness.libraries import BIG, build, build_library
+from harness.libraries import BIG, build, build_library, chunks_library
+from harness.outside import PMD
 from harness.privileges import drop_memlock
-from harness.process import Process, interpreter, left_of
+from harness.process import Failed, Process, interpreter, left_of
 
 import page_primer
 from page_primer.kernel import memlock
-from page_primer.report import memlock_for
+from page_primer.reasons import OVER_PRIVATE_LIMIT
+from page_primer.words import memlock_for
 
 MIB = 1 << 20
 
@@ -594,6 +597,114 @@ def test_file_replaced_on_disk_is_left_alone(python, images, tmp_path):
         report = process.prime(image_dir=str(images))
         assert list(left_of(report, "libbig.so")) == ["file deleted or replaced on disk"]
         assert process.run("result = lib.answer()") == 42
+
+
+def load(process, library, *touched):
+    """Load it and touch chunks of it; returns the address of the first."""
+    return process.run(
+        f"import ctypes; lib = ctypes.CDLL({str(library)!r})\n"
+        "lib.where.restype = ctypes.c_ulong\n"
+        f"for n, size in {touched!r}: lib.touch(n, size)\n"
+        "result = lib.where()"
+    )
+
+
+def test_only_hot_chunks_of_a_library_move(python, images, tmp_path):
+    """What this process has hardly touched stays on the file: it is no part of the image, not made
+    resident, and locked only as far as it is touched."""
+    require_huge_files(images.parent)
+    library = chunks_library(tmp_path)
+    with Process(python) as process:
+        first = load(process, library, (1, PMD), (2, PMD), (3, 4096), (4, PMD // 4))
+        report = process.prime(image_dir=str(images), backing="image")
+        assert str(library) in report["moved"]
+        found = {
+            n: next(v for v in outside.smaps(process.pid) if v.start <= first + n * PMD < v.end)
+            for n in range(6)
+        }
+        moved = {n for n, v in found.items() if v.path.startswith(f"{images}/")}
+        assert moved == {1, 2, 4}
+        for n in moved:
+            assert found[n].huge == found[n].end - found[n].start
+            assert found[n].perms == "r-xp"
+        for n in {0, 3, 5}:
+            assert found[n].path == str(library)
+            assert found[n].huge == 0
+        # What is touched once brings some neighbours along.
+        assert sum({found[n].start: found[n].kb["Rss"] for n in (0, 3, 5)}.values()) <= 512
+        left = left_of(report, "libchunks.so")
+        assert 3 * PMD <= left["hardly touched"] < 4 * PMD
+        obj = next(o for o in report["objects"] if o["path"] == str(library))
+        assert obj["copied_bytes"] == 3 * PMD
+        image = os.stat(obj["where"])
+        assert image.st_blocks * 512 < 3 * PMD + (1 << 20), "the rest is a hole"
+        assert image.st_size > 6 * PMD
+        if not report["lock_refused_bytes"]:
+            assert all("lo" in v.flags for v in found.values())
+        process.run("for n in range(6): lib.touch(n, 1 << 21)")
+        process.restore()
+        assert not any(v.path.startswith(f"{images}/") for v in outside.smaps(process.pid))
+
+
+def test_what_becomes_hot_later_moves_with_the_next_library(python, images, tmp_path):
+    library = chunks_library(tmp_path)
+    with Process(python) as process:
+        first = load(process, library, (3, 4096))
+        report = process.prime(image_dir=str(images))
+        assert str(library) not in report["moved"]
+        assert left_of(report, "libchunks.so").keys() == {"hardly touched"}
+        process.run("lib.touch(3, 1 << 21); import _decimal, _ctypes_test")
+        report = process.prime(image_dir=str(images))
+        assert str(library) in report["moved"]
+        (vma,) = [v for v in outside.smaps(process.pid) if v.start == first + 3 * PMD]
+        assert vma.end - vma.start == PMD
+
+
+def test_where_pagemap_is_closed_smaps_tells_what_was_touched(python, images, tmp_path):
+    """A process that dropped its privileges may not read its own page tables."""
+    library = chunks_library(tmp_path)
+    with Process(python) as process:
+        load(process, library, *((n, PMD) for n in range(6)))
+        process.run(
+            "from page_primer.kernel.pagemap import Pagemap\n"
+            "Pagemap.closed = property(lambda self: True)"
+        )
+        report = process.prime(image_dir=str(images))
+        assert str(library) in report["moved"]
+    with Process(python) as process:
+        load(process, library, (2, 4096))
+        process.run(
+            "from page_primer.kernel.pagemap import Pagemap\n"
+            "Pagemap.closed = property(lambda self: True)"
+        )
+        report = process.prime(image_dir=str(images))
+        assert left_of(report, "libchunks.so").keys() == {"hardly touched"}
+
+
+def test_private_copies_have_a_limit_of_their_own(python, images):
+    """At a random load address nobody will share an image: the hottest chunks alone are copied."""
+    require_huge_files(images.parent)
+    # Where libraries are not aligned, as on overlayfs.
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
+        library = chunks_library(Path(directory))
+        for _ in range(8):
+            with Process(python) as process:
+                try:
+                    load(process, library, (1, PMD), (2, PMD // 2), (3, PMD), (4, PMD // 2))
+                except Failed:
+                    pytest.skip("/dev/shm is mounted noexec here")
+                (base, *_) = [v for v in outside.smaps(process.pid) if v.path == str(library)]
+                if base.start % PMD == 0:
+                    continue
+                options = {"image_dir": str(images), "backing": "image"}
+                report = process.prime(private_limit=2 * PMD + 4096, limit=0, **options)
+                obj = next(o for o in report["objects"] if o["path"] == str(library))
+                assert obj["copied_bytes"] == 2 * PMD
+                process.restore()
+                report = process.prime(private_limit=PMD - 1, **options)
+                assert left_of(report, "libchunks.so").keys() == {OVER_PRIVATE_LIMIT}
+                return
+    pytest.skip("/dev/shm aligns every library here")
 
 
 @pytest.mark.slow

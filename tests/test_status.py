@@ -112,6 +112,22 @@ def test_a_closed_pipe_is_quiet():
     assert done.stderr == ""
 
 
+def test_a_closed_pipe_and_a_full_stderr_change_no_exit_status():
+    command = f'"{sys.executable}" -m page_primer'
+    for words, code in (
+        # More than a pipe holds, so that the writer finds it closed.
+        ("status --all --json $$ | true", 0),
+        ("doctor | true", 0),
+        ("status 4194305 2> /dev/full", 1),
+        ("status nonsense 2> /dev/full", 2),
+        ("status --all $$ 2> /dev/full > /dev/null", 0),
+        ("status 4194305 2>&-", 1),
+    ):
+        script = f"set -o pipefail; {command} {words}"
+        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (code, ""), words
+
+
 def test_command_line_errors():
     done = status("nonsense")
     assert done.returncode == 2
@@ -119,10 +135,42 @@ def test_command_line_errors():
 
 
 def test_what_is_not_locked_has_a_reason():
+    from dataclasses import replace
+
     from page_primer.status import ObjectStatus, ProcessStatus
 
-    obj = ObjectStatus("/lib/a", None, 0, 0, 0, 9 * MIB, 0, 0, 0)
-    unlimited = ProcessStatus(1, 0, "python", (obj,))
-    assert "9.0 MiB of 9.0 MiB not locked, although its limit allows it" in unlimited.unlocked
-    limited = ProcessStatus(1, 0, "python", (obj,), lock_limit=8 * MIB)
-    assert "RLIMIT_MEMLOCK is 8.0 MiB; allow it with " in limited.unlocked
+    obj = ObjectStatus("/lib/a", None, 0, 0, 2 * MIB, 9 * MIB, 0, 0, 0, 0, 0)
+    limited = ProcessStatus(1, 0, "python", (obj,), 2 * MIB, lock_limit=8 * MIB)
+    assert limited.unlocked.startswith("7.0 MiB of 9.0 MiB not locked: RLIMIT_MEMLOCK is 8.0 MiB; ")
+    assert "LimitMEMLOCK=256M" in limited.unlocked
+    # A part of the limit is left to the application.
+    assert replace(limited, lock_limit=10 * MIB).unlocked
+    # What was loaded since, or is left out, is nothing to be said.
+    assert replace(limited, lock_limit=11 * MIB).unlocked is None
+    assert replace(limited, lock_limit=None).unlocked is None
+    # Nor is the limit to blame where nothing was asked for.
+    unprimed = replace(limited, objects=(replace(obj, locked_bytes=0),))
+    assert unprimed.unlocked is None
+    assert unprimed.added == "unprimed: nothing of its code was moved or locked"
+    assert limited.added is None
+
+
+def test_status_says_what_priming_added_and_of_whom_it_is_not(python, images):
+    with Process(python) as process:
+        assert "unprimed: " in status(process.pid).stdout
+        report = process.prime(image_dir=str(images))
+        if not report["copied_bytes"]:
+            pytest.skip("nothing has to be copied here")
+        text = status(process.pid).stdout
+        assert "unprimed" not in text
+        (line,) = [line.strip() for line in text.splitlines() if "copied: " in line]
+        whole = f"{report['copied_bytes'] / MIB:.1f} MiB"
+        assert line.startswith(f"copied: {whole}, of which {whole} resident, ")
+        # A second process maps the same.
+        with Process(python) as other:
+            again = other.prime(image_dir=str(images))
+            (found,) = json.loads(status("--json", process.pid).stdout)
+            if again["shared_bytes"] == report["copied_bytes"]:
+                assert found["copied_shared_bytes"] == found["copied_bytes"]
+                assert found["copied_private_bytes"] == 0
+            assert found["primed"]

@@ -14,7 +14,7 @@ from page_primer.align import aligned, targets
 from page_primer.align import files as align
 from page_primer.align.files import ALIGNED, CAN_BE, REFUSED, TOO_SMALL, State
 from page_primer.align.original import Refused
-from page_primer.report import mib, percent
+from page_primer.words import mib, percent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

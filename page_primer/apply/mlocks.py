@@ -41,6 +41,12 @@ class Mlocks:
                     self._host.append(part)
 
     @property
+    def sizes(self) -> tuple[int, int]:
+        """Bytes that are locked, and bytes that were refused."""
+        made, refused = (sum(one.length for one in of) for of in (self.made, self.refused))
+        return made, refused
+
+    @property
     def refusal(self) -> str | None:
         """Why the first of those that were refused was."""
         return next((reason for _, reason in self.refused.values()), None)

@@ -14,11 +14,11 @@ from page_primer.backing import image as image_backing
 from page_primer.backing import in_place
 from page_primer.backing.pieces import Place, reason_of
 from page_primer.elf.objects import Object, Range
-from page_primer.kernel import memlock, smaps
+from page_primer.kernel import memlock, memory, smaps
 from page_primer.kernel.limits import soft_limit
 from page_primer.kernel.memory import Memory
 from page_primer.kernel.smaps import Mapping
-from page_primer.kernel.thp import fault_in, pmd_size
+from page_primer.kernel.thp import pmd_size
 from page_primer.options import IN_PLACE, Options, unknown_variables
 from page_primer.plan import Move
 from page_primer.report import Report
@@ -48,6 +48,7 @@ class Process:
         self.huge = 0  # bytes on huge pages of what is to be, when last measured
         self.report: Report | None = None
         self.heap: Heap | None = None
+        self.resident = 0, 0  # bytes by which priming made this process grow, and had before a call
 
     def prime(self, options: Options) -> Report:
         """Bring the process to the primed state; see page_primer.prime()."""
@@ -56,19 +57,25 @@ class Process:
         child, self.identity = self.identity != identity, identity
         last = self.report
         if last is not None and self.options == options and self.loads == _core.loads():
-            if child and not self._inherit():
-                last = self._measure((), smaps.read_smaps(), began)
-            elif child or last.moved:
-                last = replace(last, pid=self.identity[0], moved=(), milliseconds=_since(began))
+            if child:
+                self.resident = 0, memory.resident()
+                if not self._inherit():
+                    last = self._measure((), smaps.read_own(), began)
+                last = replace(last, objects=self.registry.inherited(last.objects))
+            if child or last.moved:
+                last = replace(last, pid=identity[0], moved=(), milliseconds=_since(began))
+                last = replace(last, resident_bytes=self._grown() if child else self.resident[0])
             if self.heap is not None and (self.heap.is_new() or (child and options.heap_unshare)):
                 last = replace(last, heap=self.heap.prime(options, self.registry.pmd))
             self.report = last  # from now on the same, which costs a frequent caller least
             return last
+        self.resident = 0 if child else self.resident[0], memory.resident()
         self.report = None  # should this not come to its end
         # By the parent too, so that locking it here takes no memory.
         held = [*self.registry.ranges(), *self.mlocks.made]
         if child:
             self.mlocks.forget()
+            self.registry.fault_in()
         moved = self._move_new(options, held)
         mappings = self._lock_and_look(moved, options, held)
         # Of the first backing that could be prepared, smaps was not asked yet.
@@ -82,6 +89,12 @@ class Process:
         frozen = self._freeze() if options.freeze else None
         self.report = replace(report, heap=self._prime_heap(options), frozen=frozen)
         return self.report
+
+    def _grown(self) -> int:
+        """By how much priming made this process grow; what the call has taken so far is entered."""
+        now = memory.resident()
+        self.resident = self.resident[0] + now - self.resident[1], now
+        return self.resident[0]
 
     def start_heap(self, options: Options) -> Report:
         """Before an application is loaded: have its arenas huge, and leave the rest to prime()."""
@@ -118,13 +131,17 @@ class Process:
         loaded = {(base, headers) for _, base, headers in _core.objects()[2]}
         self.objects = tuple(obj for obj in self.objects if key_of(obj) in loaded)
         self.options = None
-        self.report = self._measure((), smaps.read_smaps(), began)
+        self.report = self._measure((), smaps.read_own(), began)
         return self.report
 
     def lock_in_child(self) -> Report:
         """In a forked child: lock what the parent had locked, and nothing else."""
         self.mlocks.make_again()
-        return self.report or Report(os.getpid(), None)
+        made, refused = self.mlocks.sizes
+        report = self.report or Report(os.getpid(), None)
+        return replace(
+            report, pid=os.getpid(), lock_wanted_bytes=made + refused, lock_refused_bytes=refused
+        )
 
     def _inherit(self) -> bool:
         """In a forked child: lock what the parent had locked, which a fork does not inherit, and
@@ -132,8 +149,7 @@ class Process:
         the parent's measurements hold."""
         before = set(self.mlocks.made), self.huge, self._perf_map_outcome()
         self.lock_in_child()
-        for regions in self.registry.regions():
-            fault_in(regions)
+        self.registry.fault_in()
         self._write_perf_map()
         self.huge = self.registry.huge(smaps.starting_at(self.registry.starts()))
         return before == (set(self.mlocks.made), self.huge, self._perf_map_outcome())
@@ -148,7 +164,9 @@ class Process:
         if len(registry.primed) < known:  # what was forgotten may have left something mapped
             found = registry.reconcile(survey.take())
         self.mlocks.note_host(found)
-        planned = plan.make(found, options, registry.copied, held)
+        planned = plan.make(
+            found, options, registry.copied(shared=True), held, registry.copied(shared=False)
+        )
         registry.enter_plan(found, planned)
         self.memory, self.objects = found.memory, found.objects
         self.options, self.loads = options, found.loads
@@ -184,7 +202,7 @@ class Process:
         """Returns the moves that did not come out huge throughout, or, if a part is good enough,
         not at all; with what came of it in their notes."""
         pmd = self.registry.pmd
-        outcomes = in_place.bring_in([move.in_place for move in moves], pmd) if moves else []
+        outcomes = in_place.bring_in(moves, pmd) if moves else []
         failed = []
         for move, outcome in zip(moves, outcomes, strict=True):
             if outcome.complete or (partly and outcome.huge):
@@ -267,12 +285,12 @@ class Process:
         self.mlocks.relock_for_host(r for key in moved for r in primed[key].regions)
         wanted = mlock_plan.locks(self.objects, mappings, options)
         room = budget.memory_room(self.memory, options, held)
-        objects = [primed[key].object for key in moved]
-        room -= sum(budget.size_of(obj) for obj in objects)
-        paid = [*held, *(Range(s.start, s.end) for obj in objects for s in obj.segments)]
+        copies = [primed[key] for key in moved]
+        room -= sum(budget.size_of(copy.object, copy.regions) for copy in copies)
+        paid = [*held, *(Range(s.start, s.end) for copy in copies for s in copy.object.segments)]
         allowed, self.mlocks.withheld = mlock_plan.affordable(wanted, room, paid)
         self.mlocks.make(allowed)
-        return smaps.read_smaps()
+        return smaps.read_own()
 
     def _survey_again(self, moved: dict[Key, Move]) -> Sequence[Mapping]:
         """Writing an image loads modules, which are to be locked as well: find what was loaded
@@ -288,11 +306,9 @@ class Process:
     def _measure(self, moved: Iterable[Key], mappings: Sequence[Mapping], began: float) -> Report:
         self.huge = self.registry.huge(mappings)
         refusal = self.mlocks.refusal
-        refused = sum(where.length for where in self.mlocks.refused)
+        made, refused = self.mlocks.sizes
         withheld = sum(lock.range.length for lock in self.mlocks.withheld)
-        made = sum(where.length for where in self.mlocks.made)
         options = self.options
-        explicit = options.explicit if options else ()
         return Report(
             pid=self.identity[0],
             reason=None,
@@ -306,11 +322,10 @@ class Process:
             perf_map=self._perf_map_outcome(),
             memory=self.memory,
             memory_share=options.memory_share if options else None,
-            warn=tuple(
-                name
-                for name in ("backing", "heap", "mlock", "remap")
-                if name in explicit and getattr(options, name)
-            ),
+            warn=options.named if options else (),
+            backing=options.backing if options else "auto",
+            image_dir=options.image_dir if options else None,
+            resident_bytes=self._grown(),
             milliseconds=_since(began),
             threads=survey.threads(),
             unknown_variables=unknown_variables(),

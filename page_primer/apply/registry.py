@@ -5,7 +5,9 @@ An object is entered before it is moved, so that whatever interrupts the move ca
 
 from __future__ import annotations
 
-from page_primer import _core, plan, reasons
+import os
+
+from page_primer import _core, hot, plan, reasons
 from page_primer._lean import Record, replace, suppress
 from page_primer.align.aligned import all_listed, is_aligned
 from page_primer.apply.swap import Key, Primed, key_of, put_back
@@ -13,6 +15,7 @@ from page_primer.backing.in_place import ALREADY
 from page_primer.backing.pieces import reason_of
 from page_primer.elf.objects import Object, Range, Region
 from page_primer.kernel.smaps import Mapping, overlapping
+from page_primer.kernel.thp import fault_in
 from page_primer.plan import Move, Plan, Remainder
 from page_primer.reasons import Reason
 from page_primer.report import ObjectReport
@@ -29,6 +32,7 @@ class InPlace(Record):
 
     mappings: tuple[Region, ...]
     backing: str  # in_place.ALREADY or options.IN_PLACE
+    hot: tuple[Region, ...] = ()  # what of them is to be huge, if that is not all
 
 
 class Registry:
@@ -44,26 +48,36 @@ class Registry:
         self._replaced: set[Key] = set()  # objects whose file was aligned, and is no longer
         self._remainders: dict[Key, list[Remainder]] = {}
         self._notes: dict[Key, tuple[str, ...]] = {}
+        self._attainable: dict[Key, int] = {}  # of the interpreter: code that can be huge, bytes
 
-    @property
-    def copied(self) -> int:
-        """Bytes that were copied of objects other than the interpreter."""
-        return sum(p.bytes for p in self.primed.values() if not p.object.interpreter)
+    def copied(self, *, shared: bool) -> int:
+        """Bytes that were copied of objects other than the interpreter, for others to share, or
+        for this process."""
+        return sum(
+            p.bytes
+            for p in self.primed.values()
+            if not p.object.interpreter and hot.is_shared(p.object, self.pmd) == shared
+        )
 
     def ranges(self) -> list[Range]:
         """What was replaced."""
         return [Range(r.start, r.end) for primed in self.primed.values() for r in primed.regions]
 
-    def regions(self) -> Iterator[Sequence[Region]]:
-        """What is to be on huge pages, of each object."""
+    def regions(self) -> Iterator[tuple[Sequence[Region], Sequence[Region]]]:
+        """What is to be on huge pages, of each object, and the mappings that hold it."""
         for primed in self.primed.values():
-            yield primed.regions
+            yield primed.regions, primed.regions
         for kept in self.in_place.values():
-            yield kept.mappings
+            yield kept.hot or kept.mappings, kept.mappings
+
+    def fault_in(self) -> None:
+        """In a forked child, whose page tables have nothing of a file: have all that mapped."""
+        for regions, mappings in self.regions():
+            fault_in(regions, mappings)
 
     def starts(self) -> set[int]:
         """The addresses where smaps tells of those."""
-        return {region.start for regions in self.regions() for region in regions}
+        return {mapping.start for _, mappings in self.regions() for mapping in mappings}
 
     def huge(self, mappings: Iterable[Mapping]) -> int:
         """Bytes of them that are on huge pages."""
@@ -85,15 +99,18 @@ class Registry:
             self._remainders.setdefault(key_of(part.object), []).append(part)
         for key, primed in self.primed.items():
             self._remainders[key] = plan.explain(primed.object, primed.regions, self.pmd)
+        for move in (*planned.moves, *planned.already):
+            if move.object.interpreter:
+                self._attainable = {key_of(move.object): plan.attainable(move, self.pmd)}
         loaded = {key_of(obj): obj for obj in found.objects}
         self.in_place = {key: kept for key, kept in self.in_place.items() if key in loaded}
         for move in planned.already:
-            self.in_place.setdefault(key_of(move.object), InPlace(move.in_place, ALREADY))
+            self.in_place.setdefault(key_of(move.object), InPlace(move.in_place, ALREADY, move.hot))
         whole = {key_of(m.object) for m in (*planned.moves, *planned.already) if m.aligned}
         self._aligned = (self._aligned | whole) & loaded.keys()
         self._note_replaced(loaded)
         for key, kept in self.in_place.items():
-            self._remainders[key] = plan.explain(loaded[key], kept.mappings, self.pmd)
+            self._remainders[key] = plan.explain(loaded[key], kept.hot or kept.mappings, self.pmd)
 
     def _note_replaced(self, loaded: dict[Key, Object]) -> None:
         """Note which files are recorded as aligned and are not: an upgrade has replaced them."""
@@ -109,8 +126,8 @@ class Registry:
     def enter_in_place(self, move: Move, backing: str) -> None:
         """Enter an object that has huge pages where it is."""
         key = key_of(move.object)
-        self.in_place[key] = InPlace(move.in_place, backing)
-        self._remainders[key] = plan.explain(move.object, move.in_place, self.pmd)
+        self.in_place[key] = InPlace(move.in_place, backing, move.hot)
+        self._remainders[key] = plan.explain(move.object, move.hot or move.in_place, self.pmd)
 
     def enter_moved(self, key: Key) -> None:
         """Say what is not on huge pages of an object that was moved."""
@@ -195,6 +212,13 @@ class Registry:
 
     # ---------------------------------------------------------------------------- reporting ---
 
+    @staticmethod
+    def inherited(objects: tuple[ObjectReport, ...]) -> tuple[ObjectReport, ...]:
+        """The same in a forked child: what was its parent's own, both have now."""
+        if not any(obj.sharing == "private" for obj in objects):
+            return objects
+        return tuple(replace(o, sharing=o.sharing and "shared") for o in objects)
+
     def describe(self, obj: Object, mappings: Sequence[Mapping]) -> ObjectReport:
         """What became of one object, measured."""
         key = key_of(obj)
@@ -202,6 +226,11 @@ class Registry:
         primed, kept = self.primed.get(key), self.in_place.get(key)
         segments = measure(obj.segments, here, self.pmd, self._remainders.get(key, ()))
         code = [segment for segment in segments if segment.kind == "code"]
+        sharing = None
+        if primed:
+            recurs = primed.prepared.backing == "image" and hot.is_shared(primed.object, self.pmd)
+            mine = primed.maker == (os.getpid(), _core.forks())
+            sharing = "private" if mine and not recurs else "shared"
         return ObjectReport(
             path=obj.path,
             interpreter=obj.interpreter,
@@ -215,6 +244,8 @@ class Registry:
             written_bytes=primed.prepared.written if primed else 0,
             segments=segments,
             notes=primed.notes if primed else self._notes.get(key, ()),
+            sharing=sharing,
+            attainable_bytes=self._attainable.get(key, 0),
             aligned=key in self._aligned,
             no_longer_aligned=key in self._replaced,
         )

@@ -38,6 +38,7 @@ class Primed(Record):
     prepared: Prepared
     notes: tuple[str, ...]
     anchors: Anchors
+    maker: tuple[int, int]  # the process that moved it: its number, and how many forks led to it
 
     @property
     def bytes(self) -> int:
@@ -109,7 +110,9 @@ def _carry_out(
             notes.append(anchors.problem)
         regions = tuple(piece.region for piece in prepared.pieces)
         key = key_of(move.object)
-        registry[key] = Primed(move.object, regions, prepared, tuple(notes), anchors)
+        registry[key] = Primed(
+            move.object, regions, prepared, tuple(notes), anchors, (os.getpid(), _core.forks())
+        )
         try:
             _swap_in(move.object, prepared)
         except OSError as error:

@@ -17,7 +17,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from page_primer.elf.objects import Region
+    from page_primer.plan import Move
 
 ALREADY = "already"  # the report's backing of what was on huge pages without us
 
@@ -34,40 +34,45 @@ class Outcome(Record):
         return self.huge >= self.wanted
 
 
-def bring_in(objects: Sequence[Sequence[Region]], pmd: int) -> list[Outcome]:
-    """Get huge pages into mappings of several objects, as far as the kernel does that.
+def bring_in(moves: Sequence[Move], pmd: int) -> list[Outcome]:
+    """Get huge pages into the mappings of several objects, as far as the kernel does that.
 
     Faulting in is enough where the page cache holds huge pages. Otherwise MADV_COLLAPSE makes them:
     on tmpfs since Linux 6.1, on every file system with large folios since 7.2, and on any with
     CONFIG_READ_ONLY_THP_FOR_FS.
 
     Args:
-        objects: of each the mappings, whole: advice for a part would split them.
+        moves: of each object its mappings, and what of them is to be huge.
         pmd: the size of a huge page, bytes.
 
     Returns:
         What came of it, for each.
     """
-    for mappings in objects:
-        fault_in(mappings)
-    before = _huge(objects)
-    short = [i for i, mappings in enumerate(objects) if before[i] < _wanted(mappings, pmd)]
+    for move in moves:
+        fault_in(move.hot or move.in_place, move.in_place)
+    wanted = [move.sizes(pmd) for move in moves]
+    before = _huge(moves, wanted)
+    short = [i for i, sizes in enumerate(wanted) if before[i] < sum(sizes)]
     for i in short:
-        for mapping in objects[i]:
-            low, high = mapping.huge(pmd)
+        for region in moves[i].hot or moves[i].in_place:
+            low, high = region.huge(pmd)
             collapse(low, high - low)
-    after = _huge(objects) if short else before
+    after = _huge(moves, wanted) if short else before
     return [
-        Outcome(IN_PLACE if i in short else ALREADY, _wanted(mappings, pmd), after[i])
-        for i, mappings in enumerate(objects)
+        Outcome(IN_PLACE if i in short else ALREADY, sum(sizes), after[i])
+        for i, sizes in enumerate(wanted)
     ]
 
 
-def _wanted(mappings: Sequence[Region], pmd: int) -> int:
-    return sum(high - low for low, high in (mapping.huge(pmd) for mapping in mappings))
-
-
-def _huge(objects: Sequence[Sequence[Region]]) -> list[int]:
-    found = smaps.starting_at({mapping.start for mappings in objects for mapping in mappings})
+def _huge(moves: Sequence[Move], wanted: Sequence[Sequence[int]]) -> list[int]:
+    """What is huge of each object, as far as that is wanted: smaps counts for a mapping, which may
+    have other huge pages, too."""
+    found = smaps.starting_at({mapping.start for move in moves for mapping in move.in_place})
     huge = {mapping.start: mapping.huge for mapping in found}
-    return [sum(huge.get(mapping.start, 0) for mapping in mappings) for mappings in objects]
+    return [
+        sum(
+            min(size, huge.get(mapping.start, 0))
+            for mapping, size in zip(move.in_place, sizes, strict=True)
+        )
+        for move, sizes in zip(moves, wanted, strict=True)
+    ]

@@ -9,8 +9,9 @@ import os
 import sys
 
 import page_primer
+from page_primer._lean import suppress
 from page_primer.options import TABLE, Options
-from page_primer.report import counted, image_place, mib, percent
+from page_primer.words import counted, image_place, mib, percent
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -36,6 +37,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         say(f"page-primer: {error}")
         return 2
+    finally:
+        _settle()
+
+
+def _say(line: str) -> None:
+    from page_primer.launcher.child import say
+
+    say(line)
+
+
+def _settle() -> None:
+    """What stdout or stderr does not take (a full disk, a reader that went away) is lost, and does
+    not become the exit status, as it would at the interpreter's last flush."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:  # closed
+                stream.flush()
+        except (OSError, ValueError):
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _plainly_run(words: Sequence[str]) -> Sequence[str]:
@@ -58,9 +79,7 @@ def _parse_and_run(words: Sequence[str]) -> int:
             sys.stdout.flush()  # here, where a reader that went away is caught
         return status
     except BrokenPipeError:
-        # The reader of our output went away (`| head`): not our error.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return 0  # the reader of our output went away (`| head`): not our error
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -152,7 +171,7 @@ def _execute(command: Sequence[str], settings: Mapping[str, str]) -> int:
 
 def _status(given: argparse.Namespace) -> int:
     if sys.platform != "linux":
-        print(f"page-primer: not supported on {sys.platform}", file=sys.stderr)
+        _say(f"page-primer: not supported on {sys.platform}")
         return 1
     import json  # of this command alone, as the next ones
 
@@ -162,12 +181,12 @@ def _status(given: argparse.Namespace) -> int:
         # dataclasses, collections
         from page_primer.status import examine, family
     except ImportError as error:  # built without its C core
-        print(f"page-primer: not available here: {error}", file=sys.stderr)
+        _say(f"page-primer: not available here: {error}")
         return 1
 
     processes = [examine(pid) for pid in family(given.pid)]
     if not processes:
-        print(f"page-primer: no process {given.pid}", file=sys.stderr)
+        _say(f"page-primer: no process {given.pid}")
         return 1
     if given.json:
         print(json.dumps([process.as_dict() for process in processes], indent=2))
@@ -180,8 +199,8 @@ def _status(given: argparse.Namespace) -> int:
         titles = ("object", "code", "huge", "locked", "copied", "shared", "PSS", "on")
         show_table(titles, list(_rows(process, everything=given.all)))
         print(f"  heap: {process.heap}")
-        if process.unlocked:
-            print(f"  {process.unlocked}")
+        for line in filter(None, (process.added, process.unlocked)):
+            print(f"  {line}")
     return 0 if any(process.problem is None for process in processes) else 1
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from page_primer.align import files
 from page_primer.align.aligned import listed
 from page_primer.doctor.findings import INFO, OK, WARNING, Check
-from page_primer.report import counted, mib
+from page_primer.words import counted, mib
 
 _ALIGNED = (files.ALIGNED, files.SHIPPED)
 GLIBC_ALIGNS = (2, 35)  # libraries; before, p_align beyond a page was ignored

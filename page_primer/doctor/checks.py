@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from page_primer.doctor.facts import THP, Settings
 from page_primer.doctor.findings import INFO, OK, PROBLEM, WARNING, Check
 from page_primer.options import Options
-from page_primer.report import mib
+from page_primer.words import mib
 
 
 def judge_switch(options: Options) -> Iterator[Check]:

@@ -24,8 +24,8 @@ from page_primer.kernel.mounts import mount_of
 from page_primer.options import IN_PLACE, Options
 from page_primer.plan import Move, Plan
 from page_primer.reasons import Reason
-from page_primer.report import mib, percent
 from page_primer.survey import Survey
+from page_primer.words import mib, percent
 
 _PLENTY = 0.9  # share of the interpreter's code that is worth no remark
 

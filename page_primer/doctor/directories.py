@@ -9,7 +9,7 @@ from page_primer.doctor.checks import in_force, judge_thp_disabled, shmem_fix, t
 from page_primer.doctor.facts import Directory, Process, Settings
 from page_primer.doctor.findings import INFO, OK, PROBLEM, WARNING, Check
 from page_primer.doctor.probes import Trial
-from page_primer.report import mib
+from page_primer.words import mib
 
 
 def judge_directory(

@@ -145,5 +145,6 @@ class Examination:
     def available(self) -> Iterator[Check]:
         found, planned = self.seen()
         _, wanted = locking.lock_sizes(found, planned, self.options)
-        wanted = max(wanted, sum(budget.size_of(move.object) for move in planned.moves))
+        copies = sum(budget.size_of(move.object, move.image) for move in planned.moves)
+        wanted = max(wanted, copies)
         yield locking.judge_available(found.memory, self.options.memory_share, wanted)

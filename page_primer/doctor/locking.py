@@ -10,8 +10,8 @@ from page_primer.kernel import memlock
 from page_primer.kernel.memory import Memory
 from page_primer.options import Options
 from page_primer.plan import Plan
-from page_primer.report import memlock_for, memlock_remedy, mib, shortage
 from page_primer.survey import Survey
+from page_primer.words import memlock_for, memlock_remedy, mib, shortage
 
 
 def lock_sizes(found: Survey, planned: Plan, options: Options) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from page_primer.doctor.findings import OK, PROBLEM, WARNING, Check
-from page_primer.report import counted, mib, percent
+from page_primer.words import counted, mib, percent
 
 if TYPE_CHECKING:
     from page_primer.doctor.coverage import Interpreter

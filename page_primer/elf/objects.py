@@ -125,6 +125,10 @@ class Object(Record):
     problem: Reason | None = None
     bti: bool = False  # arm64: code is mapped PROT_BTI
     resident_code: int = 0  # bytes
+    resident: int | None = None  # bytes of all its mappings; None: not known
+    # Of each chunk (a whole huge page of a read-only span with code) its start, and bytes that this
+    # process has touched; None: not known, or not asked.
+    touched: tuple[tuple[int, int], ...] | None = None
 
     @property
     def start(self) -> int:
@@ -138,6 +142,12 @@ class Object(Record):
     def fixed(self) -> bool:
         """Whether this is an ET_EXEC: linked for one address, so never a load bias."""
         return self.main and self.base == 0
+
+    @property
+    def in_chunks(self) -> bool:
+        """Whether only chunks of it move (hot.py): not the interpreter, and it is known what was
+        touched."""
+        return not self.interpreter and self.touched is not None
 
     @property
     def code_bytes(self) -> int:

@@ -14,16 +14,15 @@ import time
 
 from page_primer import _core
 from page_primer._lean import Record, suppress
+from page_primer.kernel.pagemap import Pagemap
+from page_primer.kernel.thp import page_size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
+    from page_primer.kernel.pagemap import Pages
     from page_primer.kernel.smaps import Mapping
-
-# The highest byte of an entry in /proc/PID/pagemap (Linux, Documentation/admin-guide/mm/
-# pagemap.rst): bit 63 is present, 62 swapped, 56 mapped by this process alone.
-_PRESENT, _SWAPPED, _EXCLUSIVE = 0x80, 0x40, 0x01
 
 # Somebody has other plans for these: MADV_NOHUGEPAGE, MADV_DONTFORK, MADV_WIPEONFORK, hugetlb,
 # devices' memory.
@@ -50,11 +49,14 @@ def candidates(mappings: Iterable[Mapping], huge: int) -> list[Chunk]:
     """The chunks of some mappings that are not all on huge pages, and of which more is resident
     than not; nothing of it swapped out."""
     found: list[Chunk] = []
-    with _Pages() as pages:
+    with Pagemap() as pages:
         for mapping in mappings:
             low, high = within(mapping, huge)
             if low < high and mapping.huge < high - low and not mapping.flags & _NOT_OURS:
-                found += pages.chunks(mapping, low, high, huge)
+                if pages.closed:
+                    found += _alike(mapping, low, high, huge)
+                else:
+                    found += _full_enough(pages.chunks(low, high, huge), huge)
     return found
 
 
@@ -63,42 +65,24 @@ def within(mapping: Mapping, huge: int) -> tuple[int, int]:
     return (mapping.start + huge - 1) & -huge, mapping.end & -huge
 
 
-class _Pages:
-    """What /proc/self/pagemap says; where it is closed to us (a process that dropped privileges),
-    each chunk is taken to be like its mapping."""
+def _full_enough(found: Iterable[Pages], huge: int) -> Iterator[Chunk]:
+    page = page_size()
+    for chunk in found:
+        if chunk.swapped == 0 and 2 * chunk.present * page > huge:
+            shared = (chunk.present - chunk.exclusive) * page
+            yield Chunk(chunk.start, huge - chunk.present * page, shared)
 
-    def __enter__(self) -> _Pages:
-        self._fd = -1
-        with suppress(OSError):
-            self._fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-        self._page = os.sysconf("SC_PAGESIZE")
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-
-    def chunks(self, mapping: Mapping, low: int, high: int, huge: int) -> Iterator[Chunk]:
-        if self._fd < 0:
-            yield from self._alike(mapping, low, high, huge)
-            return
-        for start in range(low, high, huge):
-            raw = os.pread(self._fd, huge // self._page * 8, start // self._page * 8)
-            top = raw[7::8]
-            exclusive = top.count(_PRESENT | _EXCLUSIVE) * self._page
-            shared = top.count(_PRESENT) * self._page
-            if top.count(_SWAPPED) == 0 and 2 * (exclusive + shared) > huge:
-                yield Chunk(start, huge - exclusive - shared, shared)
-
-    def _alike(self, mapping: Mapping, low: int, high: int, huge: int) -> Iterator[Chunk]:
-        if mapping.count("Swap"):
-            return
-        shared = mapping.count("Shared_Clean") + mapping.count("Shared_Dirty")
-        part = huge / mapping.size
-        for start in range(low, high, huge):
-            missing = int((mapping.size - mapping.count("Rss")) * part)
-            if 2 * missing < huge:
-                yield Chunk(start, missing, int(shared * part))
+def _alike(mapping: Mapping, low: int, high: int, huge: int) -> Iterator[Chunk]:
+    """Where pagemap is closed to us, each chunk is taken to be like its mapping."""
+    if mapping.count("Swap"):
+        return
+    shared = mapping.count("Shared_Clean") + mapping.count("Shared_Dirty")
+    part = huge / mapping.size
+    for start in range(low, high, huge):
+        missing = int((mapping.size - mapping.count("Rss")) * part)
+        if 2 * missing < huge:
+            yield Chunk(start, missing, int(shared * part))
 
 
 def collapse(chunks: Sequence[Chunk], huge: int, growth: int, *, unshare: bool) -> Collapsed:

@@ -4,8 +4,9 @@
 
 pad is at least one huge page and makes offset and address equal modulo the huge page size, which is
 what a huge page table entry asks of a file mapping. From pad on, the file holds the PT_LOADs'
-content at their addresses, byte for byte what the loader mapped. Before it, within the first 4 KiB,
-an ELF header describes *this* file to the tools that find it in /proc/PID/maps:
+content at their addresses, byte for byte what the loader mapped; of an object of which only chunks
+are mapped from it, these, and what tools read of the rest, which is a hole. Before it, within the
+first 4 KiB, an ELF header describes *this* file to the tools that find it in /proc/PID/maps:
 
 - PT_LOADs with shifted offsets, the executable one exactly as wide as the executable mapping, since
   py-spy takes (start of the first executable mapping) - (p_vaddr of the first executable PT_LOAD)
@@ -26,7 +27,7 @@ import struct
 from page_primer import _core
 from page_primer._lean import Record
 from page_primer.elf import file as elf
-from page_primer.elf.file import PF_R, PF_X, PROGRAM_HEADER, PT_LOAD, ProgramHeader
+from page_primer.elf.file import PF_R, PF_X, PROGRAM_HEADER, PT_LOAD, ProgramHeader, SectionHeader
 from page_primer.elf.objects import Object, Region
 from page_primer.images import names
 from page_primer.kernel import memory
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
 _FNV = 0xDD268DBCAAC550362D98C384C4E576CCC8B1536847B6BBB31023B4C8CAEE0535, (1 << 168) + 0x163
 
 _KEPT_SECTIONS = (".gnu_debuglink", ".gnu_debugaltlink", ".gnu_debugdata", ".note.stapsdt")
+_TOOLS_KINDS = (elf.SHT_DYNSYM, elf.SHT_DYNAMIC, elf.SHT_NOTE)
+_TOOLS_SECTIONS = (".eh_frame", ".eh_frame_hdr")
 _DEBUG_SECTIONS = (".debug_", ".zdebug_")
 _DEBUG_LIMIT = 64 << 20  # bytes; at most a quarter of the file system's room, an eighth of memory's
 _COPY_BLOCK = 8 << 20  # bytes
@@ -68,6 +71,14 @@ class Layout(Record):
     @property
     def pad(self) -> int:
         return self.pmd + self.object.start % self.pmd
+
+    def holds(self, start: int, end: int) -> bool:
+        """Whether bytes of the loadable part, by file offsets, are in the image: all, or of an
+        object of which only chunks are mapped, these."""
+        return not self.object.in_chunks or any(
+            self.offset(region.start) < end and start < self.offset(region.end)
+            for region in self.regions
+        )
 
     def offset(self, address: int) -> int:
         """The file offset of an address of the object."""
@@ -132,14 +143,19 @@ def lay_out(obj: Object, regions: Sequence[Region], pmd: int) -> Layout:
     """Lay an object out so that its regions can be mapped with huge pages."""
     source = obj.source
     assert source is not None, "only objects with a file are planned"
-    protections = ".".join(
-        f"{region.start - obj.start:x}{'x' if region.flags & PF_X else 'r'}" for region in regions
-    )
-    name = names.of(source, f"{pmd:x}", f"{obj.start % pmd:x}", protections)
+    name = names.of(source, f"{pmd:x}", f"{obj.start % pmd:x}", ".".join(_cuts(obj, regions)))
     if obj.interpreter and obj.main and not obj.fixed:
         # py-spy takes what stays on the original for the whole program, but libpython as well.
         name = names.as_libpython(name)
     return Layout(obj, tuple(regions), pmd, name)
+
+
+def _cuts(obj: Object, regions: Sequence[Region]) -> Iterator[str]:
+    """Where each region begins, and what it is: code, read-only data, or a hole."""
+    for region, following in zip(regions, [*regions[1:], None], strict=True):
+        yield f"{region.start - obj.start:x}{'x' if region.flags & PF_X else 'r'}"
+        if obj.in_chunks and (following is None or following.start > region.end):
+            yield f"{region.end - obj.start:x}h"
 
 
 def _build_ids(layout: Layout, file: elf.File) -> list[int]:
@@ -205,7 +221,7 @@ def content(layout: Layout) -> Iterator[tuple[int, list[Part]]]:
             for start, end, offset in segments
             if start < block + pmd and block < end
         ]
-        if not inside:
+        if not inside or not layout.holds(block, block + pmd):
             continue
         at = inside[0][0]
         parts: list[Part] = []
@@ -228,7 +244,7 @@ def _sections(
     table = []
     sections = file.sections()
     titles = file.section_names(sections)
-    linked = {s.sh_link for s in sections if s.sh_type == elf.SHT_SYMTAB}
+    linked = {s.sh_link for s in sections if s.sh_type in (elf.SHT_SYMTAB, elf.SHT_DYNSYM)}
     linked.add(file.header.e_shstrndx)
     debug = {index for index, title in enumerate(titles) if title.startswith(_DEBUG_SECTIONS)}
     if debug and sum(sections[index].sh_size for index in debug) <= _room(target):
@@ -239,7 +255,13 @@ def _sections(
         if title == ".note.gnu.build-id":
             offset, size = note, _NOTE.size
         elif section.allocated:
-            offset = layout.offset(layout.object.base + section.sh_addr)
+            there = layout.offset(layout.object.base + section.sh_addr)
+            if layout.object.in_chunks and (_is_for_tools(title, section) or index in linked):
+                left -= size
+                if left < 0 or there < layout.pad or there + size > layout.content_end:
+                    raise elf.Malformed("sections overlap")
+                copies.append((offset, there, size))
+            offset = there
         elif section.sh_type == elf.SHT_SYMTAB or index in linked or title in _KEPT_SECTIONS:
             left -= size
             if left < 0 or offset + size > file.size:
@@ -251,6 +273,11 @@ def _sections(
             continue
         table.append(section._replace(sh_offset=offset, sh_size=size).pack())
     return at, copies, b"".join(table)
+
+
+def _is_for_tools(title: str, section: SectionHeader) -> bool:
+    """Whether tools read it in the file, though it is loaded."""
+    return section.sh_type in _TOOLS_KINDS or title in _TOOLS_SECTIONS
 
 
 def align(offset: int) -> int:

@@ -41,7 +41,7 @@ def is_name(name: str) -> bool:
         len(numbers) == 8
         and all(numbers)
         and all(map(_HEXADECIMAL.issuperset, numbers[:-1]))
-        and (_HEXADECIMAL | set("rx.")).issuperset(numbers[-1])
+        and (_HEXADECIMAL | set("rxh.")).issuperset(numbers[-1])
     )
 
 

@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from resource import RUSAGE_SELF, getrusage
 from typing import Any
 
+from billiard.process import current_process
 from celery import __version__, current_app, signals
 from celery.utils.log import get_logger
 
@@ -29,7 +31,11 @@ from page_primer.report import Report
 
 _LOGGER = get_logger("celery.worker.page_primer")
 
+# Celery replaces a child of the pool that has been larger than a limit; it looks after each task.
+_NEAR = 0.8  # of the limit
+
 _options: Options | None = None
+_most_memory = 0  # that limit, KiB; 0: none
 _first: Report | None = None  # made before logging was set up
 
 
@@ -77,8 +83,10 @@ def _prime_parent(conf: Any = None, **_: Any) -> None:
     _first = page_primer.prime(_options)
 
 
-def _log_parent(**_: Any) -> None:
+def _log_parent(instance: Any = None, **_: Any) -> None:
     """The first moment that logging works; modules that came since are primed as well."""
+    global _most_memory
+    _most_memory = getattr(instance, "max_memory_per_child", None) or 0
     if _first is not None:
         freeze_again(_options)
         announce(_first, _LOGGER)
@@ -86,7 +94,7 @@ def _log_parent(**_: Any) -> None:
 
 
 def _prime(**_: Any) -> None:
-    """In each child of the pool: lock again after a fork, prime after a spawn. After each task: it
+    """In a child of the pool: lock again after a fork, prime after a spawn. After each task: it
     may have imported large libraries; when it did not, this takes microseconds."""
     global _options
     if _options is None:  # a spawned child: a fresh interpreter, in which no worker started
@@ -94,10 +102,39 @@ def _prime(**_: Any) -> None:
     prime_and_log(_LOGGER, _options)
 
 
+def _prime_child(**_: Any) -> None:
+    """In each child of the pool, before its first task."""
+    _prime()
+    limit = _most_memory or current_app.conf.worker_max_memory_per_child or 0
+    # One speaks for all.
+    if limit and getattr(current_process(), "index", None) == 0:
+        warning = memory_warning(limit, getrusage(RUSAGE_SELF).ru_maxrss)
+        if warning:
+            _LOGGER.warning("page-primer: %s", warning)
+
+
+def memory_warning(limit: int, size: int) -> str | None:
+    """What to say of a child that has not had a task yet, if it is near the size at which Celery
+    replaces it, which it measures as here.
+
+    Args:
+        limit: worker_max_memory_per_child, KiB.
+        size: the child's, KiB: the most it has had in memory (getrusage(2), ru_maxrss).
+    """
+    if size < _NEAR * limit:
+        return None
+    advice = -(-2 * size // 1024) * 1024
+    return (
+        f"a child takes {size} KiB before its first task, worker_max_memory_per_child is {limit}: "
+        f"it is replaced {'after each task' if size > limit else 'after few tasks'}; "
+        f"set worker_max_memory_per_child to {advice} or more"
+    )
+
+
 for _signal, _receiver in (
     (signals.celeryd_init, _prime_parent),
     (signals.celeryd_after_setup, _log_parent),
-    (signals.worker_process_init, _prime),
+    (signals.worker_process_init, _prime_child),
     (signals.task_postrun, _prime),
 ):
     _signal.connect(_receiver, weak=False, dispatch_uid=f"page_primer.{_signal.name}")

@@ -11,6 +11,7 @@ import sys
 
 from page_primer._lean import Record, suppress
 from page_primer.kernel import mounts
+from page_primer.kernel.thp import page_size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -50,6 +51,12 @@ def read(root: str = "") -> Memory | None:
         root: where /proc and /sys are to be found.
     """
     return min(bounds(root), key=lambda bound: bound.available, default=None)
+
+
+def resident() -> int:
+    """What this process has in memory, bytes; 0 where /proc does not say (proc(5), statm)."""
+    fields = _text("/proc/self/statm").split()
+    return int(fields[1]) * page_size() if len(fields) > 1 else 0
 
 
 def bounds(root: str = "") -> Iterator[Memory]:

@@ -8,27 +8,46 @@ from __future__ import annotations
 
 import os
 
-from page_primer._lean import Record, cached
-
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence, Set
 
 HUGE = ("AnonHugePages", "ShmemPmdMapped", "FilePmdMapped", "Private_Hugetlb", "Shared_Hugetlb")
 
+# A read gives so many bytes, and what is made of them takes the place of the last one's. The whole
+# text, a kilobyte a mapping, would stay in the heap of every worker.
+_PIECE = 16 << 10
 
-class Mapping(Record, aside=("details",)):
+
+class Mapping:
     """One mapping of an address space. What smaps says below its first line is parsed when it is
-    asked for: a process has hundreds of mappings, and few of them matter."""
+    asked for: a process has hundreds of mappings, and few of them matter. (No Record, whose fields
+    take twice the room.)"""
 
-    start: int
-    end: int
-    permissions: str
-    offset: int
-    device: str
-    inode: int
-    path: str
-    details: str = ""
+    __slots__ = ("details", "device", "end", "inode", "offset", "path", "permissions", "start")
+
+    def __init__(
+        self,
+        start: int,
+        end: int,
+        permissions: str,
+        offset: int,
+        device: str,
+        inode: int,
+        path: str,
+        details: str = "",
+    ) -> None:
+        self.start = start
+        self.end = end
+        self.permissions = permissions
+        self.offset = offset
+        self.device = device
+        self.inode = inode
+        self.path = path
+        self.details = details
+
+    def __repr__(self) -> str:
+        return f"Mapping({self.start:#x}-{self.end:#x} {self.permissions} {self.path!r})"
 
     @property
     def size(self) -> int:
@@ -50,7 +69,7 @@ class Mapping(Record, aside=("details",)):
         number, _, _ = self.details[at + len(name) + 2 : at + len(name) + 40].partition(" kB")
         return int(number) << 10
 
-    @cached
+    @property
     def flags(self) -> frozenset[str]:
         """VmFlags, two letters each; empty when read from maps."""
         _, _, flags = self.details.partition("VmFlags:")
@@ -70,7 +89,8 @@ class Mapping(Record, aside=("details",)):
 
 def read_maps(pid: int | str = "self") -> list[Mapping]:
     """The mappings of a process, without counters."""
-    return [_mapping(line) for line in _text(f"/proc/{pid}/maps").split("\n")[:-1]]
+    known: dict[str, str] = {}
+    return [_mapping(line, known) for line in _parts(f"/proc/{pid}/maps", b"\n") if line]
 
 
 def read_smaps(pid: int | str = "self") -> list[Mapping]:
@@ -79,7 +99,22 @@ def read_smaps(pid: int | str = "self") -> list[Mapping]:
     Raises:
         OSError: no such process, or not allowed to look (ptrace(2), PTRACE_MODE_READ).
     """
-    return [_mapping(line, details) for line, details in _blocks(_text(f"/proc/{pid}/smaps"))]
+    known: dict[str, str] = {}
+    return [
+        _mapping(line, known, details.decode("ascii", "replace"))
+        for line, details in _blocks(f"/proc/{pid}/smaps")
+    ]
+
+
+def read_own() -> list[Mapping]:
+    """The mappings of this process, with what is resident and huge of each (Rss, and the counters
+    of HUGE), and flags: a tenth of what read_smaps() keeps."""
+    known: dict[str, str] = {}
+    essences: dict[bytes, str] = {}
+    return [
+        _mapping(line, known, _essence(details, essences))
+        for line, details in _blocks("/proc/self/smaps")
+    ]
 
 
 def overlapping(mappings: Sequence[Mapping], start: int, end: int) -> Iterator[Mapping]:
@@ -102,38 +137,62 @@ def total(mappings: Iterable[Mapping], counter: str) -> int:
     return sum(mapping.count(counter) for mapping in mappings)
 
 
-def _text(path: str) -> str:
-    # In one go: the kernel then walks the address space in as few steps as it can.
+def starting_at(starts: Set[int]) -> list[Mapping]:
+    """The mappings of this process that start at the given addresses, as read_own() has them. Only
+    these are parsed, which makes it several times faster."""
+    return [
+        _mapping(line, {}, _essence(details, {}))
+        for line, details in _blocks("/proc/self/smaps")
+        if int(line[: line.index(b"-")], 16) in starts
+    ]
+
+
+def _parts(path: str, separator: bytes) -> Iterator[bytes]:
+    """What a file has between separators."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        with open(path, "rb", buffering=0) as file:
-            return os.fsdecode(file.readall())
+        rest = b""
+        while piece := os.read(fd, _PIECE):
+            *whole, rest = (rest + piece).split(separator)
+            yield from whole
+        yield rest
     except OSError as error:  # of reading, it does not say which file
         raise type(error)(error.errno, error.strerror, path) from error
+    finally:
+        os.close(fd)
 
 
-def _blocks(text: str) -> Iterator[tuple[str, str]]:
+def _blocks(path: str) -> Iterator[tuple[bytes, bytes]]:
     """Each mapping's own line in smaps, and the lines below it, of which "Size:" is the first."""
-    line, *rest = text.split("\nSize:")
-    for part in rest:
-        details, _, following = part.rpartition("\n")
+    parts = _parts(path, b"\nSize:")
+    line = next(parts)
+    for part in parts:
+        details, _, following = part.rpartition(b"\n")
         yield line, details
         line = following
 
 
-def _mapping(line: str, details: str = "") -> Mapping:
-    addresses, permissions, offset, device, inode, *path = line.split(None, 5)
+def _essence(details: bytes, known: dict[bytes, str]) -> str:
+    """The lines that read_own() keeps, those of huge pages only where there are any."""
+    at = details.find(b"\nRss:")
+    flags = details.rfind(b"\nVmFlags:")
+    low = details.find(b"\nAnonHugePages:", at)
+    huge = details[low : details.find(b"\nSwap:", low)]
+    kept = details[at : details.find(b"\n", at + 1)] + details[flags:]
+    if huge not in known:
+        none = huge.count(b" 0 kB") == huge.count(b" kB")
+        known[huge] = "" if none else huge.decode("ascii", "replace")
+    if kept not in known:
+        known[kept] = kept.decode("ascii", "replace")
+    return known[huge] + known[kept]
+
+
+def _mapping(line: bytes, known: dict[str, str], details: str = "") -> Mapping:
+    """Parse a line; strings that were `known` before are not made anew."""
+    addresses, permissions, offset, device, inode, *path = os.fsdecode(line).split(None, 5)
     start, _, end = addresses.partition("-")
+    name = path[0].replace("\\012", "\n") if path else ""
     return Mapping(
-        int(start, 16), int(end, 16), permissions, int(offset, 16), device, int(inode),
-        path[0].replace("\\012", "\n") if path else "", details,
+        int(start, 16), int(end, 16), known.setdefault(permissions, permissions), int(offset, 16),
+        known.setdefault(device, device), int(inode), known.setdefault(name, name), details,
     )  # fmt: skip
-
-
-def starting_at(starts: Set[int]) -> list[Mapping]:
-    """The mappings of this process that start at the given addresses, with counters. Only these are
-    parsed, which makes it several times faster than read_smaps()."""
-    return [
-        _mapping(line, details)
-        for line, details in _blocks(_text("/proc/self/smaps"))
-        if int(line.partition("-")[0], 16) in starts
-    ]

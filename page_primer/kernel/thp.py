@@ -13,7 +13,7 @@ from page_primer._lean import suppress
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
 _PMD_SIZE_FILE = "/sys/kernel/mm/transparent_hugepage/hpage_pmd_size"
 
@@ -65,11 +65,18 @@ def collapse(address: int, length: int) -> None:
         return
 
 
-def fault_in(ranges: Iterable[Iterable[int]]) -> None:
-    """Have ranges (start, end) of live code mapped, by huge entries where possible."""
-    for start, end in ranges:
+def fault_in(ranges: Sequence[Iterable[int]], mappings: Sequence[Iterable[int]] = ()) -> None:
+    """Have ranges (start, end) of live code mapped, by huge entries where possible.
+
+    Args:
+        ranges: what is to be in memory.
+        mappings: where that is not all of them, the mappings that hold it: advice for a part would
+            split them.
+    """
+    for start, end in mappings or ranges:
         with suppress(OSError):
             _core.advise(start, end - start, _core.MADV_HUGEPAGE)
+    for start, end in ranges:
         with suppress(OSError):
             # Never by reading: the object may have been unloaded.
             _core.advise(start, end - start, _core.MADV_POPULATE_READ)

@@ -12,6 +12,10 @@ import sys
 from page_primer import on_process, prime
 from page_primer.options import Options, flag
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from page_primer.report import Report
+
 SITE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "site")
 LATE, VERBOSE = "PAGE_PRIMER_LATE", "PAGE_PRIMER_VERBOSE"
 
@@ -19,7 +23,8 @@ _started_here = False
 
 
 def start() -> None:
-    """Prime this process. With PAGE_PRIMER_VERBOSE the outcome is a line on stderr."""
+    """Prime this process. With PAGE_PRIMER_VERBOSE the outcome is a line on stderr, and so is that
+    of libraries that come later, and of a fork."""
     global _started_here
     if _started_here:  # another installation's sitecustomize is on PYTHONPATH too
         return
@@ -32,7 +37,12 @@ def start() -> None:
     if report.reason is None and _wants(LATE, True):
         from page_primer.launcher import imports as late  # not of processes that want none
 
-        late.watch(options)
+        late.watch(options, _tell)
+    _tell(report)
+
+
+def _tell(report: Report) -> None:
+    """With PAGE_PRIMER_VERBOSE, say what a call did."""
     if _wants(VERBOSE, False):
         say(f"page-primer[{os.getpid()}]: {report.summary()}")
 
@@ -67,6 +77,11 @@ def _wants(name: str, default: bool) -> bool:
 def _lock_in_child() -> None:
     """A fork inherits no locks. Only locks: the child of a thread must not ask the loader."""
     try:
-        on_process(lambda process: process.lock_in_child())
+        report = on_process(lambda process: process.lock_in_child())
+        if _wants(VERBOSE, False):
+            from page_primer.words import mib
+
+            locked = mib(report.lock_wanted_bytes - report.lock_refused_bytes)
+            say(f"page-primer[{os.getpid()}]: forked from {os.getppid()}, {locked} locked again")
     except BaseException:  # a signal handler's: a fork hook has nobody to raise it to
         return

@@ -17,27 +17,35 @@ from page_primer.options import Options
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from importlib.machinery import ModuleSpec
+    from collections.abc import Callable
     from types import ModuleType
 
+    from page_primer.report import Report
 
-def watch(options: Options) -> None:
-    """Look after each extension module that this process imports from now on."""
-    plain = ExtensionFileLoader.create_module
+
+def watch(options: Options, tell: Callable[[Report], None]) -> None:
+    """Look after each extension module that this process imports from now on.
+
+    Args:
+        options: for each call.
+        tell: is given the report of each call.
+    """
+    plain = ExtensionFileLoader.exec_module
     pmd = pmd_size()
     known = {(base, headers) for _, base, headers in _core.objects()[2]}
 
-    def create_module(self: ExtensionFileLoader, spec: ModuleSpec) -> ModuleType:
-        module = plain(self, spec)
+    # After the module has been executed, not as soon as it is there: what that has touched of a
+    # library tells which of its chunks are worth a move (hot.py).
+    def exec_module(self: ExtensionFileLoader, module: ModuleType) -> None:
+        plain(self, module)
         with suppress(Exception):  # the import is the host's
             new = {(base, headers) for _, base, headers in _core.objects()[2]} - known
             known.update(new)
             if any(_has_room(base, headers, pmd) for base, headers in new):
-                prime(options)
-        return module
+                tell(prime(options))
 
     if pmd:
-        ExtensionFileLoader.create_module = create_module  # type: ignore[method-assign]
+        ExtensionFileLoader.exec_module = exec_module  # type: ignore[method-assign]
 
 
 def _has_room(base: int, headers: bytes, pmd: int) -> bool:

@@ -1,0 +1,65 @@
+"""Sizes, shares and remedies, for people."""
+
+from __future__ import annotations
+
+import os
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from page_primer.kernel.memory import Memory
+
+# The limit permits, it reserves nothing; and what is mapped differs from one process of a server to
+# another. Advice that followed each would change with each.
+_MEMLOCK = 256 << 20
+
+
+def image_place(path: str) -> str:
+    """An image's path, for people: its store, rather than the folder named after its content."""
+    return f"image in {path.rsplit('/', 2)[0]}"
+
+
+def memlock_for(size: int) -> int:
+    """The RLIMIT_MEMLOCK to advise where so many bytes are to be locked: the same for nearly every
+    process, and twice as much, and so on, where less than a quarter of it would be left."""
+    limit = _MEMLOCK
+    while 3 * limit < 4 * size:
+        limit *= 2
+    return limit
+
+
+def memlock_remedy(size: int) -> str:
+    """The lines that let a process lock so many bytes."""
+    limit = memlock_for(size)
+    if "KUBERNETES_SERVICE_HOST" in os.environ:  # a pod has no such limit of its own to set
+        return (
+            "securityContext: {capabilities: {add: [IPC_LOCK]}} where the container runs as root, "
+            f"or LimitMEMLOCK={limit >> 20}M for the node's container runtime"
+        )
+    return (
+        f"LimitMEMLOCK={limit >> 20}M (systemd), --ulimit memlock={limit} (Docker) "
+        f"or ulimit -l {limit >> 10}"
+    )
+
+
+def shortage(memory: Memory) -> str:
+    """What is available, and where the limit is, for people."""
+    return f"{mib(memory.available)} available of {mib(memory.limit)} ({memory.where})"
+
+
+def mib(size: int) -> str:
+    """A size for people."""
+    return f"{size / (1 << 20):.1f} MiB"
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things for people: "1 object", "2 objects"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def percent(part: int, whole: int) -> str:
+    """A share for people; 100 % only when nothing is missing."""
+    if not whole:
+        return "-"
+    if part >= whole:
+        return "100 %"
+    return f"{min(100 * part / whole, 99.9):.1f} %"
