@@ -66,7 +66,7 @@ def test_load_generators(tmp_path, name):
         assert found.quantile(1.0) == found.latencies[-1] <= found.seconds
         assert found.rate == pytest.approx(61 / found.seconds)
         load.send(name, urls, 1, 8, tree)  # fewer requests than connections
-        with pytest.raises(CutShort, match=r"15 of 30 requests failed \(status 404\)"):
+        with pytest.raises(CutShort, match=r"1\d of 30 requests failed \(status 404\)"):
             load.send(name, [urls[0], f"http://127.0.0.1:{port}/missing"], 30, 2, tree)
     with pytest.raises(CutShort, match="failed"):
         load.send(name, urls, 10, 2, tree)

@@ -82,7 +82,7 @@ def parse(text: str) -> list[Variant]:
 
 def _variant(word: str) -> Variant:
     name, *settings = word.split(":")
-    base = re.sub(r"\d+$", "", name)  # `off2` is another `off`
+    base = re.sub(r"(\d+|-.*)$", "", name)  # `off2` and `off-again` are another `off`
     if not _NAME.fullmatch(name) or (base not in KNOWN and not settings):
         raise ValueError(f"--variants: {name!r} is none of {', '.join(KNOWN)}, and has no options "
                          "(`NAME:option=value`)")  # fmt: skip
