@@ -13,8 +13,8 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from conftest import KINDS
-from servers import Server, free_port, wait_for
+from harness.interpreters import KINDS
+from harness.servers import Server, free_port, wait_for
 
 from page_primer.align import files as align
 from page_primer.align import targets
@@ -22,7 +22,7 @@ from page_primer.bench import load
 from page_primer.bench.failures import CutShort, Failure
 from page_primer.bench.interpreter import Copy, start_of
 
-SERVER = str(Path(__file__).parent / "benchserver.py")
+SERVER = str(Path(__file__).parent / "harness" / "benchserver.py")
 BENCH = [sys.executable, "-m", "page_primer", "bench"]
 
 
@@ -37,7 +37,7 @@ def program(text, *arguments, environ=None):
     """Run a program of its own: being a subreaper is a property of a process."""
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(text), *arguments], capture_output=True, text=True,
-        timeout=60, env=environ,
+        timeout=600, env=environ,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -312,7 +312,7 @@ def test_a_script(tmp_path):
     def bench(*words):
         return subprocess.run(
             [*BENCH, "--command", *words, "--", sys.executable, "script.py", "twice"],
-            cwd=tmp_path, capture_output=True, text=True, timeout=60,
+            cwd=tmp_path, capture_output=True, text=True, timeout=600,
             env={**os.environ, "PAGE_PRIMER_IMAGE_DIR": str(tmp_path)},
         )  # fmt: skip
 
@@ -343,7 +343,7 @@ def test_celery_tasks(tmp_path, broker):
         return subprocess.run(
             [*BENCH, "--variants", "off,mlock", "--rounds", "1", "--requests", "40", "--json",
              str(result), "--celery-task", *words, "--", *command],
-            cwd=tmp_path, capture_output=True, text=True, timeout=120,
+            cwd=tmp_path, capture_output=True, text=True, timeout=600,
             env={**os.environ, "BROKER": f"{broker}/9", "C_FORCE_ROOT": "1", **environ},
         )  # fmt: skip
 
@@ -371,7 +371,7 @@ def test_vmtouch(tmp_path):
     done = subprocess.run(
         [*BENCH, "--url", f"http://127.0.0.1:{port}/", "--variants", "off,vmtouch", "--rounds", "1",
          "--requests", "20", "--", sys.executable, SERVER, str(port)],
-        capture_output=True, text=True, timeout=60,
+        capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "vmtouch: no verdict: 1 of the 6 rounds" in done.stdout

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-_PAGES = (512, 2048, 8192, 32768)  # the last are 128 MiB
-_ACCESSES = 300_000
+_PAGES = (2048, 8192, 32768)  # the last are 128 MiB
+_ACCESSES = 200_000
 # Of the pointer chase over most pages. Where huge pages have entries of their own in the TLB it is
 # 1.5 to 4; where a hypervisor backs them with small pages only the guest's own walk is shorter.
 _HUGE_PAYS = 1.3
