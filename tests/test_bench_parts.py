@@ -26,13 +26,6 @@ SERVER = str(Path(__file__).parent / "harness" / "benchserver.py")
 BENCH = [sys.executable, "-m", "page_primer", "bench"]
 
 
-class Tree:
-    """Of the helpers alone: a test must not adopt what pytest starts."""
-
-    def __init__(self):
-        self.helpers = set()
-
-
 def program(text, *arguments, environ=None):
     """Run a program of its own: being a subreaper is a property of a process."""
     done = subprocess.run(
@@ -51,7 +44,7 @@ def test_load_generators(tmp_path, name):
     """Both send exactly what they are asked for, to each URL in turn, and notice every error."""
     if name == load.H2LOAD and not shutil.which(name):
         pytest.skip("h2load is not installed")
-    port, tree = free_port(), Tree()
+    port, helpers = free_port(), set()
     with Server(tmp_path, port, sys.executable, SERVER, str(port), "counts") as server:
         urls = [f"http://127.0.0.1:{port}{path}" for path in ("/", "/other?a=b")]
 
@@ -59,18 +52,18 @@ def test_load_generators(tmp_path, name):
             return server.log().count("answered")
 
         wait_for(lambda: answered() == 1, "the fixture's own request")
-        found = load.send(name, urls, 61, 4, tree)
+        found = load.send(name, urls, 61, 4, helpers)
         wait_for(lambda: answered() == 62, "the last line")
         assert len(found.latencies) == 61
         assert 0 < found.latencies[0] <= found.quantile(0.5) <= found.quantile(0.99)
         assert found.quantile(1.0) == found.latencies[-1] <= found.seconds
         assert found.rate == pytest.approx(61 / found.seconds)
-        load.send(name, urls, 1, 8, tree)  # fewer requests than connections
+        load.send(name, urls, 1, 8, helpers)  # fewer requests than connections
         with pytest.raises(CutShort, match=r"1\d of 30 requests failed \(status 404\)"):
-            load.send(name, [urls[0], f"http://127.0.0.1:{port}/missing"], 30, 2, tree)
+            load.send(name, [urls[0], f"http://127.0.0.1:{port}/missing"], 30, 2, helpers)
     with pytest.raises(CutShort, match="failed"):
-        load.send(name, urls, 10, 2, tree)
-    assert tree.helpers == set()
+        load.send(name, urls, 10, 2, helpers)
+    assert helpers == set()
 
 
 def test_no_load_generator(monkeypatch):

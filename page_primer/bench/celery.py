@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from page_primer.bench.server import Process
-    from page_primer.bench.tree import Adopted
-
 # By the Python of the worker, which has the application; answers with JSON in its last line.
 # A result is waited for in the order of sending, `window` of them at a time; its own time of
 # completion is not taken from the result (a worker's clock), so latencies are as the sender sees
@@ -91,7 +89,7 @@ class Task:
         start = interpreter.start_of(command, environ)
         return cls(start.python, application, words[0], [_value(word) for word in words[1:]])
 
-    def wait_until_ready(self, process: Process, seconds: float, tree: Adopted) -> float:
+    def wait_until_ready(self, process: Process, seconds: float, helpers: set[int]) -> float:
         """Wait until the worker answers; returns how many seconds that took.
 
         Raises:
@@ -102,25 +100,25 @@ class Task:
             if why := process.ended():
                 raise Failure(f"the worker {why}, before it answered")
             try:
-                answer = self._ask(0, 1, tree)
+                answer = self._ask(0, 1, helpers)
             except CutShort as error:
                 raise Failure(str(error)) from None
             if answer.get("ready"):
                 return time.monotonic() - process.began
         raise Failure(f"no answer from the worker within {seconds:.0f} s{process.last_words()}")
 
-    def send(self, number: int, window: int, tree: Adopted) -> load.Load:
+    def send(self, number: int, window: int, helpers: set[int]) -> load.Load:
         """Send tasks, and wait for their results.
 
         Raises:
             CutShort: one failed.
         """
-        answer = self._ask(number, window, tree)
+        answer = self._ask(number, window, helpers)
         return load.Load(answer["seconds"], tuple(sorted(answer["latencies"])))
 
-    def _ask(self, number: int, window: int, tree: Adopted) -> dict[str, Any]:
+    def _ask(self, number: int, window: int, helpers: set[int]) -> dict[str, Any]:
         asked = json.dumps([self.application, self.name, self.arguments, number, window])
-        status, out = load.run_helper([self.python, "-c", _DRIVER], tree, asked)
+        status, out = load.run_helper([self.python, "-c", _DRIVER], helpers, asked)
         try:
             answer = json.loads(out.splitlines()[-1])
         except (ValueError, IndexError):

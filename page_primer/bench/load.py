@@ -26,8 +26,6 @@ from page_primer.bench.failures import CutShort, Failure
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from page_primer.bench.tree import Adopted
-
 H2LOAD, AIOHTTP = "h2load", "aiohttp"
 _NONE = (
     "no load generator: install h2load (Debian and Ubuntu: apt install nghttp2-client), or "
@@ -65,23 +63,25 @@ def generator() -> str:
     raise Failure(_NONE)
 
 
-def send(name: str, urls: Sequence[str], requests: int, connections: int, tree: Adopted) -> Load:
+def send(
+    name: str, urls: Sequence[str], requests: int, connections: int, helpers: set[int]
+) -> Load:
     """Send requests, and wait for the answers.
 
     Args:
         name: generator()'s.
         requests: how many, over all URLs in turn.
         connections: at a time.
-        tree: where this process's helpers are registered.
+        helpers: the ids of processes that are no part of the server.
 
     Raises:
         CutShort: not all were answered, or one with an error.
     """
     connections = min(connections, requests)
     if name == H2LOAD:
-        answers, seconds = _by_h2load(urls, requests, connections, tree)
+        answers, seconds = _by_h2load(urls, requests, connections, helpers)
     else:
-        answers, seconds = _by_aiohttp(urls, requests, connections, tree)
+        answers, seconds = _by_aiohttp(urls, requests, connections, helpers)
     failed = [status for status, _ in answers if not 200 <= status < 400]
     if failed or len(answers) < requests:
         what = f"{requests - len(answers) + len(failed)} of {requests} requests failed"
@@ -90,7 +90,9 @@ def send(name: str, urls: Sequence[str], requests: int, connections: int, tree: 
     return Load(seconds, tuple(sorted(latency for _, latency in answers)))
 
 
-def run_helper(command: Sequence[str], tree: Adopted, text: str | None = None) -> tuple[int, str]:
+def run_helper(
+    command: Sequence[str], helpers: set[int], text: str | None = None
+) -> tuple[int, str]:
     """Run a program that is no part of the server; its status, and its output and errors.
 
     Raises:
@@ -100,7 +102,7 @@ def run_helper(command: Sequence[str], tree: Adopted, text: str | None = None) -
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, errors="replace", start_new_session=True,  # Ctrl-C is ours
     )  # fmt: skip
-    tree.helpers.add(process.pid)
+    helpers.add(process.pid)
     try:
         out, _ = process.communicate(text, timeout=_SECONDS)
     except subprocess.TimeoutExpired:
@@ -108,19 +110,19 @@ def run_helper(command: Sequence[str], tree: Adopted, text: str | None = None) -
     finally:
         process.kill()  # nothing where it has ended
         process.wait()
-        tree.helpers.discard(process.pid)
+        helpers.discard(process.pid)
     return process.returncode, out
 
 
 def _by_h2load(
-    urls: Sequence[str], requests: int, connections: int, tree: Adopted
+    urls: Sequence[str], requests: int, connections: int, helpers: set[int]
 ) -> tuple[list[tuple[int, float]], float]:
     with tempfile.TemporaryDirectory(prefix="page-primer-bench-") as directory:
         log = os.path.join(directory, "log")
         status, out = run_helper(
             [H2LOAD, "--h1", "--requests", str(requests), "--clients", str(connections),
              "--threads", "1", "--connection-inactivity-timeout", "60",
-             "--log-file", log, *urls], tree,
+             "--log-file", log, *urls], helpers,
         )  # fmt: skip
         if status or not os.path.exists(log):
             raise CutShort(f"h2load ended with status {status}: {out.strip().splitlines()[-1:]}")
@@ -163,10 +165,10 @@ print(json.dumps(asyncio.run(main(*json.load(sys.stdin)))))
 
 
 def _by_aiohttp(
-    urls: Sequence[str], requests: int, connections: int, tree: Adopted
+    urls: Sequence[str], requests: int, connections: int, helpers: set[int]
 ) -> tuple[list[tuple[int, float]], float]:
     asked = json.dumps([list(urls), requests, connections])
-    status, out = run_helper([sys.executable, "-c", _CLIENT], tree, asked)
+    status, out = run_helper([sys.executable, "-c", _CLIENT], helpers, asked)
     try:
         answers, seconds = json.loads(out.splitlines()[-1])
     except (ValueError, IndexError):

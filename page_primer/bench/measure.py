@@ -71,7 +71,7 @@ class Bench:
         with self._started(variant) as process:
             requests = requests or self.requests
             if self.task:
-                began = self.task.wait_until_ready(process, self.start_seconds, self.tree)
+                began = self.task.wait_until_ready(process, self.start_seconds, self.tree.helpers)
             else:
                 began = process.wait_for(self.addresses, self.start_seconds)
             found = {"start_s": began}
@@ -103,9 +103,9 @@ class Bench:
 
     def _send(self, requests: int) -> load.Load:
         if self.task:
-            return self.task.send(requests, self.connections, self.tree)
+            return self.task.send(requests, self.connections, self.tree.helpers)
         urls = [address.url for address in self.addresses]
-        return load.send(self.generator, urls, requests, self.connections, self.tree)
+        return load.send(self.generator, urls, requests, self.connections, self.tree.helpers)
 
     def _window(self, variant: Variant, requests: int) -> dict[str, float]:
         """The work that is measured, with the server's use of everything before and after."""
