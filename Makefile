@@ -70,7 +70,7 @@ bench: $(VENV)/.dev
 
 bench-pressure: $(VENV)/.dev
 	tools/system-packages vmtouch:vmtouch perf:linux-perf redis-server:redis-server
-	$(PIP_INSTALL) -e ".[bench]"
+	$(PIP_INSTALL) -e ".[test,bench]"
 	$(BIN)/python benchmarks/pressure.py --celery --plot docs/pressure
 
 environments: $(VENV)/.dev

@@ -61,7 +61,13 @@ setup(
             # that is being put back.
             # Never unloaded: pymalloc may call _heap.c up to the process's end.
             extra_link_args=["-Wl,-z,relro,-z,now", "-Wl,-z,nodelete"],
-        )
+        ),
+        Extension(
+            "page_primer.bench._probe",
+            ["page_primer/bench/_probe.c"],
+            py_limited_api=stable_abi,
+            extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra"],
+        ),
     ]
     if linux
     else [],

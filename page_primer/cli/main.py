@@ -27,6 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if words[:1] == ["warm"]:
             return _warm(words[1:])
+        if words[:1] == ["bench"]:
+            return _bench(words[1:])
         if words[:1] == ["--version"]:
             print(f"page-primer {page_primer.__version__}")
             return 0
@@ -133,7 +135,10 @@ def _parser() -> argparse.ArgumentParser:
         run=lambda given: align_command.run(given, show_table)
     )
 
-    # With a parser of its own, for argparse does not tell COMMAND from the paths before `--`.
+    # With parsers of their own, for argparse does not tell COMMAND from what is before `--`.
+    commands.add_parser(
+        "bench", help="measure a server of yours with and without priming", add_help=False
+    )
     commands.add_parser(
         "warm", help="bring aligned files into memory on huge pages", add_help=False
     )
@@ -144,6 +149,13 @@ def _warm(words: Sequence[str]) -> int:
     from page_primer.launcher import warm  # of this command alone
 
     return warm.main(words)
+
+
+def _bench(words: Sequence[str]) -> int:
+    from page_primer.bench import command
+    from page_primer.cli.tables import show_table
+
+    return command.main(words, show_table)
 
 
 def _run(given: argparse.Namespace) -> int:

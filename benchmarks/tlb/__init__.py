@@ -1,0 +1,1 @@
+"""Traces of page accesses (QEMU, pagetrace.c), replayed through TLBs (tlbsim.c)."""

@@ -1,0 +1,137 @@
+"""Tasks for a Celery worker, sent and waited for by the application itself, in a process beside."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from page_primer.bench import interpreter, load
+from page_primer.bench.failures import CutShort, Failure
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from page_primer.bench.server import Process
+# By the Python of the worker, which has the application; answers with JSON in its last line.
+# A result is waited for in the order of sending, `window` of them at a time; its own time of
+# completion is not taken from the result (a worker's clock), so latencies are as the sender sees
+# them.
+_DRIVER = """
+import json, os, sys, time
+sys.path.insert(0, os.getcwd())
+application, name, arguments, number, window = json.load(sys.stdin)
+from celery.app.utils import find_app
+from celery.backends.base import DisabledBackend
+app = find_app(application)
+if isinstance(app.backend, DisabledBackend):
+    print(json.dumps({"error": "the application has no result backend, by which the end of a task "
+                      "is seen (CELERY_RESULT_BACKEND=rpc:// gives it one)"}))
+    sys.exit()
+try:
+    if not number:
+        answers, end = [], time.monotonic() + 3
+        while not answers and time.monotonic() < end:
+            answers = app.control.broadcast("ping", reply=True, limit=1, timeout=0.2)
+        print(json.dumps({"ready": len(answers)}))
+        sys.exit()
+    sent, latencies, began = [], [], time.perf_counter()
+    def wait():
+        at, result = sent.pop(0)
+        result.get(timeout=60)
+        latencies.append(time.perf_counter() - at)
+    for _ in range(number):
+        if len(sent) >= window:
+            wait()
+        sent.append((time.perf_counter(), app.send_task(name, arguments)))
+    while sent:
+        wait()
+    print(json.dumps({"latencies": latencies, "seconds": time.perf_counter() - began}))
+except SystemExit:
+    raise
+except BaseException as error:
+    print(json.dumps({"error": f"{type(error).__name__}: {error}"}))
+"""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task, and the application that the worker's command names."""
+
+    python: str
+    application: str
+    name: str
+    arguments: list[Any]
+
+    @classmethod
+    def of(cls, words: Sequence[str], command: Sequence[str], environ: Mapping[str, str]) -> Task:
+        """
+        Args:
+            words: the task's name, and its arguments: JSON each, or text.
+            command: the worker's, with -A or --app.
+
+        Raises:
+            ValueError: no application is named.
+            Failure: the command is not run by a Python.
+        """
+        application = environ.get("CELERY_APP", "")
+        for word, following in zip(command, [*command[1:], ""], strict=True):
+            if word in ("-A", "--app"):
+                application = following
+            elif word.startswith("--app="):
+                application = word.removeprefix("--app=")
+        if not application:
+            raise ValueError(
+                f"--celery-task: `{shlex.join(command)}` names no application (-A APP)"
+            )
+        start = interpreter.start_of(command, environ)
+        return cls(start.python, application, words[0], [_value(word) for word in words[1:]])
+
+    def wait_until_ready(self, process: Process, seconds: float, helpers: set[int]) -> float:
+        """Wait until the worker answers; returns how many seconds that took.
+
+        Raises:
+            Failure: it ended, or stays silent.
+        """
+        end = process.began + seconds
+        while time.monotonic() < end:
+            if why := process.ended():
+                raise Failure(f"the worker {why}, before it answered")
+            try:
+                answer = self._ask(0, 1, helpers)
+            except CutShort as error:
+                raise Failure(str(error)) from None
+            if answer.get("ready"):
+                return time.monotonic() - process.began
+        raise Failure(f"no answer from the worker within {seconds:.0f} s{process.last_words()}")
+
+    def send(self, number: int, window: int, helpers: set[int]) -> load.Load:
+        """Send tasks, and wait for their results.
+
+        Raises:
+            CutShort: one failed.
+        """
+        answer = self._ask(number, window, helpers)
+        return load.Load(answer["seconds"], tuple(sorted(answer["latencies"])))
+
+    def _ask(self, number: int, window: int, helpers: set[int]) -> dict[str, Any]:
+        asked = json.dumps([self.application, self.name, self.arguments, number, window])
+        status, out = load.run_helper([self.python, "-c", _DRIVER], helpers, asked)
+        try:
+            answer = json.loads(out.splitlines()[-1])
+        except (ValueError, IndexError):
+            last = (out.strip().splitlines() or ["no output"])[-1]
+            raise CutShort(f"sending tasks ended with status {status}: {last}") from None
+        if "error" in answer:
+            raise CutShort(f"{self.name}: {answer['error']}")
+        assert isinstance(answer, dict)
+        return answer
+
+
+def _value(word: str) -> Any:
+    try:
+        return json.loads(word)
+    except ValueError:
+        return word
