@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import page_primer
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from page_primer.report import Logger
 
 _last: Report | None = None
+on_report: list[Callable[[], None]] = []  # called whenever a process was primed
 
 
 def prime_and_log(logger: Logger | logging.Logger, options: Options | None = None) -> Report:
@@ -47,6 +49,11 @@ def announce(report: Report, logger: Logger | logging.Logger) -> None:
     global _last
     if report is not _last:  # as it is where there was nothing new
         report.log(logger, since=_last)
+        for listener in on_report:
+            try:
+                listener()
+            except Exception as error:  # somebody's file system is full: the server runs on
+                logger.warning("page-primer: figures not exported: %s", error)
     _last = report
 
 

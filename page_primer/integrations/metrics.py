@@ -1,0 +1,58 @@
+"""The figures of this process that monitoring systems get: sizes in bytes, and faults.
+
+Read from smaps when they are asked for, which takes a few milliseconds.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from collections import Counter
+
+from page_primer._lean import Record
+from page_primer.status import examine
+
+
+class Metric(Record):
+    """One figure; `value` of the process, or of each label where it has one."""
+
+    name: str
+    description: str
+    unit: str
+    value: int = 0
+    by_reason: dict[str, int] | None = None  # reason -> value
+
+
+def read() -> tuple[Metric, ...]:
+    """The figures of this process, always the same ones in the same order."""
+    status = examine(os.getpid())
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return (
+        Metric("code", "Machine code of loaded ELF objects", "bytes", status.sum("code_bytes")),
+        Metric("code_huge", "Machine code on huge pages", "bytes", status.sum("code_huge_bytes")),
+        Metric(
+            "code_left",
+            "Machine code that prime() left on small pages, by reason",
+            "bytes",
+            by_reason=_left(),
+        ),
+        Metric("locked", "Locked memory of ELF objects", "bytes", status.sum("locked_bytes")),
+        Metric("copied", "Memory that code was copied to", "bytes", status.sum("copied_bytes")),
+        Metric("heap", "Resident private anonymous memory", "bytes", status.heap.bytes),
+        Metric("heap_huge", "Of it on huge pages", "bytes", status.heap.huge),
+        Metric("minor_faults", "Page faults without reading a file", "faults", usage.ru_minflt),
+        Metric("major_faults", "Page faults that read from a file", "faults", usage.ru_majflt),
+    )
+
+
+def _left() -> dict[str, int]:
+    """Of the last report of this process, code by the reason for which it was left alone."""
+    driver = sys.modules.get("page_primer.apply.process")
+    report = driver.process.report if driver else None
+    left: Counter[str] = Counter()
+    for obj in report.objects if report else ():
+        for segment in obj.segments:
+            if segment.kind == "code":
+                left.update({str(reason): size for reason, size in segment.left.items()})
+    return dict(left)
