@@ -86,7 +86,7 @@ class Plan(Record):
     already: tuple[Move, ...] = ()  # on huge pages where they are: nothing is to be done
 
 
-def make(
+def make(  # Longer: by a line, and mostly of arguments
     survey: Survey,
     options: Options,
     used: int = 0,

@@ -54,8 +54,8 @@ WRITABLE = Reason("writable")
 NOT_CONGRUENT = Reason("address and file offset differ modulo a huge page")
 OVER_LIMIT = Reason("over the limit")
 OVER_PRIVATE_LIMIT = Reason("over the limit for private copies")
-OVER_MEMORY = Reason("short of memory")
 COLD = Reason("hardly touched")
+OVER_MEMORY = Reason("short of memory")
 
 # An object cannot be moved at all.
 FILE_GONE = Reason("file deleted or replaced on disk")

@@ -1,12 +1,17 @@
 """Images: ELF files that say of themselves what is true of the process that maps them."""
 
+import contextlib
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from elftools.elf.elffile import ELFFile
+from harness.libraries import build_library
 from harness.process import Process, interpreter
+
+from page_primer import reasons
 
 
 @pytest.fixture(scope="module")
@@ -140,3 +145,54 @@ def test_the_same_image_is_written_the_same(python, tmp_path):
             core = interpreter(process.prime(image_dir=str(tmp_path / name)))
             files.append(open(core["where"], "rb").read())
     assert files[0] == files[1]
+
+
+TRACING = Path("/sys/kernel/tracing")
+TRACEFS = os.access(TRACING / "uprobe_events", os.W_OK)
+
+
+@contextlib.contextmanager
+def uprobe(path, symbol):
+    """Have the kernel write a breakpoint into every private mapping of a function of this file."""
+    with open(path, "rb") as file:
+        elf = ELFFile(file)
+        (found,) = elf.get_section_by_name(".dynsym").get_symbol_by_name(symbol)
+        (offset,) = elf.address_offsets(found["st_value"])
+    group = f"page_primer_{os.getpid()}"
+
+    def write(name, text):
+        fd = os.open(TRACING / name, os.O_WRONLY | os.O_APPEND)
+        try:
+            os.write(fd, f"{text}\n".encode())
+        finally:
+            os.close(fd)
+
+    write("uprobe_events", f"p:{group}/call {path}:{offset:#x}")
+    try:
+        write(f"events/{group}/call/enable", "1")
+        yield
+    finally:
+        write(f"events/{group}/call/enable", "0")
+        write("uprobe_events", f"-:{group}/call")
+
+
+@pytest.mark.skipif(not TRACEFS, reason="uprobes need root and /sys/kernel/tracing")
+def test_an_image_is_written_without_the_breakpoints_of_uprobes(images, tmp_path):
+    """Whoever executed one from an image, where no uprobe is known, would die of SIGTRAP."""
+    library = build_library(tmp_path, "libbig.so")
+    load = f"import ctypes; lib = ctypes.CDLL({str(library)!r}); first = lib.answer()"
+
+    def left(report):
+        (obj,) = [obj for obj in report["objects"] if obj["path"] == str(library)]
+        return obj["backing"], obj["notes"], {why for s in obj["segments"] for why in s["left"]}
+
+    with uprobe(library, "answer"), Process(sys.executable) as process:
+        process.run(load)
+        backing, _, why = left(process.prime(image_dir=str(images), backing="image"))
+        assert process.run("result = lib.answer() == first")
+        assert (backing, reasons.MODIFIED in why) == (None, True)
+    with Process(sys.executable) as process:
+        process.run(load)
+        backing, notes, _ = left(process.prime(image_dir=str(images), backing="image"))
+        assert process.run("result = lib.answer() == first")
+        assert (backing, notes) == ("image", [])

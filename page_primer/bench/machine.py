@@ -34,7 +34,7 @@ def describe() -> dict[str, Any]:
 def probe() -> list[dict[str, float]]:
     """A pointer chase over small and over huge pages; empty where the probe was not built."""
     try:
-        from page_primer.bench._probe import pointer_chase
+        from page_primer.bench._probe import pointer_chase  # where it was built
     except ImportError:
         return []
     found = []

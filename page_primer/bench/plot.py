@@ -37,10 +37,10 @@ def write(report: Report, path: str) -> None:
     Raises:
         Failure: it cannot be written.
     """
-    import matplotlib
+    import matplotlib  # an extra, of this picture alone
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot  # after use()
 
     variants = report.variants[1:]
     shown = [(name, title) for name, title in _SHOWN if report.ratio(variants[0], name)]

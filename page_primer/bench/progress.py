@@ -26,6 +26,7 @@ class Progress:
     def __enter__(self) -> Progress:
         if sys.stderr is not None and sys.stderr.isatty():
             try:
+                # An extra.
                 from rich.console import Console
                 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
                 from rich.progress import Progress as Bar

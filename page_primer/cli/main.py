@@ -44,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _say(line: str) -> None:
+    # Only where something is wrong.
     from page_primer.launcher.child import say
 
     say(line)
@@ -152,6 +153,7 @@ def _warm(words: Sequence[str]) -> int:
 
 
 def _bench(words: Sequence[str]) -> int:
+    # Of this command alone.
     from page_primer.bench import command
     from page_primer.cli.tables import show_table
 

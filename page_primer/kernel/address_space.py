@@ -33,7 +33,9 @@ class Window:
     def __init__(self, fd: int, offset: int, size: int, page: int) -> None:
         skip = offset % page
         self._size = -(-(skip + size) // page) * page
-        protection, flags = _core.PROT_READ, _core.MAP_PRIVATE | _core.MAP_POPULATE
+        # Shared: into private mappings the kernel writes the breakpoints of uprobes that are on the
+        # file (valid_vma() in kernel/events/uprobes.c), and they would be copied.
+        protection, flags = _core.PROT_READ, _core.MAP_SHARED | _core.MAP_POPULATE
         self._address = map_new(self._size, page, 0, protection, flags, fd, offset - skip)
         self.view = _core.view(self._address + skip, size)
 

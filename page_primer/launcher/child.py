@@ -79,7 +79,7 @@ def _lock_in_child() -> None:
     try:
         report = on_process(lambda process: process.lock_in_child())
         if _wants(VERBOSE, False):
-            from page_primer.words import mib
+            from page_primer.words import mib  # only for this line
 
             locked = mib(report.lock_wanted_bytes - report.lock_refused_bytes)
             say(f"page-primer[{os.getpid()}]: forked from {os.getppid()}, {locked} locked again")
