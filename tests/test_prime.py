@@ -940,3 +940,24 @@ def test_image_directory_with_a_trailing_slash(python, images):
     with Process(python) as process:
         core = interpreter(process.prime(image_dir=f"{images}//"))
         assert re.match(rf"{re.escape(str(images))}/\d+-", core["where"])
+
+
+def test_an_object_that_is_put_back_keeps_no_lock_of_ours(python):
+    """Also of what stayed on its file meanwhile: it would count against the limit, and outlive
+    restore()."""
+    with Process(python) as process:
+        start, end = process.run(
+            "from page_primer import survey\n"
+            "from page_primer.apply.mlocks import Mlocks\n"
+            "from page_primer.mlock_plan import Lock\n"
+            "found = survey.take()\n"
+            "libc = next(o for o in found.objects if 'libc.so' in o.path)\n"
+            "end = next(m.end for m in found.mappings if m.start <= libc.start < m.end)\n"
+            "mlocks = Mlocks()\n"
+            "mlocks.make([Lock(libc, libc.start, end, 'data', True)])\n"
+            "result = libc.start, end\n"
+        )
+        locked = {v.start for v in outside.smaps(process.pid) if "lo" in v.flags}
+        assert locked == {start}
+        process.run("mlocks.put_back(libc); result = None")
+        assert not [v for v in outside.smaps(process.pid) if "lo" in v.flags], (start, end)

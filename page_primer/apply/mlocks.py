@@ -85,10 +85,13 @@ class Mlocks:
                 _lock(region)
 
     def put_back(self, obj: Object) -> None:
-        """After an object was put back, whose mappings are new: the host's locks on it."""
+        """After an object was put back, whose mappings are new: the host's locks on it, and none of
+        ours on what had stayed on its file."""
         whole = Range(obj.start, obj.end)
-        for lost in [where for where in self.made if where.overlaps(whole)]:
-            del self.made[lost]
+        for where in [where for where in self.made if where.overlaps(whole)]:
+            with suppress(OSError):
+                _core.unlock(where.start, where.length)
+            del self.made[where]
         for where in self._host:
             if where.overlaps(whole):
                 _lock(where)

@@ -38,7 +38,7 @@ def children(pid):
     return found
 
 
-def wait_for(condition, what, seconds=30):
+def wait_for(condition, what, seconds=120):  # a busy machine takes its time
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         with contextlib.suppress(OSError, StopIteration, ValueError):  # ended meanwhile
