@@ -34,5 +34,5 @@ def needrestart(target: Target) -> list[str]:
     said = done.stdout + done.stderr
     if "NEEDRESTART-VER" not in said:
         raise Failed(last_line(said))
-    lines = [line for line in said.splitlines() if re.search(rf"#{target.pid}\b", line)]
-    return [line.partition(f"#{target.pid}")[2].strip() for line in lines]
+    # What else it says of a process depends on where its program lies, and on who started it.
+    return re.findall(rf"#{target.pid} (uses (?:obsolete|deleted|non-existing) .*)", said)
