@@ -17,13 +17,17 @@ from harness.probes.target import Failed, NotHere, Target
 FUNCTION = "PySequence_Tuple"  # a request to spin calls it
 
 # A tracefs of our own, for the machine may have none mounted; the events are of all. What others
-# have set stays: a line is appended, and the one event is taken away.
+# have set stays: a line is appended, and the one event is taken away. An instance of our own has
+# the hits of the one process.
 SCRIPT = """
 mount -t tracefs none "$1" || exit 77
-trap 'echo 0 >"$1/events/$2/enable"; echo "-:$2/call" >>"$1/uprobe_events"; umount "$1"' EXIT
-echo "p:$2/call $3:$4" >>"$1/uprobe_events" || exit 1
-echo 1 >"$1/events/$2/enable" && sleep 2
-awk -v file="$3" '$1 == file && $2 == "call" {print "hits", $3}' "$1/uprobe_profile"
+mine=$1/instances/$2
+trap 'echo 0 >"$mine/events/$2/enable"; rmdir "$mine"; echo "-:$2/call" >>"$1/uprobe_events"
+      umount "$1"' EXIT
+echo "p:$2/call $3:$4" >>"$1/uprobe_events" && mkdir "$mine" || exit 1
+echo "common_pid == $5" >"$mine/events/$2/call/filter" || exit 1
+echo 1 >"$mine/events/$2/enable" && sleep 2
+echo "hits $(grep -c call: "$mine/trace")"
 """
 
 
@@ -46,7 +50,7 @@ def hit(target: Target, path: str) -> bool:
     group = f"page_primer_{target.pid}_{threading.get_ident():x}"
     with target.spinning():
         said = run("unshare", "--mount", "sh", "-c", SCRIPT, "sh", str(mount), group, path,
-                   hex(offset_of(path, FUNCTION)))  # fmt: skip
+                   hex(offset_of(path, FUNCTION)), str(target.pid))  # fmt: skip
     if "hits" not in said:
         raise Failed(last_line(said))
     return int(said.split("hits")[1].split()[0]) > 0
