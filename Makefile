@@ -90,7 +90,8 @@ PIE = $(if $(DEBIAN),/usr/lib/$(DEBIAN)/$(ARCHIVE):lib$(DEBIAN)-dev)
 
 tools-matrix: $(VENV)/.dev
 	tools/system-packages gdb:gdb perf:linux-perf valgrind:valgrind nsenter:util-linux \
-	    debootstrap:debootstrap $(PIE)
+	    debootstrap:debootstrap needrestart:needrestart eu-stack:elfutils $(PIE) \
+	    /usr/share/gdb/auto-load/usr/bin/$(DEBIAN)-gdb.py:$(DEBIAN)-dbg
 	$(BIN)/python tools/matrix.py
 
 # Of Debian's own Python, whatever $(PYTHON) is; the runner is named by KERNEL_BOOT.

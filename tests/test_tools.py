@@ -7,12 +7,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from elftools.elf.elffile import ELFFile
-from harness import outside, probes
+from harness import aligned, outside, probes
 from harness.debian_python import ARCHIVE, PACKAGE, build_pie
+from harness.elves import huge_files_here
 from harness.interpreters import INTERPRETERS, python_of
 from harness.probes import PROBES, UNPRIMED, WORKS, NotHere, Shape, Target, cores, perf
 from harness.probes.commands import gdb
@@ -43,12 +45,21 @@ NATIVE = [
     "backtrace(3)",
     "build-id and symbols of a mapping's file",
 ]
+UPROBE = "uprobe on the path in /proc/PID/maps"
+ALIGNED = [
+    "py-spy dump --native",
+    "pystack remote --native",
+    "gdb bt",
+    "start-stop-daemon and pidof",
+    "uprobe on the interpreter's path",
+]
 # In memory without a name, too: what works by the loader's list, and perf by its map.
 WITHOUT_PATH = [name for name in NATIVE if name.startswith(("gdb", "gcore", "a C++", "backtrace"))]
 
 # Interpreter, way, and the tools that must see there what they see unprimed.
 CASES = [
-    ("shared", "image on disk", [*PYTHON_LEVEL, *NATIVE, "perf record, started before priming"]),
+    ("shared", "image on disk",
+     [*PYTHON_LEVEL, *NATIVE, "perf record, started before priming", UPROBE]),
     ("shared", "image on tmpfs", ["py-spy dump", "pystack remote --native"]),
     ("shared", "memfd", [*PYTHON_LEVEL, *WITHOUT_PATH]),
     ("shared", "anonymous", [*PYTHON_LEVEL, "gdb bt"]),
@@ -58,7 +69,9 @@ CASES = [
     ("static", "anonymous", [*PYTHON_LEVEL, "gdb bt"]),
     ("PIE", "image on disk", [*PYTHON_LEVEL, *NATIVE]),
     ("PIE", "memfd", PYTHON_LEVEL),
-]
+    ("shared", "primed", ALIGNED),
+    ("static", "primed", ALIGNED),
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +98,10 @@ def targets(scratch):
     def target(form, way, late=False):
         key = form, way, late
         if key not in running:
-            made = Target(shape(form, disk), ways[way], disk, late=late)
+            what = shape(form, disk)
+            if ways[way].aligned:
+                what = replace(what, aligned=twin_of(what, disk / f"aligned-{form}"))
+            made = Target(what, ways[way], disk, late=late)
             running[key] = stack.enter_context(made)
             if way != UNPRIMED.name and not late:
                 made.require_primed()
@@ -108,6 +124,14 @@ def shape(form, directory):
     if form == "PIE" and os.path.islink(python):
         build_pie(Path(python))
     return Shape(form, python)
+
+
+def twin_of(what, directory):
+    directory.mkdir()
+    if reason := huge_files_here(directory):
+        pytest.skip(reason)
+    found = aligned.copy_of(what.python, directory)
+    return replace(what, python=found.python, env=found.env)
 
 
 @pytest.fixture(scope="module")

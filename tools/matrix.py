@@ -4,8 +4,9 @@ write the table into docs/tools.md: `make tools-matrix`.
     python tools/matrix.py [--shape PATTERN] [--probe PATTERN] [--jobs N] [--output FILE]
 
 What a tool sees is compared with what it sees of an unprimed worker of the same interpreter, in the
-same run. The chapters of interpreters that were not chosen stay. The probes are in
-tests/harness/probes/; tests/test_tools.py asserts on the most important ones.
+same run; so is an aligned copy, primed and not (--shape "*, aligned" for these alone). The chapters
+of interpreters that were not chosen stay. The probes are in tests/harness/probes/;
+tests/test_tools.py asserts on the most important ones.
 """
 
 from __future__ import annotations
@@ -21,15 +22,17 @@ import sysconfig
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 import chapters  # noqa: E402
-from harness import debian_python, probes  # noqa: E402
+from harness import aligned, debian_python, probes  # noqa: E402
 from harness.interpreters import INTERPRETERS, python_of  # noqa: E402
 from harness.probes import (  # noqa: E402
     ABSENT,
@@ -49,6 +52,8 @@ KEPT = ROOT / ".venv-tools"  # a Debian unstable, and memray for each interprete
 WAITING = 3600  # seconds, for debootstrap
 # What Debian unstable has of tools: its own interpreter's, and what runs in the worker.
 IN_CHROOT = ("sys.remote_exec", "pdb -p", "faulthandler", "a C++ *", "backtrace(3)")
+ALIGNED = ", aligned"
+UNSTABLE = "CPython 3.14 (Debian unstable), static, not PIE"
 SYMBOL = {WORKS: "works", NOTE: "note", CANNOT: "cannot", ABSENT: "-"}
 
 # Why, where it is known; the first that matches tool, way and interpreter.
@@ -58,31 +63,62 @@ WHY = (
     ("perf record*", "memfd", "*", "perf looks for symbols at the path, and a memfd has none"),
     ("perf record*", "anonymous", "*", "perf knows anonymous memory by a perf map: see the column"),
     ("build-id*", "[ma]*", "*", "there is no file to look into"),
+    ("uprobe on the interp*", "*", "*", "uprobes belong to a file, and the code is in another"),
+    ("uprobe on the path*", "[ma]*", "*", "a probe needs a file"),
+    ("a core file, eu-stack", "*", "*", "elfutils has no file for the program: name it with -e"),
 )  # fmt: skip
 
 
-def shapes() -> Iterator[Shape | str]:
-    """The interpreters to be had here, or in words why one is not."""
-    for name, base in INTERPRETERS.items():
-        home = KEPT / name
-        home.mkdir(parents=True, exist_ok=True)
-        python = python_of(home, base)
+class NotBuilt(Exception):
+    """An interpreter is not to be had here; the message says why."""
+
+
+def shapes(pattern: str) -> Iterator[Shape | str]:
+    """The interpreters with such a name that are here, as they are and aligned; in words why one
+    is not here."""
+    for number, base in INTERPRETERS.items():
         maps = run(base, "-c", "print(open('/proc/self/maps').read())")
         form = "shared libpython" if "/libpython3" in maps else "static, not PIE"
-        install_memray(python)
-        yield Shape(f"CPython {name.partition('-')[0]}, {form}", python)
+        name = f"CPython {number.partition('-')[0]}, {form}"
+        yield from both(name, pattern, partial(venv, number, base))
+    version = os.path.basename(debian_python.DEBIAN).removeprefix("python")
     if debian_python.ARCHIVE.exists():
-        home = KEPT / "pie"
-        home.mkdir(exist_ok=True)
-        python = python_of(home, debian_python.DEBIAN)
-        install_memray(python)
-        if os.path.islink(python):
-            debian_python.build_pie(Path(python))
-        version = os.path.basename(debian_python.DEBIAN).removeprefix("python")
-        yield Shape(f"CPython {version}, static PIE", python)
+        yield from both(f"CPython {version}, static PIE", pattern, pie)
     else:
         yield f"a static PIE: needs {debian_python.PACKAGE} to build it from"
-    yield unstable()
+    yield from both(UNSTABLE, pattern, unstable)
+
+
+def both(name: str, pattern: str, build: Callable[[], Shape]) -> Iterator[Shape | str]:
+    """A shape as it is, and its aligned copy, where their names match."""
+    wanted = [title for title in (name, name + ALIGNED) if fnmatch.fnmatch(title, pattern)]
+    try:
+        shape = replace(build(), name=name) if wanted else None
+    except NotBuilt as reason:
+        yield f"{name}: {reason}"
+        return
+    if shape and name in wanted:
+        yield shape
+    if shape and name + ALIGNED in wanted:
+        try:
+            yield replace(shape, name=name + ALIGNED, aligned=twin_of(shape))
+        except aligned.NotAligned as reason:
+            yield f"{name + ALIGNED}: {reason}"
+
+
+def venv(number: str, base: str) -> Shape:
+    home = KEPT / number
+    home.mkdir(parents=True, exist_ok=True)
+    python = python_of(home, base)
+    install_memray(python)
+    return Shape("", python)
+
+
+def pie() -> Shape:
+    shape = venv("pie", debian_python.DEBIAN)
+    if os.path.islink(shape.python):
+        debian_python.build_pie(Path(shape.python))
+    return shape
 
 
 def install_memray(python: str) -> None:
@@ -95,11 +131,10 @@ def install_memray(python: str) -> None:
         subprocess.run([*pip, "install", *options, "memray"], check=False)
 
 
-def unstable() -> Shape | str:
+def unstable() -> Shape:
     """Debian unstable's interpreter, in a chroot that is built once."""
-    name = "Debian unstable's python3, static, not PIE"
     if os.geteuid() != 0 or not shutil.which("debootstrap"):
-        return f"{name}: needs root and debootstrap"
+        raise NotBuilt("needs root and debootstrap")
     root = KEPT / "unstable"
     if not (root / "done").exists():
         shutil.rmtree(root, ignore_errors=True)
@@ -112,7 +147,7 @@ def unstable() -> Shape | str:
         ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=WAITING, check=False)
         if done.returncode:
-            return f"{name}: debootstrap: {last_line(done.stdout + done.stderr)}"
+            raise NotBuilt(f"debootstrap: {last_line(done.stdout + done.stderr)}")
         (root / "mnt/repository").mkdir()
         (root / "done").touch()
     python = max(path.name for path in (root / "usr/bin").glob("python3.[0-9][0-9]"))
@@ -124,8 +159,21 @@ def unstable() -> Shape | str:
         f'mount --bind "{ROOT}" "$0/mnt/repository" && exec chroot "$0" "$@"'
     )
     wrapper = ("unshare", "--mount", "sh", "-c", enter, str(root), "env", f"PYTHONPATH={path}")
-    return Shape(f"CPython {python[6:]} (Debian unstable), static, not PIE",
-                 f"/usr/bin/{python}", str(root), wrapper)  # fmt: skip
+    return Shape("", f"/usr/bin/{python}", str(root), wrapper)
+
+
+def twin_of(shape: Shape) -> Shape:
+    """An aligned copy of a shape."""
+    if shape.chroot:
+        twin = replace(shape, python=f"{shape.python}-aligned")
+        shutil.copy2(shape.chroot + shape.python, shape.chroot + twin.python)
+        aligned.align(twin.python, *shape.wrapper, shape.python)
+        return twin
+    home = Path(shape.python).parents[2] / "aligned"
+    home.mkdir(exist_ok=True)
+    found = aligned.copy_of(shape.python, home)
+    install_memray(found.python)
+    return replace(shape, python=found.python, env=found.env)
 
 
 def look(shape: Shape, way: Way, module: Path, wanted: list[str]) -> dict[str, object]:
@@ -142,6 +190,7 @@ def look(shape: Shape, way: Way, module: Path, wanted: list[str]) -> dict[str, o
                 except probes.NotHere as reason:
                     return dict.fromkeys(wanted, reason)
             for probe in sorted(mine, key=lambda probe: probe.last):
+                print(f"{shape.name} | {way.name} | {probe.name}", file=sys.stderr, flush=True)
                 try:
                     seen[probe.name] = probe.look(target)
                 except Exception as error:
@@ -170,6 +219,7 @@ def examine(shape: Shape, ways: list[Way], module: Path, wanted: list[str]) -> T
     """The verdicts for an interpreter: by tool, by way."""
     if shape.chroot:
         wanted = [name for name in wanted if any(fnmatch.fnmatch(name, p) for p in IN_CHROOT)]
+    ways = ways_of(shape, ways)
     unprimed = look(shape, UNPRIMED, module, wanted)
     table: Table = {name: {} for name in wanted}
     for way in ways:
@@ -178,6 +228,10 @@ def examine(shape: Shape, ways: list[Way], module: Path, wanted: list[str]) -> T
             table[name][way.name] = judge(name, unprimed[name], primed[name])
             print(f"{shape.name} | {way.name} | {name}: {table[name][way.name]}", flush=True)
     return table
+
+
+def ways_of(shape: Shape, ways: list[Way]) -> list[Way]:
+    return [way for way in ways if way.aligned == (shape.aligned is not None)]
 
 
 def why(tool: str, way: str, shape: str) -> str:
@@ -226,11 +280,12 @@ def versions() -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", default="*", metavar="PATTERN")
-    parser.add_argument("--probe", default="*", metavar="PATTERN")
+    parser.add_argument("--probe", default="*", metavar="PATTERN[;PATTERN...]")
     parser.add_argument("--jobs", type=int, default=2, metavar="N")
     parser.add_argument("--output", default=str(ROOT / "docs" / "tools.md"), metavar="FILE")
     options = parser.parse_args()
-    wanted = [name for name in PROBES if fnmatch.fnmatch(name, options.probe)]
+    patterns = options.probe.split(";")
+    wanted = [n for n in PROBES if any(fnmatch.fnmatch(n, pattern) for pattern in patterns)]
     # The same path in the chroot as here.
     with (
         tempfile.TemporaryDirectory(prefix="page-primer-", dir="/var/tmp") as disk,
@@ -239,14 +294,12 @@ def main() -> int:
     ):
         ways = probes.ways(Path(disk), Path(memory))
         probes.build_module(Path(scratch))
-        found = list(shapes())
-        chosen = [
-            s for s in found if isinstance(s, Shape) and fnmatch.fnmatch(s.name, options.shape)
-        ]
+        found = list(shapes(options.shape))
+        chosen = [shape for shape in found if isinstance(shape, Shape)]
         with ThreadPoolExecutor(options.jobs) as pool:
             done = pool.map(lambda shape: examine(shape, ways, Path(scratch), wanted), chosen)
             for shape, table in zip(chosen, done, strict=True):
-                text = "".join(render(shape.name, table, ways))
+                text = "".join(render(shape.name, table, ways_of(shape, ways)))
                 chapters.enter(Path(options.output), shape.name, text)
                 print(text)
     shutil.rmtree(perf.BUILD_IDS, ignore_errors=True)

@@ -61,9 +61,11 @@ def copy_of(python: str, directory: Path) -> Copy:
     """
     program, library = where(python)
     twin = python_of(directory, program)
-    code = directory / os.path.basename(library) if library else Path(twin)
+    original = library or os.path.realpath(python)
+    code = (directory if library else Path(twin).parent) / os.path.basename(original)
     code.unlink(missing_ok=True)  # in a virtual environment it is a link
-    shutil.copy2(library or os.path.realpath(python), code)
+    shutil.copy2(original, code)
+    twin = twin if library else str(code)
     env = {"LD_LIBRARY_PATH": str(directory)} if library else {}
     align(str(code), python, env={**env, "PAGE_PRIMER": "0"})
     return Copy(twin, code, env)

@@ -13,11 +13,14 @@ from harness.probes import (
     build_ids,
     cores,
     gdb,
+    kernels_cores,
     memray,
     perf,
     py_spy,
     pystack,
     remote,
+    services,
+    uprobes,
     valgrind,
     within,
 )
@@ -56,7 +59,8 @@ __all__ = [
 PROBES: dict[str, Probe] = {
     probe.name: probe
     for module in (
-        py_spy, pystack, austin, gdb, cores, perf, within, build_ids, memray, remote, valgrind
+        py_spy, pystack, austin, gdb, cores, perf, within, build_ids, memray, remote,
+        uprobes, services, valgrind, kernels_cores,
     )
     for probe in REGISTERED
     if probe.look.__module__ == module.__name__

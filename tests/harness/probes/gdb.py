@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 
 from harness.probes.commands import gdb, last_line
 from harness.probes.frames import NATIVE, Frame, base
 from harness.probes.registry import probe
-from harness.probes.target import Failed, Target
+from harness.probes.target import Failed, NotHere, Target
 from harness.probes.verdicts import same_frames
 
 
@@ -60,3 +61,23 @@ def breakpoint_in_moved_code(target: Target) -> tuple[list[str], bool]:
         said = gdb("break PySequence_Tuple", "continue", "bt 1", "delete", "detach",
                    target=["-p", str(target.pid)])  # fmt: skip
     return [frame.name for frame in frames_of(said)], target.alive
+
+
+@probe("gdb py-bt")
+def py_bt(target: Target) -> list[str]:
+    """Python's own extension of gdb, which needs debug information of the interpreter."""
+    program = os.path.realpath(f"/proc/{target.pid}/exe")
+    version = json.loads(target.get("version"))
+    places = [
+        f"{version['base']}/bin/python{version['number']}-gdb.py",
+        f"/usr/share/gdb/auto-load{version['base']}/bin/python{version['number']}-gdb.py",
+    ]
+    script = next((place for place in places if os.path.exists(place)), None)
+    if script is None:
+        raise NotHere(f"no python-gdb.py for {program}")
+    with target.held():
+        said = gdb(f"source {script}", "py-bt", target=["-p", str(target.pid)])
+    found = re.findall(r'^  File ".*?([^/"]*)", line (\d+), in (\S+)', said, re.MULTILINE)
+    if not found:
+        raise Failed(last_line(said))
+    return [" ".join(frame) for frame in found]

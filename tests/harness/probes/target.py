@@ -36,20 +36,24 @@ class Failed(Exception):
 
 @dataclass(frozen=True)
 class Shape:
-    """An interpreter to serve with. One in a chroot is entered by `wrapper`."""
+    """An interpreter to serve with. One in a chroot is entered by `wrapper`; `aligned` is a copy of
+    it that `page-primer align` has aligned, and `env` what that needs to find its libpython."""
 
     name: str
     python: str
     chroot: str = ""
     wrapper: tuple[str, ...] = ()
+    env: Mapping[str, str] = field(default_factory=dict, hash=False)
+    aligned: Shape | None = None
 
 
 @dataclass(frozen=True)
 class Way:
-    """How a server is primed: its environment."""
+    """How a server is primed: its environment; `aligned`: the shape's aligned copy serves."""
 
     name: str
     env: Mapping[str, str] = field(default_factory=dict, hash=False)
+    aligned: bool = False
 
 
 UNPRIMED = Way("unprimed", {"PAGE_PRIMER": "0"})
@@ -71,6 +75,8 @@ def ways(disk: Path, memory: Path) -> list[Way]:
         Way("anonymous, perf map",
             {"PAGE_PRIMER_BACKING": "anonymous", "PAGE_PRIMER_IMAGE_DIR": str(disk),
              "PAGE_PRIMER_PERF_MAP": "1"}),
+        Way("not primed", UNPRIMED.env, aligned=True),
+        Way("primed", {"PAGE_PRIMER_IMAGE_DIR": str(disk)}, aligned=True),
     ]  # fmt: skip
 
 
@@ -93,6 +99,10 @@ class Target:
             module: the directory of build_module().
             late: do not prime before the request for it.
         """
+        if way.aligned:
+            if shape.aligned is None:
+                raise NotHere("there is no aligned copy")
+            shape = shape.aligned
         self.shape, self.way = shape, way
         self.directory = Path(
             tempfile.mkdtemp(prefix="page-primer-tools-", dir=shape.chroot + "/tmp")
@@ -111,7 +121,7 @@ class Target:
             "--bind", f"127.0.0.1:{port}", "--timeout", "600", "--log-level", "debug",
             *NO_CONTROL_SOCKET, "toolsapp:app",
         ]  # fmt: skip
-        env = {"PAGE_PRIMER_MLOCK": "0", **way.env}
+        env = {"PAGE_PRIMER_MLOCK": "0", **shape.env, **way.env}
         self.server = Server(self.directory, port, *command, env=env)
 
     def __enter__(self) -> Target:
@@ -138,6 +148,9 @@ class Target:
     def require_primed(self) -> None:
         """Raises Failed unless the worker's code is where this way puts it; NotHere if by its own
         report there was nothing to put there."""
+        if self.way.aligned:
+            self.require_huge()
+            return
         wanted = self.way.env.get("PAGE_PRIMER_BACKING", "image")
         pattern = r"page-primer: ([\d.]+) % of .* on huge pages(?: \((\w+))?"
         said = re.search(pattern, self.server.log())
@@ -151,6 +164,19 @@ class Target:
             whole = text.fixed or (wanted == "image" and self.interpreter.endswith(".so.1.0"))
             if text.huge < (text.attainable if whole else 1):
                 raise Failed(f"not primed: {text}")
+
+    def require_huge(self) -> None:
+        """Raises Failed unless all whole huge pages of the code are huge on the interpreter's own
+        file; NotHere if the kernel gives such files none."""
+        if self.shape.chroot:
+            return
+        text = outside.text_of(self.pid)
+        if any(vma.path != text.path for vma in text.span_vmas):
+            raise Failed(f"moved: {text}")
+        if text.huge < text.attainable or not text.attainable:
+            raise NotHere(f"the kernel gave {text.huge} of {text.attainable} bytes of code huge")
+        if self.way.env.get("PAGE_PRIMER") != "0" and "huge already" not in self.server.log():
+            raise Failed("the log does not say that the code is huge already")
 
     @property
     def alive(self) -> bool:

@@ -5,6 +5,7 @@ import json
 import re
 import signal
 import sqlite3
+import sys
 import time
 
 import frames
@@ -66,12 +67,17 @@ def addresses():
     return json.dumps({name: frames.address_of(name) for name in names})
 
 
+def version():
+    return json.dumps({"base": sys.base_prefix, "number": "{}.{}".format(*sys.version_info)})
+
+
 PATHS = {
     "hold": hold,
     "warm": hold,
     "spin": lambda _: spin(1.0),
     "prime": lambda _: prime(),
     "addresses": lambda _: addresses(),
+    "version": lambda _: version(),
     "throw": lambda _: frames.throw_through(),
     "backtrace": lambda _: frames.backtrace_through(),
 }

@@ -1,0 +1,70 @@
+"""Uprobes, which perf, bpftrace and SystemTap set on a file: by the path of the file."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+
+from elftools.elf.elffile import ELFFile
+
+from harness import outside
+from harness.probes.commands import last_line, run
+from harness.probes.registry import probe
+from harness.probes.target import Failed, NotHere, Target
+
+FUNCTION = "PySequence_Tuple"  # a request to spin calls it
+
+# A tracefs of our own, for the machine may have none mounted; the events are of all. What others
+# have set stays: a line is appended, and the one event is taken away. An instance of our own has
+# the hits of the one process.
+SCRIPT = """
+mount -t tracefs none "$1" || exit 77
+mine=$1/instances/$2
+trap 'echo 0 >"$mine/events/$2/enable"; rmdir "$mine"; echo "-:$2/call" >>"$1/uprobe_events"
+      umount "$1"' EXIT
+echo "p:$2/call $3:$4" >>"$1/uprobe_events" && mkdir "$mine" || exit 1
+echo "common_pid == $5" >"$mine/events/$2/call/filter" || exit 1
+echo 1 >"$mine/events/$2/enable" && sleep 2
+echo "hits $(grep -c call: "$mine/trace")"
+"""
+
+
+def offset_of(path: str, name: str) -> int:
+    """Where a function lies in a file."""
+    with open(path, "rb") as file:
+        elf = ELFFile(file)
+        (symbol,) = elf.get_section_by_name(".dynsym").get_symbol_by_name(name)
+        return next(iter(elf.address_offsets(symbol["st_value"], 1)))
+
+
+def hit(target: Target, path: str) -> bool:
+    """Whether a uprobe on a file fires while the worker works."""
+    if os.geteuid() != 0 or shutil.which("unshare") is None:
+        raise NotHere("needs root and unshare")
+    if target.shape.chroot:
+        raise NotHere("not in a chroot")
+    mount = target.directory / "tracing"
+    mount.mkdir(exist_ok=True)
+    group = f"page_primer_{target.pid}_{threading.get_ident():x}"
+    with target.spinning():
+        said = run("unshare", "--mount", "sh", "-c", SCRIPT, "sh", str(mount), group, path,
+                   hex(offset_of(path, FUNCTION)), str(target.pid))  # fmt: skip
+    if "hits" not in said:
+        raise Failed(last_line(said))
+    return int(said.split("hits")[1].split()[0]) > 0
+
+
+@probe("uprobe on the interpreter's path")
+def by_path(target: Target) -> bool:
+    return hit(target, target.interpreter)
+
+
+@probe("uprobe on the path in /proc/PID/maps")
+def by_mapping(target: Target) -> bool:
+    address = json.loads(target.get("addresses"))[FUNCTION]
+    path = next(v.path for v in outside.smaps(target.pid) if v.start <= address < v.end)
+    if not os.path.exists(path):
+        raise Failed("there is no file with that path")
+    return hit(target, path)
