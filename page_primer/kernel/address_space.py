@@ -28,12 +28,16 @@ def map_new(
 class Window:
     """A part of a file, mapped to be written elsewhere: the kernel then copies it once, and no
     buffer is needed. `view` is for system calls alone, which say EFAULT where the file was cut
-    short; to look at it would be a signal."""
+    short; to look at it would be a signal.
+
+    The mapping is shared: into private ones of a file, executable or not, the kernel puts the
+    breakpoints of uprobes (valid_vma() in kernel/events/uprobes.c), and a copy of one, in a file
+    that it knows no uprobe of, is a SIGTRAP."""
 
     def __init__(self, fd: int, offset: int, size: int, page: int) -> None:
         skip = offset % page
         self._size = -(-(skip + size) // page) * page
-        protection, flags = _core.PROT_READ, _core.MAP_PRIVATE | _core.MAP_POPULATE
+        protection, flags = _core.PROT_READ, _core.MAP_SHARED | _core.MAP_POPULATE
         self._address = map_new(self._size, page, 0, protection, flags, fd, offset - skip)
         self.view = _core.view(self._address + skip, size)
 
