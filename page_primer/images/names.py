@@ -9,7 +9,7 @@ import sys
 from page_primer.elf.objects import Source
 
 # Part of an image's name in the store: raise it when what layout.py writes changes.
-LAYOUT_VERSION = 3
+LAYOUT_VERSION = 4
 ANCHOR = "anchor"  # ends the name of one (anchors.py)
 _HEXADECIMAL = set("0123456789abcdef")
 
