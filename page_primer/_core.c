@@ -19,6 +19,8 @@
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 /* Numbers that the C library's headers may be too old to have. */
 #ifndef MAP_FIXED_NOREPLACE

@@ -272,7 +272,7 @@ def test_small_shm(tmp_path):
         assert used == 0
         assert (backing, huge > 0) == ("image", True)
         assert where.startswith("/var/tmp/home/.cache/page-primer/")
-        assert size < 64 * MIB
+        assert size < 32 * MIB
     lefts = [left for *_, left in seen]
     assert lefts[2] <= lefts[0] + MIB
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from page_primer.backing import image as image_backing
 from page_primer.cli.tables import show_table
 from page_primer.images import inventory, names, users
-from page_primer.images.layout import NO_LIMIT
+from page_primer.images.room import NO_LIMIT
 from page_primer.images.trust import Unusable
 from page_primer.options import Options
-from page_primer.report import counted, mib
+from page_primer.words import counted, mib
 
 if TYPE_CHECKING:
     from page_primer.images.places import Place
@@ -61,7 +61,7 @@ def _act(place: Place, action: str) -> dict[str, Any]:
         elif action == "clear":
             inventory.clear(store.fd)
         entries = inventory.read(store.fd)
-        mapped = users.find(entry.name for entry in entries)
+        mapped = users.find(f"{place.path}/{entry.image}" for entry in entries)
         return {
             "path": place.path,
             "size": sum(entry.size for entry in entries),
@@ -73,7 +73,7 @@ def _act(place: Place, action: str) -> dict[str, Any]:
                     "object": entry.origin,
                     "anchor": entry.name.endswith(names.ANCHOR),
                     "size": entry.size,
-                    "users": mapped[entry.name],
+                    "users": mapped[f"{place.path}/{entry.image}"],
                     "locked": inventory.is_used(store.fd, entry.name),
                     "last_use": entry.used,
                     "current": entry.current,

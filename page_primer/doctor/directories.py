@@ -42,7 +42,7 @@ def judge_directory(
     if trial.refused is not None:
         why, fix = _refusal(trial, directory, needed, container)
         word = "not available" if needless else "unusable"
-        return Check(name, bad, f"{kind}, {word}: {why}", None if needless else fix)
+        return Check(name, bad, f"{kind}, {word}: {why}", fix)
     huge = f"{mib(trial.huge)} of {mib(trial.wanted)} on huge pages in a trial"
     if not trial.works:
         why, fix = _not_huge(kind, settings)
@@ -144,7 +144,7 @@ def judge_memory(
         elif trial.backing == "hugetlb":
             fix = f"sysctl vm.nr_hugepages={(settings.pool or 0) + 2}"
         word = "not available" if needless else "unusable"
-        return Check(trial.backing, bad, f"{word}: {why}", None if needless else fix)
+        return Check(trial.backing, bad, f"{word}: {why}", fix)
     text = f"{mib(trial.huge)} of {mib(trial.wanted)} on huge pages in a trial"
     if trial.works:
         return Check(trial.backing, OK, text)

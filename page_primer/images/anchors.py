@@ -26,7 +26,8 @@ from page_primer.elf.file import PF_R, PT_LOAD, ProgramHeader
 from page_primer.elf.objects import Object
 from page_primer.images import layout as image
 from page_primer.images import names
-from page_primer.images.layout import NO_LIMIT, CannotLayOut, Layout
+from page_primer.images.layout import CannotLayOut, Layout
+from page_primer.images.room import NO_LIMIT
 from page_primer.images.trust import Unusable
 from page_primer.kernel import smaps
 from page_primer.kernel.limits import check_file_size

@@ -31,16 +31,18 @@ def open_or_make(path: str, who: credentials.Credentials, *, make: bool) -> int:
         OSError: it cannot be opened, or made.
         Unusable: others can write where it would be made.
     """
+    parent, name = os.path.split(path)
     try:
         return os.open(path, DIRECTORY)
     except FileNotFoundError:
         if not make:
             raise
-    parent, name = os.path.split(path)
+    except NotADirectoryError:
+        if os.path.isdir(parent):
+            raise
+        raise NotADirectoryError(errno.ENOTDIR, "its parent is not a directory") from None
     try:
         above = os.open(parent, DIRECTORY & ~os.O_NOFOLLOW)
-    except NotADirectoryError:
-        raise NotADirectoryError(errno.ENOTDIR, "its parent is not a directory") from None
     except FileNotFoundError:
         above = _make_parent(parent, who)
     try:
@@ -55,10 +57,7 @@ def _make_parent(path: str, who: credentials.Credentials) -> int:
     refusal = FileNotFoundError(errno.ENOENT, "its parent does not exist")
     if grandparent in _SYSTEM:
         raise refusal
-    try:
-        above = os.open(grandparent, DIRECTORY & ~os.O_NOFOLLOW)
-    except FileNotFoundError:
-        raise refusal from None
+    above = os.open(grandparent, DIRECTORY & ~os.O_NOFOLLOW)
     try:
         if os.fstat(above).st_uid != who.user:
             raise refusal

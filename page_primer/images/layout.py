@@ -24,15 +24,14 @@ from __future__ import annotations
 import os
 import struct
 
-from page_primer import _core
 from page_primer._lean import Record, replace
 from page_primer.elf import file as elf
 from page_primer.elf.file import PF_R, PF_X, PROGRAM_HEADER, PT_LOAD, ProgramHeader, SectionHeader
 from page_primer.elf.objects import Object, Region
 from page_primer.images import names
-from page_primer.kernel import memory
+from page_primer.images.room import NO_LIMIT, for_debug_information
 from page_primer.kernel.address_space import Window
-from page_primer.kernel.limits import check_file_size, soft_limit
+from page_primer.kernel.limits import check_file_size
 from page_primer.kernel.thp import page_size
 
 TYPE_CHECKING = False
@@ -50,9 +49,7 @@ _KEPT_SECTIONS = (".gnu_debuglink", ".gnu_debugaltlink", ".gnu_debugdata", ".not
 _TOOLS_KINDS = (elf.SHT_DYNSYM, elf.SHT_DYNAMIC, elf.SHT_NOTE)
 _TOOLS_SECTIONS = (".eh_frame", ".eh_frame_hdr")
 _DEBUG_SECTIONS = (".debug_", ".zdebug_")
-_DEBUG_LIMIT = 64 << 20  # bytes; at most a quarter of the room on disk, an eighth of memory's
 _COPY_BLOCK = 8 << 20  # bytes
-NO_LIMIT = 1 << 62  # bytes
 _HEADER_ROOM = 4096  # the kernel looks for a build-id in the first page only
 
 _BUILD_ID_SIZE = 20  # that of SHA-1, which tools expect
@@ -85,11 +82,13 @@ class Layout(Record):
 
     def as_built(self) -> Self:
         """The same for a file that was copied since, as layers of a container do."""
-        source = self.object.source
+        obj, source = self.object, self.object.source
         assert source is not None, "only objects with a file are planned"
         if names.is_built(self.name):
             return self
-        return replace(self, name=names.as_built(self.name, source, self.object.headers))
+        whole = bool(self.regions) and not obj.interpreter
+        name = names.as_built(self.name, source, obj.headers, whole=whole)
+        return replace(self, name=name)
 
     def offset(self, address: int) -> int:
         """The file offset of an address of the object."""
@@ -136,7 +135,9 @@ class Layout(Record):
             raise CannotLayOut("too many program headers")
         try:
             file = elf.File(original)
-            end, copies, table = _sections(self, file, _room(target, room - self.content_end))
+            end, copies, table = _sections(
+                self, file, for_debug_information(target, room - self.content_end)
+            )
             head = self.head(file, end)
         except (elf.Malformed, struct.error) as error:  # the latter of numbers that do not fit
             raise CannotLayOut(f"not a well-formed ELF file: {error}") from error
@@ -176,19 +177,6 @@ def _build_ids(layout: Layout, file: elf.File) -> list[int]:
     """p_offset of the PT_NOTEs that hold a build-id."""
     headers = ProgramHeader.parse_table(layout.object.headers)
     return [h.p_offset for h in headers if h.p_type == elf.PT_NOTE and file.build_id(h)]
-
-
-def _room(target: int, left: int) -> int:
-    """Bytes of debug information that an image may have: without it tools name the functions, but
-    not those that the compiler inlined, nor source lines. Neither disk nor memory is to become
-    short by it (on a tmpfs it cannot be reclaimed), nor what the store has left for others."""
-    status = os.fstatvfs(target)
-    room = min(_DEBUG_LIMIT, status.f_bavail * status.f_frsize // 4, left // 4)
-    found = memory.read()
-    if found is not None:
-        room = min(room, found.available // 8)
-    limit = soft_limit(_core.RLIMIT_FSIZE)
-    return room if limit is None else min(room, limit // 4)
 
 
 def _copy(original: int, parts: Sequence[Part], target: int, offset: int) -> int:

@@ -14,6 +14,7 @@ ANCHOR = "anchor"  # ends the name of one (anchors.py)
 # In the names of what `page-primer build` writes: it is for files that have been copied since, by
 # layers of a container, which change all but a file's content and the second of its change.
 _BUILT = "built"
+_WHOLE = "0x"
 _PRIME = (1 << 89) - 1
 _SECOND = 10**9  # nanoseconds
 _HEXADECIMAL = set("0123456789abcdef")
@@ -35,7 +36,7 @@ def _plain(name: str) -> str:
     return name.partition(".so-")[2] if name.startswith("libpython") else name
 
 
-def as_built(name: str, source: Source, headers: bytes) -> str:
+def as_built(name: str, source: Source, headers: bytes, *, whole: bool = False) -> str:
     """The name of the same image or anchor, as `page-primer build` gives it. It says less of the
     file, and what is found by it is compared with memory as any image is.
 
@@ -43,11 +44,14 @@ def as_built(name: str, source: Source, headers: bytes) -> str:
         name: of() gave it.
         source: the object's file.
         headers: its program headers.
+        whole: it has all of the file, for whatever regions are mapped from it. Not an
+            interpreter's, from whose program headers profilers work out where that is.
     """
     plain = _plain(name)
     version, *numbers = plain.split("-")
     content = int.from_bytes(headers, "little") % _PRIME
-    parts = (version, _BUILT, *_seconds(source), f"{content:x}", *numbers[5:])
+    rest = [*numbers[5:-1], _WHOLE] if whole else numbers[5:]
+    parts = (version, _BUILT, *_seconds(source), f"{content:x}", *rest)
     return name.removesuffix(plain) + "-".join(parts)
 
 

@@ -7,7 +7,7 @@ import os
 
 from page_primer._lean import Record, suppress
 from page_primer.images import trust
-from page_primer.images.layout import NO_LIMIT
+from page_primer.images.room import NO_LIMIT
 from page_primer.images.store import Store
 from page_primer.kernel import credentials, mounts
 

@@ -22,7 +22,8 @@ from itertools import count
 from page_primer._lean import Record, suppress
 from page_primer.images import directory, inventory, locks, names, trust
 from page_primer.images.inventory import DIRECTORY, DRAFT, ORIGIN
-from page_primer.images.layout import NO_LIMIT, Layout
+from page_primer.images.layout import Layout
+from page_primer.images.room import NO_LIMIT
 from page_primer.images.trust import Unusable
 from page_primer.kernel import credentials
 

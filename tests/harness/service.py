@@ -31,21 +31,31 @@ def capable(user: int) -> list[str]:
 @pytest.fixture
 def public() -> Iterator[Path]:
     """A directory on disk that everybody may enter, which pytest's are not."""
-    path = Path(tempfile.mkdtemp(prefix="page-primer-", dir="/var/tmp"))
-    path.chmod(0o755)
-    yield path
+    yield (path := _directory())
     shutil.rmtree(path)
 
 
-@pytest.fixture
-def public_python(public: Path) -> str:
+def _directory() -> Path:
+    path = Path(tempfile.mkdtemp(prefix="page-primer-", dir="/var/tmp"))
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture(scope="session")
+def public_python() -> Iterator[str]:
     """An interpreter that every user may run, with this package."""
+    directory = _directory()
     for number, base in enumerate(INTERPRETERS.values()):
-        home = public / f"python-{number}"
+        allowed = subprocess.run([*become(USER), base, "-c", ""], stderr=subprocess.DEVNULL)
+        if allowed.returncode:
+            continue
+        home = directory / f"python-{number}"
         home.mkdir()
         python = python_of(home, base)
         command = [*become(USER), python, "-c", "import page_primer._core"]
         if subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0:
-            return python
-    pytest.skip("other users may not run any interpreter here")
-    return ""
+            yield python
+            break
+    else:
+        pytest.skip("other users may not run any interpreter here, or not see this package")
+    shutil.rmtree(directory)
