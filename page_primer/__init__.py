@@ -66,6 +66,8 @@ def prime(options: Options | None = None, /, **values: Unpack[OptionValues]) -> 
             above 0, up to 1.
         image_dir: absolute path of the directory for images; by default the first that gives huge
             pages.
+        store_limit: bytes that the directory for images may take; the longest unused are removed
+            first.
         heap: have the heap on huge pages, too: pymalloc's `arenas`; `auto` (or true): these and
             malloc's `[heap]`; `all`: large blocks as well; or off (false).
         heap_min_memory: bytes; with a smaller memory limit (a cgroup's, or the machine's memory)

@@ -13,10 +13,14 @@
 #include "_core.h"
 
 #include <errno.h>
+#include <linux/capability.h>
 #include <stdlib.h>
+#include <sys/auxv.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 /* Numbers that the C library's headers may be too old to have. */
 #ifndef MAP_FIXED_NOREPLACE
@@ -93,12 +97,45 @@ core_limit(PyObject *module, PyObject *args)
     return PyLong_FromUnsignedLongLong(found.rlim_cur);
 }
 
+PyDoc_STRVAR(
+    credentials_doc,
+    "credentials() -> (int, int, bool, bool)\n\n"
+    "The effective user id of the calling thread, its permitted capabilities\n"
+    "(capget(2)), whether the process is dumpable (PR_GET_DUMPABLE), and\n"
+    "whether it runs in secure-execution mode (AT_SECURE, getauxval(3)).  By\n"
+    "system calls: fakeroot(1) and its like wrap what the C library has.");
+
+static PyObject *
+core_credentials(PyObject *module, PyObject *Py_UNUSED(ignored))
+{
+    struct __user_cap_header_struct header = {_LINUX_CAPABILITY_VERSION_3, 0};
+    struct __user_cap_data_struct sets[_LINUX_CAPABILITY_U32S_3] = {{0}};
+    unsigned long long permitted;
+    long user;
+    int dumpable;
+
+    user = syscall(SYS_geteuid);
+    if (user < 0)
+        return fail(module, errno, "geteuid", 0, 0);
+    if (syscall(SYS_capget, &header, sets) < 0)
+        return fail(module, errno, "capget", 0, 0);
+    dumpable = prctl(PR_GET_DUMPABLE, 0, 0, 0, 0);
+    if (dumpable < 0)
+        return fail(module, errno, "PR_GET_DUMPABLE", 0, 0);
+    permitted =
+        (unsigned long long)sets[1].permitted << 32 | sets[0].permitted;
+    return Py_BuildValue("(kKNN)", (unsigned long)user, permitted,
+                         PyBool_FromLong(dumpable == 1),
+                         PyBool_FromLong(getauxval(AT_SECURE) != 0));
+}
+
 /* -------------------------------------------------------------- module --- */
 
 static PyMethodDef core_methods[] = {
     {"thp_disabled", core_thp_disabled, METH_NOARGS, thp_disabled_doc},
     {"mdwe", core_mdwe, METH_NOARGS, mdwe_doc},
     {"limit", core_limit, METH_VARARGS, limit_doc},
+    {"credentials", core_credentials, METH_NOARGS, credentials_doc},
     {NULL, NULL, 0, NULL},
 };
 

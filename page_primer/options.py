@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         private_limit: int | str
         memory_share: float | str
         image_dir: str | os.PathLike[str] | None
+        store_limit: int | str
         heap: HeapMode | bool
         heap_min_memory: int | str
         heap_unshare: bool
@@ -50,6 +51,9 @@ DEFAULT_PRIVATE_LIMIT = 8 << 20
 # All that a web worker has mapped fits a container of 128 MiB, and the interpreter one of 64 MiB;
 # three quarters of what is there stay for the application to grow into.
 DEFAULT_MEMORY_SHARE = 0.25
+
+# Images of an interpreter or two, and of what `limit` lets an application move, with their symbols.
+DEFAULT_STORE_LIMIT = 256 << 20
 
 # A huge page counts whole when one byte of it is touched, which a process of some ten megabytes in
 # a small container should not have to pay. (Others' heap on huge pages by default had containers
@@ -91,6 +95,7 @@ class Options(Record, aside=("explicit",)):
     private_limit: int = DEFAULT_PRIVATE_LIMIT
     memory_share: float = DEFAULT_MEMORY_SHARE
     image_dir: str | None = None
+    store_limit: int = DEFAULT_STORE_LIMIT
     heap: HeapMode | Literal[False] = False
     heap_min_memory: int = DEFAULT_HEAP_MIN_MEMORY
     heap_unshare: bool = False
@@ -293,6 +298,10 @@ TABLE = (
     Option(
         "image_dir", _directory, "see below",
         "absolute path of the directory for images; by default the first that gives huge pages",
+    ),
+    Option(
+        "store_limit", _bytes, "256M",
+        "bytes that the directory for images may take; the longest unused are removed first",
     ),
     Option(
         "heap", _heap, "off",

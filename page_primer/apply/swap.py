@@ -9,10 +9,11 @@ from page_primer import _core, backing, reasons
 from page_primer._lean import Record, suppress
 from page_primer.apply import core_files
 from page_primer.backing import memory as memory_backing
-from page_primer.backing.pieces import PROT_BTI, Attempt, Place, Prepared, Refused, reason_of
+from page_primer.backing.pieces import PROT_BTI, Attempt, Prepared, Refused, reason_of
 from page_primer.elf.file import PF_X
 from page_primer.elf.objects import Object, Region
 from page_primer.images.anchors import Anchors
+from page_primer.images.places import Place
 from page_primer.kernel.address_space import map_new
 from page_primer.kernel.thp import fault_in, page_size
 from page_primer.options import Options

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from page_primer._lean import replace
 from page_primer.backing import image, memory
-from page_primer.backing.pieces import Attempt, Place, Prepared
+from page_primer.backing.pieces import Attempt, Prepared
 from page_primer.images import anchors
+from page_primer.images.places import Place
 from page_primer.options import Options
 from page_primer.plan import Move
 

@@ -9,7 +9,6 @@ from page_primer._lean import replace, suppress
 from page_primer.backing.pieces import (
     Attempt,
     Piece,
-    Place,
     Prepared,
     Refused,
     place,
@@ -18,8 +17,9 @@ from page_primer.backing.pieces import (
 )
 from page_primer.elf.objects import Region
 from page_primer.images import layout as image
-from page_primer.images import store
-from page_primer.kernel import mounts
+from page_primer.images import store, trial
+from page_primer.images.places import Place, candidates
+from page_primer.images.trust import Unusable
 from page_primer.kernel.release import release
 from page_primer.kernel.thp import bring_in
 from page_primer.options import Options
@@ -29,41 +29,39 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-# From which kernel on a file system's files can be on huge pages without further settings. Others
-# are tried after these: a kernel with CONFIG_READ_ONLY_THP_FOR_FS can collapse any file.
-GOOD_SINCE = {"ext4": (6, 16), "xfs": (6, 1), "tmpfs": (6, 1)}
 _FILES_SINCE = (6, 1)  # MADV_COLLAPSE; before it, only xfs has huge folios, and only when read
 
 
 def directories(options: Options) -> list[Place]:
     """The image directories to try, in order, each with the reason to pass it over, if any."""
     if options.image_dir is not None:
-        return [(options.image_dir, None)]
-    good: list[str] = []
-    other: list[str] = []
-    table = mounts.read()
-    for path in store.candidates():
-        since = GOOD_SINCE.get(mounts.mount_of(os.path.realpath(path), table).filesystem)
-        (good if since and release() >= since else other).append(path)
-    reason = None
+        return [Place(options.image_dir, limit=options.store_limit, named=True)]
+    found = candidates(options.store_limit)
     if options.backing == "auto" and release() < _FILES_SINCE:
         reason = "files are on huge pages from Linux 6.1 on"
-    return [(path, reason) for path in good + other]
+        found = [replace(place, reason=reason) for place in found]
+    return found
 
 
 def attempts(move: Move, pmd: int, places: Sequence[Place], fresh: bool) -> Iterator[Attempt]:
     layout = image.lay_out(move.object, move.image, pmd)
-    for path, reason in places:
-        if reason:
-            yield Refused(path, reason)
+    for where in places:
+        if where.reason:
+            yield Refused(where.path, where.reason)
             continue
         try:
-            with store.Store(path) as directory:
-                yield from from_store(directory, layout, fresh)
-        except (store.Unusable, image.CannotLayOut) as error:
-            yield Refused(path, str(error))
+            with where.open() as directory:
+                if where.named or where.system or trial.gives_huge_pages(directory.fd, pmd):
+                    yield from from_store(directory, layout, fresh)
+                else:
+                    yield Refused(where.path, "files there are not on huge pages")
+        except store.Missing as error:
+            if not where.system:
+                yield Refused(where.path, str(error))
+        except (Unusable, image.CannotLayOut) as error:
+            yield Refused(where.path, str(error))
         except OSError as error:
-            yield Refused(path, reason_of(error))
+            yield Refused(where.path, reason_of(error))
 
 
 def from_store(
@@ -73,18 +71,22 @@ def from_store(
     for), the same read again, since the pages of a file that somebody else read or copied first are
     in memory as small ones, and where that is no help, since somebody maps them, a new one."""
     found = directory.get(layout, fresh=fresh)
+    hold = directory.hold(found)  # between two attempts nobody uses it
     try:
-        yield _map_image(found, layout)
-    except OSError as error:
-        if found.written:
-            raise
-        yield Refused(found.path, reason_of(error))
-    if not found.written:
-        yield _map_again(directory, layout)
-        found = directory.get(layout, fresh=True)
-        yield _map_image(found, layout)
-    # Not huge as written: on some kernels (xfs before 6.12) only what is read back can be.
-    yield _map_again(directory, layout, found.written)
+        try:
+            yield _map_image(found, layout)
+        except OSError as error:
+            if found.written:
+                raise
+            yield Refused(found.path, reason_of(error))
+        if not found.written:
+            yield _map_again(directory, layout)
+            found = directory.get(layout, fresh=True)
+            yield _map_image(found, layout)
+        # Not huge as written: on some kernels (xfs before 6.12) only what is read back can be.
+        yield _map_again(directory, layout, found.written)
+    finally:
+        directory.release(hold, layout.name)
 
 
 def _map_again(directory: store.Store, layout: image.Layout, written: int = 0) -> Attempt:

@@ -88,7 +88,6 @@ class Prepared(Record):
 
 
 Attempt = Prepared | Refused
-Place = tuple[str, str | None]  # a directory for images, and why it is passed over, if it is
 
 # A page behind every piece, so that the kernel does not merge it with what is mapped next to it
 # and smaps speaks of it alone.

@@ -29,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _warm(words[1:])
         if words[:1] == ["bench"]:
             return _bench(words[1:])
+        if words[:1] == ["build"]:
+            return _build(words[1:])
         if words[:1] == ["--version"]:
             print(f"page-primer {page_primer.__version__}")
             return 0
@@ -125,6 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser(
         "doctor", help="what will work here, what will not, and the line that fixes it"
     )
+    doctor.add_argument("--user", metavar="USER", help="as that user sees it (root only)")
     doctor.add_argument("--json", action="store_true", help="as JSON, sizes in bytes")
     doctor.set_defaults(run=_doctor)
 
@@ -134,6 +137,23 @@ def _parser() -> argparse.ArgumentParser:
 
     align_command.add_parser(commands).set_defaults(
         run=lambda given: align_command.run(given, show_table)
+    )
+
+    images = commands.add_parser(
+        "images", help="list the images that this user has or uses, or remove unused ones"
+    )
+    images.add_argument(
+        "action", nargs="?", choices=("list", "prune", "clear"), default="list",
+        help="list them (the default); prune: remove what is due, as happens whenever one is "
+        "written; clear: remove all that nobody uses",
+    )  # fmt: skip
+    images.add_argument("--dir", metavar="DIRECTORY", help="that store alone")
+    images.add_argument("--json", action="store_true", help="as JSON, sizes in bytes")
+    images.set_defaults(run=_images)
+
+    # With a parser of its own, beside modules that this one imports, and with them their libraries.
+    commands.add_parser(
+        "build", help="fill a store with the images that servers will use", add_help=False
     )
 
     # With parsers of their own, for argparse does not tell COMMAND from what is before `--`.
@@ -251,11 +271,33 @@ def _place(obj: ObjectStatus) -> str:
     return image_place(backing) if same_name else backing
 
 
+def _images(given: argparse.Namespace) -> int:
+    try:
+        from page_primer.cli import images
+    except ImportError as error:  # not Linux, or built without its C core
+        print(f"page-primer: not available here: {error}", file=sys.stderr)
+        return 1
+    return images.run(given.action, given.dir, as_json=given.json)
+
+
+def _build(words: Sequence[str]) -> int:
+    try:
+        from page_primer.cli import build
+    except ImportError as error:
+        print(f"page-primer: not available here: {error}", file=sys.stderr)
+        return 1
+    return build.main(words)
+
+
 def _doctor(given: argparse.Namespace) -> int:
     import json  # of this command alone, as the next one
 
     from page_primer import doctor  # all that page-primer has
 
+    if given.user is not None:
+        from page_primer.cli.user import run_as
+
+        return run_as(given.user, ["doctor", *(["--json"] if given.json else [])])
     options = Options.load()
     checks, layout = doctor.examine(options), doctor.interpreter(options)
     if given.json:

@@ -18,8 +18,9 @@ from page_primer.doctor.probes import Trial
 from page_primer.doctor.remedies import REMEDIES
 from page_primer.elf.file import PF_R
 from page_primer.elf.objects import Object, Region
-from page_primer.images import store
-from page_primer.kernel import mounts
+from page_primer.images import inventory, trust
+from page_primer.images.trust import Unusable
+from page_primer.kernel import credentials, mounts
 from page_primer.kernel.mounts import mount_of
 from page_primer.options import IN_PLACE, Options
 from page_primer.plan import Move, Plan
@@ -76,14 +77,19 @@ class Interpreter:
 
 def has_directory(options: Options) -> bool:
     """Whether files can be written for anchors, as far as permissions tell."""
-    for path, _ in image_backing.directories(options):
-        there = path
+    who = credentials.read()
+    for place in image_backing.directories(options):
+        there = place.path
         while not os.path.lexists(there):
             there = os.path.dirname(there)
-        with contextlib.suppress(OSError):  # a symbolic link to nothing
-            ours = there != path or store.is_trusted(os.stat(there))
-            if ours and os.path.isdir(there) and os.access(there, os.W_OK):
-                return True
+        with contextlib.suppress(OSError, Unusable):  # a symbolic link to nothing
+            fd = os.open(there, inventory.DIRECTORY)
+            try:
+                trust.check_directory(fd, who, above=there != place.path)
+                if os.access(there, os.W_OK):
+                    return True
+            finally:
+                os.close(fd)
     return False
 
 

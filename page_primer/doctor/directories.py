@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 
-from page_primer.backing import image as image_backing
 from page_primer.doctor.checks import in_force, judge_thp_disabled, shmem_fix, thp_fix
 from page_primer.doctor.facts import Directory, Process, Settings
 from page_primer.doctor.findings import INFO, OK, PROBLEM, WARNING, Check
 from page_primer.doctor.probes import Trial
+from page_primer.images.trust import BUILD
 from page_primer.words import mib
+
+# From which kernel on a file system's files can be on huge pages without further settings.
+GOOD_SINCE = {"ext4": (6, 16), "xfs": (6, 1), "tmpfs": (6, 1)}
 
 
 def judge_directory(
@@ -38,15 +41,23 @@ def judge_directory(
     bad = PROBLEM if named else INFO if needless else WARNING
     if trial.refused is not None:
         why, fix = _refusal(trial, directory, needed, container)
-        return Check(name, bad, f"{kind}, unusable: {why}", fix)
+        word = "not available" if needless else "unusable"
+        return Check(name, bad, f"{kind}, {word}: {why}", fix)
     huge = f"{mib(trial.huge)} of {mib(trial.wanted)} on huge pages in a trial"
     if not trial.works:
         why, fix = _not_huge(kind, settings)
         return Check(name, bad, f"{kind}, {huge}: {why}", fix)
-    if directory.free is not None and directory.free < needed:
+    if not trial.there and directory.free is not None and directory.free < needed:
         text = f"{kind}, {mib(directory.free)} free: the interpreter's image takes {mib(needed)}"
         return Check(name, bad, text, _room_fix(directory, needed, container))
-    return Check(name, OK, f"{kind}, {huge}")
+    there = "the interpreter's image is there, " if trial.there else ""
+    return Check(name, OK, f"{kind}, {there}{huge}")
+
+
+def judge_system(path: str) -> Check:
+    """Of root's store, for others, when it has no image of the interpreter."""
+    text = "root's store, without an image of this interpreter; others are used"
+    return Check(f"image directory {path}", INFO, text, f"{BUILD}, as root")
 
 
 def _refusal(
@@ -64,11 +75,8 @@ def _refusal(
     if trial.number in (errno.EPERM, errno.EACCES) and "noexec" in mount.options:
         point = f"mount -o remount,exec {mount.point}"
         return f"{mount.point} is mounted noexec", flag if container else point
-    if trial.number is None and directory.owner not in (None, user):
-        why = f"it belongs to user {directory.owner}, this process runs as {user}"
-        return why, f"chown {user} {path}"
-    if trial.number is None and directory.mode & 0o022:
-        return f"others can write to it (mode {directory.mode:04o})", f"chmod go-w {path}"
+    if trial.remedy:
+        return trial.refused or "", trial.remedy
     if trial.number in (errno.EPERM, errno.EACCES):
         return f"{trial.refused}, as user {user}", f"install -d -m 0755 -o {user} {path}"
     return trial.refused or "unknown reason", None
@@ -93,7 +101,7 @@ def _not_huge(filesystem: str, settings: Settings) -> tuple[str, str | None]:
         fix = shmem_fix(settings)
         if fix:
             return "shmem_enabled forbids it", fix
-    since = image_backing.GOOD_SINCE.get(filesystem)
+    since = GOOD_SINCE.get(filesystem)
     if since and kernel < since:
         why = f"{filesystem} gives huge pages from Linux {since[0]}.{since[1]} on"
     elif since:
@@ -135,7 +143,8 @@ def judge_memory(
             fix = "MemoryDenyWriteExecute=no"
         elif trial.backing == "hugetlb":
             fix = f"sysctl vm.nr_hugepages={(settings.pool or 0) + 2}"
-        return Check(trial.backing, bad, f"unusable: {why}", fix)
+        word = "not available" if needless else "unusable"
+        return Check(trial.backing, bad, f"{word}: {why}", fix)
     text = f"{mib(trial.huge)} of {mib(trial.wanted)} on huge pages in a trial"
     if trial.works:
         return Check(trial.backing, OK, text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 
 from page_primer import budget, plan, survey
@@ -9,8 +10,9 @@ from page_primer.backing import image as image_backing
 from page_primer.doctor import alignment, checks, coverage, directories, facts, locking
 from page_primer.doctor.coverage import Interpreter
 from page_primer.doctor.findings import INFO, Check
-from page_primer.doctor.probes import Trial, try_directory, try_memory
+from page_primer.doctor.probes import Trial, try_directory, try_image, try_memory
 from page_primer.heap.advice import advice
+from page_primer.images.places import Place
 from page_primer.kernel.memlock import try_lock
 from page_primer.kernel.thp import pmd_size
 from page_primer.options import IN_PLACE, Options
@@ -89,19 +91,31 @@ class Examination:
             return
         named = self.options.image_dir is not None or self.options.backing == "image"
         needed = self.layout().copied_bytes
-        for path, reason in image_backing.directories(self.options):
-            name = f"image directory {path}"
-            if reason:
-                yield Check(name, INFO, f"passed over: {reason}")
+        for place in image_backing.directories(self.options):
+            name = f"image directory {place.path}"
+            if place.reason:
+                yield Check(name, INFO, f"passed over: {place.reason}")
                 continue
-            directory = facts.read_directory(path)
-            trial = try_directory(path, self.settings.pmd)
+            directory = facts.read_directory(place.path)
+            trial = self._try_image(place)
+            if trial is None and place.system:
+                yield directories.judge_system(place.path)
+                continue
+            trial = trial or try_directory(place, self.settings.pmd)
             others = any(other.works for other in self.trials)
             yield directories.judge_directory(
                 trial, directory, self.settings,
                 needed=needed, named=named, needless=others, container=self.in_container,
             )  # fmt: skip
             self.trials.append(trial)
+
+    def _try_image(self, place: Place) -> Trial | None:
+        """The interpreter's image in a directory, if there is one."""
+        _, planned = self.seen()
+        move = next((move for move in planned.moves if move.object.interpreter), None)
+        if move is None or not move.image or not os.path.isdir(place.path):
+            return None
+        return try_image(place, move, self.settings.pmd)
 
     def memory(self) -> Iterator[Check]:
         if not self.can_try:

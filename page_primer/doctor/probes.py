@@ -15,12 +15,12 @@ from page_primer.backing.pieces import Attempt, Refused, reason_of
 from page_primer.elf.file import PF_R, PF_X
 from page_primer.elf.objects import Object, Region, Segment
 from page_primer.images import layout as image
-from page_primer.images import store
+from page_primer.images import trial
 from page_primer.images.anchors import Anchors
+from page_primer.images.places import Place
+from page_primer.images.trust import Unusable
 from page_primer.options import Options
 from page_primer.plan import Move
-
-_trials = itertools.count()
 
 
 class Trial(Record):
@@ -32,6 +32,8 @@ class Trial(Record):
     huge: int = 0  # bytes that smaps showed on huge pages
     refused: str | None = None  # why smaps could not be asked
     number: int | None = None  # errno of that, if known
+    remedy: str | None = None  # a command
+    there: bool = False  # it was an image's, not a file's that was written for it
 
     @property
     def works(self) -> bool:
@@ -74,76 +76,40 @@ def try_memory(name: str, pmd: int) -> Trial:
     )
 
 
-def try_directory(path: str, pmd: int) -> Trial:
+def try_image(place: Place, move: Move, pmd: int) -> Trial | None:
+    """Map the image of an object, if there is one in a directory that this process need not be able
+    to write to. Returns None where there is none."""
+    layout = image.lay_out(move.object, move.image, pmd)
+    try:
+        with place.open() as directory:
+            if not directory.has(layout):
+                return None
+            attempts = image_backing.from_store(directory, layout)
+            best = _best("image", place.path, itertools.islice(attempts, 1))
+            return replace(best, there=True) if best.works else None
+    except (Unusable, OSError):
+        return None  # try_directory() says why
+
+
+def try_directory(place: Place, pmd: int) -> Trial:
     """Write a file of two huge pages into an image directory, map it as an image would be, and see
     what came of it; file and directories that were made for it are removed."""
+    path = place.path
     missing = []
     parent = path
     while not os.path.lexists(parent):
         missing.append(parent)
         parent = os.path.dirname(parent)
-    move = _trial_move(pmd)
-    layout = image.Layout(move.object, move.image, pmd, "trial")
     try:
-        with _TrialStore(path) as directory:
-            return _best("image", path, image_backing.from_store(directory, layout))
-    except store.Unusable as error:
+        with place.open() as directory:
+            return Trial("image", path, trial.SIZE * pmd, trial.measure(directory.fd, pmd))
+    except Unusable as error:
         cause = error.__cause__
         number = cause.errno if isinstance(cause, OSError) else None
-        return Trial("image", path, refused=str(error), number=number)
+        return Trial("image", path, refused=str(error), number=number, remedy=error.remedy)
     except OSError as error:
         return Trial("image", path, refused=reason_of(error), number=error.errno)
     finally:
         for created in missing:
             with contextlib.suppress(OSError):
                 os.rmdir(created)
-
-
-class _TrialStore(store.Store):
-    """A store whose only image is a file without a name, so that nothing can be left behind."""
-
-    _kept: int | None = None
-
-    def __exit__(self, *exception: object) -> None:
-        self._forget()
-        super().__exit__(*exception)
-
-    def get(self, layout: image.Layout, *, fresh: bool = False) -> store.Image:
-        written = 0
-        if fresh:
-            self._forget()
-        if self._kept is None:
-            self._kept = self._create()
-            written = self._fill(self._kept, layout)
-        status = os.fstat(self._kept)
-        # The caller gives its descriptor up before it asks for the file once more.
-        fd = os.dup(self._kept)
-        identities = ((status.st_dev, status.st_ino),)
-        return store.Image(f"/proc/self/fd/{self._kept}", fd, -1, written, identities)
-
-    def _create(self) -> int:
-        name = f".doctor-{os.getpid()}-{next(_trials)}"
-        flags = os.O_RDONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        fd = os.open(name, flags, 0o600, dir_fd=self._fd)
-        os.unlink(name, dir_fd=self._fd)
-        return fd
-
-    @staticmethod
-    def _fill(kept: int, layout: image.Layout) -> int:
-        # By another descriptor, closed before the file is mapped: what is open for writing cannot
-        # be made huge with CONFIG_READ_ONLY_THP_FOR_FS.
-        target = os.open(f"/proc/self/fd/{kept}", os.O_WRONLY | os.O_CLOEXEC)
-        block = memoryview(b"page-primer trial".ljust(64) * (layout.pmd // 64))
-        written = 0
-        try:
-            while written < 2 * layout.pmd:
-                rest = block[written % layout.pmd :]
-                written += os.pwrite(target, rest, layout.pad + written)
-        finally:
-            os.close(target)
-        return written
-
-    def _forget(self) -> None:
-        if self._kept is not None:
-            os.close(self._kept)
-        self._kept = None

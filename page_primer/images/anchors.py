@@ -25,8 +25,10 @@ from page_primer.elf import file as elf
 from page_primer.elf.file import PF_R, PT_LOAD, ProgramHeader
 from page_primer.elf.objects import Object
 from page_primer.images import layout as image
-from page_primer.images import names, store
+from page_primer.images import names
 from page_primer.images.layout import CannotLayOut, Layout
+from page_primer.images.room import NO_LIMIT
+from page_primer.images.trust import Unusable
 from page_primer.kernel import smaps
 from page_primer.kernel.limits import check_file_size
 from page_primer.kernel.smaps import overlapping
@@ -36,6 +38,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
+    from page_primer.images.places import Place
     from page_primer.images.store import Image
 
 NEAR, FAR = "near", "far"
@@ -52,7 +55,7 @@ class Anchor(Layout):
     def content_end(self) -> int:
         return page_size()
 
-    def write(self, original: int, target: int) -> int:
+    def write(self, original: int, target: int, room: int = NO_LIMIT) -> int:  # noqa: ARG002  # Layout's
         parts = self._parts(original)
         check_file_size(max(offset + len(data) for offset, data in parts))
         return sum(image.write_all(target, data, offset) for offset, data in parts)
@@ -103,12 +106,19 @@ class Anchor(Layout):
         return parts, b"".join(table)
 
 
+def lay_out(obj: Object, which: str, address: int) -> Anchor:
+    """An object's anchor, NEAR or FAR, for an address."""
+    assert obj.source is not None, "only objects with a file are planned"
+    name = names.of(obj.source, f"{address:x}", names.ANCHOR)
+    if which == FAR:
+        name = names.as_libpython(name)
+    return Anchor(obj, (), 0, name, address)
+
+
 class Anchors:
     """The anchors of one move: put up when a replacement asks for them, taken down with it."""
 
-    def __init__(
-        self, obj: Object, near: int, far: int, places: Sequence[tuple[str, str | None]]
-    ) -> None:
+    def __init__(self, obj: Object, near: int, far: int, places: Sequence[Place]) -> None:
         """
         Args:
             obj: the object.
@@ -146,13 +156,8 @@ class Anchors:
             del self._mapped[which]
 
     def _map(self, which: str) -> None:
-        obj = self._object
-        assert obj.source is not None, "only objects with a file are planned"
         address = self._addresses[which]
-        name = names.of(obj.source, f"{address:x}", names.ANCHOR)
-        if which == FAR:
-            name = names.as_libpython(name)
-        file = self._file(Anchor(obj, (), 0, name, address))
+        file = self._file(lay_out(self._object, which, address))
         # First of all: what a signal handler interrupts is taken down as well.
         self._mapped[which] = address, file
         try:
@@ -167,9 +172,9 @@ class Anchors:
     def _file(self, layout: Anchor) -> Image:
         """The file, in the first directory that takes it: it needs no huge pages."""
         why = "no directory for it"
-        for path, _ in self._places:
+        for place in self._places:
             try:
-                with store.Store(path) as directory:
+                with place.open() as directory:
                     found = directory.get(layout)
                     right = False
                     try:
@@ -178,6 +183,6 @@ class Anchors:
                         if not right:
                             found.close()
                     return found if right else directory.get(layout, fresh=True)
-            except (store.Unusable, OSError) as error:
-                why = f"{path}: {getattr(error, 'strerror', None) or error}"
+            except (Unusable, OSError) as error:
+                why = f"{place.path}: {getattr(error, 'strerror', None) or error}"
         raise CannotLayOut(why)

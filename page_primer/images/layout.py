@@ -24,20 +24,21 @@ from __future__ import annotations
 import os
 import struct
 
-from page_primer import _core
-from page_primer._lean import Record
+from page_primer._lean import Record, replace
 from page_primer.elf import file as elf
 from page_primer.elf.file import PF_R, PF_X, PROGRAM_HEADER, PT_LOAD, ProgramHeader, SectionHeader
 from page_primer.elf.objects import Object, Region
 from page_primer.images import names
-from page_primer.kernel import memory
+from page_primer.images.room import NO_LIMIT, for_debug_information
 from page_primer.kernel.address_space import Window
-from page_primer.kernel.limits import check_file_size, soft_limit
+from page_primer.kernel.limits import check_file_size
 from page_primer.kernel.thp import page_size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+    from typing_extensions import Self
 
     Part = tuple[int | None, int]  # an offset in the original, or None for zeroes, and a size
 
@@ -48,7 +49,6 @@ _KEPT_SECTIONS = (".gnu_debuglink", ".gnu_debugaltlink", ".gnu_debugdata", ".not
 _TOOLS_KINDS = (elf.SHT_DYNSYM, elf.SHT_DYNAMIC, elf.SHT_NOTE)
 _TOOLS_SECTIONS = (".eh_frame", ".eh_frame_hdr")
 _DEBUG_SECTIONS = (".debug_", ".zdebug_")
-_DEBUG_LIMIT = 64 << 20  # bytes; at most a quarter of the file system's room, an eighth of memory's
 _COPY_BLOCK = 8 << 20  # bytes
 _HEADER_ROOM = 4096  # the kernel looks for a build-id in the first page only
 
@@ -80,6 +80,16 @@ class Layout(Record):
             for region in self.regions
         )
 
+    def as_built(self) -> Self:
+        """The same for a file that was copied since, as layers of a container do."""
+        obj, source = self.object, self.object.source
+        assert source is not None, "only objects with a file are planned"
+        if names.is_built(self.name):
+            return self
+        whole = bool(self.regions) and not obj.interpreter
+        name = names.as_built(self.name, source, obj.headers, whole=whole)
+        return replace(self, name=name)
+
     def offset(self, address: int) -> int:
         """The file offset of an address of the object."""
         return self.pad + address - self.object.start
@@ -108,8 +118,11 @@ class Layout(Record):
             raise CannotLayOut("too many program headers")
         return first_page
 
-    def write(self, original: int, target: int) -> int:
+    def write(self, original: int, target: int, room: int = NO_LIMIT) -> int:
         """Write the image from the open file `original` to the empty file `target`.
+
+        Args:
+            room: bytes that the store has left for this image.
 
         Returns:
             The number of bytes written.
@@ -122,7 +135,9 @@ class Layout(Record):
             raise CannotLayOut("too many program headers")
         try:
             file = elf.File(original)
-            end, copies, table = _sections(self, file, target)
+            end, copies, table = _sections(
+                self, file, for_debug_information(target, room - self.content_end)
+            )
             head = self.head(file, end)
         except (elf.Malformed, struct.error) as error:  # the latter of numbers that do not fit
             raise CannotLayOut(f"not a well-formed ELF file: {error}") from error
@@ -162,19 +177,6 @@ def _build_ids(layout: Layout, file: elf.File) -> list[int]:
     """p_offset of the PT_NOTEs that hold a build-id."""
     headers = ProgramHeader.parse_table(layout.object.headers)
     return [h.p_offset for h in headers if h.p_type == elf.PT_NOTE and file.build_id(h)]
-
-
-def _room(target: int) -> int:
-    """Bytes of debug information that an image may have: without it tools name the functions, but
-    not those that the compiler inlined, nor source lines. Neither disk nor memory is to become
-    short by it: on a tmpfs it cannot be reclaimed."""
-    status = os.fstatvfs(target)
-    room = min(_DEBUG_LIMIT, status.f_bavail * status.f_frsize // 4)
-    found = memory.read()
-    if found is not None:
-        room = min(room, found.available // 8)
-    limit = soft_limit(_core.RLIMIT_FSIZE)
-    return room if limit is None else min(room, limit // 4)
 
 
 def _copy(original: int, parts: Sequence[Part], target: int, offset: int) -> int:
@@ -234,7 +236,7 @@ def content(layout: Layout) -> Iterator[tuple[int, list[Part]]]:
 
 
 def _sections(
-    layout: Layout, file: elf.File, target: int
+    layout: Layout, file: elf.File, room: int
 ) -> tuple[int, list[tuple[int, int, int]], bytes]:
     """Where the section headers go, what is copied before them (offset there, offset here, bytes),
     and the headers. Debug information comes along where there is room for all of it."""
@@ -247,7 +249,7 @@ def _sections(
     linked = {s.sh_link for s in sections if s.sh_type in (elf.SHT_SYMTAB, elf.SHT_DYNSYM)}
     linked.add(file.header.e_shstrndx)
     debug = {index for index, title in enumerate(titles) if title.startswith(_DEBUG_SECTIONS)}
-    if debug and sum(sections[index].sh_size for index in debug) <= _room(target):
+    if debug and sum(sections[index].sh_size for index in debug) <= room:
         linked |= debug
     left = file.size
     for index, (title, section) in enumerate(zip(titles, sections, strict=True)):

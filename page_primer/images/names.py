@@ -11,6 +11,12 @@ from page_primer.elf.objects import Source
 # Part of an image's name in the store: raise it when what layout.py writes changes.
 LAYOUT_VERSION = 4
 ANCHOR = "anchor"  # ends the name of one (anchors.py)
+# In the names of what `page-primer build` writes: it is for files that have been copied since, by
+# layers of a container, which change all but a file's content and the second of its change.
+_BUILT = "built"
+_WHOLE = "0x"
+_PRIME = (1 << 89) - 1
+_SECOND = 10**9  # nanoseconds
 _HEXADECIMAL = set("0123456789abcdef")
 
 
@@ -30,15 +36,45 @@ def _plain(name: str) -> str:
     return name.partition(".so-")[2] if name.startswith("libpython") else name
 
 
+def as_built(name: str, source: Source, headers: bytes, *, whole: bool = False) -> str:
+    """The name of the same image or anchor, as `page-primer build` gives it. It says less of the
+    file, and what is found by it is compared with memory as any image is.
+
+    Args:
+        name: of() gave it.
+        source: the object's file.
+        headers: its program headers.
+        whole: it has all of the file, for whatever regions are mapped from it. Not an
+            interpreter's, from whose program headers profilers work out where that is.
+    """
+    plain = _plain(name)
+    version, *numbers = plain.split("-")
+    content = int.from_bytes(headers, "little") % _PRIME
+    rest = [*numbers[5:-1], _WHOLE] if whole else numbers[5:]
+    parts = (version, _BUILT, *_seconds(source), f"{content:x}", *rest)
+    return name.removesuffix(plain) + "-".join(parts)
+
+
+def _seconds(source: Source) -> tuple[str, str]:
+    return f"{source.size:x}", f"{source.mtime_ns // _SECOND:x}"
+
+
+def is_built(name: str) -> bool:
+    """Whether an image's name is one that as_built() gives."""
+    return _plain(name).split("-")[1:2] == [_BUILT]
+
+
 def is_name(name: str) -> bool:
-    """Whether a name is one that of() or as_libpython() gives, in any version."""
+    """Whether a name is one that these functions give, in any version."""
     version, *numbers = _plain(name).split("-")
     if not version.isascii() or not version.isdigit():
         return False
     if numbers[-1:] == [ANCHOR]:
         numbers[-1:] = "0", "r"
+    if built := numbers[:1] == [_BUILT]:
+        del numbers[0]
     return (
-        len(numbers) == 8
+        len(numbers) == (6 if built else 8)
         and all(numbers)
         and all(map(_HEXADECIMAL.issuperset, numbers[:-1]))
         and (_HEXADECIMAL | set("rxh.")).issuperset(numbers[-1])
@@ -52,7 +88,16 @@ def belongs_to(name: str, path: str) -> bool:
     except OSError:
         return False
     _, *numbers = _plain(name).split("-")
+    if is_built(name):
+        return tuple(numbers[1:3]) == _seconds(source)
     return numbers[:5] == identity(source)
+
+
+def is_transient(name: str) -> bool:
+    """Whether an image's name is of a random load phase, which hardly comes again: the loader gives
+    files on ext4, xfs and btrfs phase 0, and a program that is linked for one address has that."""
+    _, *numbers = _plain(name).split("-")
+    return len(numbers) == 8 and numbers[-1] != ANCHOR and numbers[6] != "0"
 
 
 def identity(source: Source) -> list[str]:

@@ -1,51 +1,46 @@
-"""Where images live: directories, sharing between processes, pruning.
+"""Where images live: a directory with a folder for each image, shared between processes.
 
-A store is a directory with a folder for each image:
-
-    <store>/<layout name>/<the object's own file name>     the image, mode 0555
+    <store>/<layout name>/<the object's own file name>     the image, readable as the original is
     <store>/<layout name>/origin      symbolic link to the object's file
-    <store>/<layout name>/.users      every user holds a shared flock(2) on it for its life
-    <store>/<layout name>/.writer     locked by the process that writes the image
+    <store>/<layout name>/.users      who uses the image (locks.py)
+    <store>/<layout name>/.writer     who is writing it
+    <store>/.trial                    whether files here are on huge pages (trial.py)
 
-A forked child inherits its parent's lock, and pruning removes only what it can lock exclusively.
-The lock files are ours alone (mode 0600), since whoever can open a file can lock it. Where locks
-cannot be had (no flock on that file system, a store mounted read-only) images are used without.
-Trust does not rest on any of this: an image is compared with live memory, byte for byte, before it
-is mapped over code, and an anchor with what it should be.
+Who can put something in is checked when the store is opened (trust.py), and everything after that
+goes by descriptor. Beside that, an image is compared with live memory, byte for byte, before it is
+mapped over code, and an anchor with what it should be.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import stat
 import time
 from itertools import count
 
 from page_primer._lean import Record, suppress
-from page_primer.images import names
+from page_primer.images import directory, inventory, locks, names, trust
+from page_primer.images.inventory import DIRECTORY, DRAFT, ORIGIN
 from page_primer.images.layout import Layout
+from page_primer.images.room import NO_LIMIT
+from page_primer.images.trust import Unusable
+from page_primer.kernel import credentials
 
-# Unused images of one file that stay, and as many anchors to it: an address space laid out at
-# random asks for another load phase each time.
-_SPARE_IMAGES = 4
-_WAIT_FOR_WRITER = 1.0  # seconds
-_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
-_NEW = os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-_ORIGIN, _USERS, _WRITER, _DRAFT = "origin", ".users", ".writer", ".new-"
+_NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_NOT_OURS = errno.EACCES, errno.EPERM, errno.EROFS  # root's store, or a read-only one
 
 _counter = count()
 
 
-class Unusable(Exception):
-    """A directory that images cannot live in; the message says why."""
+class Missing(Unusable):
+    """The image is not there, and cannot be written."""
 
 
 class Image(Record):
     """An image in use. `fd` is the file, to map it from; `lock` keeps it from being pruned, and is
-    negative where locks are not to be had."""
+    negative where locks are unavailable."""
 
     path: str
     fd: int
@@ -58,6 +53,11 @@ class Image(Record):
         something else under their numbers: then there is nothing of ours to close."""
         self.close_file()
         _close(self.lock, self.identities)
+        store, name, _ = self.path.rsplit("/", 2)
+        if self.lock >= 0 and names.is_transient(name):
+            _transient.pop(self.lock, None)
+            with suppress(OSError, Unusable), Store(store, make=False) as opened:
+                opened.remove(name)
 
     def close_file(self) -> None:
         """The file need not stay open once it is mapped."""
@@ -73,96 +73,119 @@ def _close(fd: int, identities: tuple[tuple[int, int], ...]) -> None:
 class Store:
     """An open directory of images."""
 
-    def __init__(self, path: str) -> None:
-        """Open the directory, creating it where it is missing.
+    def __init__(
+        self, path: str, *, limit: int = NO_LIMIT, spare: int = 1, make: bool = True
+    ) -> None:
+        """Open the directory.
+
+        Args:
+            path: where it is.
+            limit: bytes that it may take.
+            spare: how many times the room that an image needs must be free.
+            make: create it where it is missing.
 
         Raises:
             Unusable: not creatable, not ours alone, or not a directory.
         """
-        self.path = path
+        self.path, self._limit, self._spare = path, limit, spare
+        who = credentials.read()
+        # What this process may not trust it need not write.
+        self.writable = who.user in who.trusted
         try:
-            made = _make(path)
-            self._fd = os.open(path, _DIRECTORY)
+            self.fd = directory.open_or_make(path, who, make=make and self.writable)
         except OSError as error:
             raise Unusable(error.strerror or str(error)) from error
-        if made:
-            os.fchmod(self._fd, 0o755)  # whatever the umask: other users' profilers read images
-        status = os.fstat(self._fd)
-        if not is_trusted(status):
-            os.close(self._fd)
-            raise Unusable("not ours alone: it belongs to another user or others can write to it")
+        self._owners = who.trusted
+        try:
+            trust.check_directory(self.fd, who)
+        except BaseException:
+            os.close(self.fd)
+            raise
 
     def __enter__(self) -> Store:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._fd)
+        os.close(self.fd)
 
-    def get(self, layout: Layout, *, fresh: bool = False) -> Image:
+    def get(self, wanted: Layout, *, fresh: bool = False) -> Image:
         """Return the image of a layout, writing it if it is missing.
 
         Args:
-            layout: what the image holds.
+            wanted: what the image holds.
             fresh: write a new file even where there is one (its pages are in memory as small ones,
                 or its content is wrong).
 
         Raises:
+            Missing: it is not there, and this store cannot be written to.
+            Unusable: there is no room for it within the limit.
             layout.CannotLayOut: the object's file has a form that no image can be written of.
             OSError: reading the object's file or writing the image failed.
         """
+        found = None if fresh else self._get_built(wanted)
         try:
-            found = self._get(layout, fresh)
+            found = found or self._get(wanted, fresh)
         except FileNotFoundError:  # pruned between being found and being locked
-            found = self._get(layout, fresh)
-        if found.written:
-            self.prune()
+            found = self._get(wanted, fresh)
+        if found.lock >= 0 and names.is_transient(wanted.name):
+            _remember(found)
         return found
 
-    def prune(self) -> None:
-        """Remove images that nobody uses: of files that changed, and all but a few of each file.
-        Nothing is touched that is not an image of ours by its name."""
-        spare: dict[tuple[str, bool], list[tuple[float, str]]] = {}
-        with suppress(OSError):
-            for name in filter(names.is_name, os.listdir(self._fd)):
-                with suppress(OSError):
-                    origin = os.readlink(f"{name}/{_ORIGIN}", dir_fd=self._fd)
-                    current = names.belongs_to(name, origin)
-                    used = self._last_use(name, os.path.basename(origin))
-                    group = origin, name.endswith(names.ANCHOR)
-                    spare.setdefault(group, []).append((used if current else 0.0, name))
-            for images in spare.values():
-                images.sort(reverse=True)
-                for index, (used, name) in enumerate(images):
-                    if index >= _SPARE_IMAGES or not used:
-                        self._remove(name)
-
-    def _last_use(self, folder: str, name: str) -> float:
-        times = []
-        for entry in (name, "."):
+    def has(self, wanted: Layout) -> bool:
+        """Whether the image of a layout is there, written or built."""
+        for name in (wanted.name, wanted.as_built().name):
             with suppress(OSError):
-                path = f"{folder}/{entry}"
-                times.append(os.stat(path, dir_fd=self._fd, follow_symlinks=False).st_mtime)
-        return max(times, default=0.0)
+                path = f"{name}/{os.path.basename(wanted.object.path)}"
+                os.stat(path, dir_fd=self.fd, follow_symlinks=False)
+                return True
+        return False
 
-    def _get(self, layout: Layout, fresh: bool) -> Image:
-        made = False
-        with suppress(FileExistsError, PermissionError):
-            os.mkdir(layout.name, 0o755, dir_fd=self._fd)
-            made = True
-        folder = os.open(layout.name, _DIRECTORY, dir_fd=self._fd)
-        lock = -1
+    def build(self, wanted: Layout) -> Image:
+        """Write an image for whoever cannot write one, unless it is there; raises what get() does.
+        It is found by less than others (names.py), and stays."""
+        return self.get(wanted.as_built())
+
+    def prune(self) -> None:
+        """Remove what nobody uses, as far as is due."""
+        inventory.prune(self.fd, limit=self._limit)
+
+    def remove(self, name: str) -> bool:
+        """Remove an image that nobody uses; returns whether it was removed."""
+        return inventory.remove(self.fd, name)
+
+    def hold(self, image: Image) -> int:
+        """Keep an image from being removed until release(); returns a descriptor for that."""
+        return os.dup(image.lock) if image.lock >= 0 else -1
+
+    def release(self, hold: int, name: str) -> None:
+        """Give up a hold; an image of a random load phase goes if it was the last."""
+        if hold >= 0:
+            os.close(hold)
+            if names.is_transient(name):
+                self.remove(name)
+
+    def _get(self, wanted: Layout, fresh: bool) -> Image:
+        made = self._make_folder(wanted.name)
+        folder = os.open(wanted.name, DIRECTORY, dir_fd=self.fd)
+        lock, found = -1, None
         try:
             if made:
                 os.fchmod(folder, 0o755)
-            lock = _lock_shared(folder)
-            found = None if fresh else self._open(folder, layout, lock)
+                # First of all: what a killed writer leaves behind is found by it.
+                os.symlink(wanted.object.path, ORIGIN, dir_fd=folder)
+            elif not trust.is_trusted(os.fstat(folder), self._owners):
+                raise Unusable(f"not ours alone: {self.path}/{wanted.name}")
+            lock = locks.share(folder) if self.writable else -1
+            found = None if fresh else self._open(folder, wanted, lock)
             if found is None:
                 # One process writes; the others wait for it and use what it wrote. If it takes too
                 # long they write one each: only memory is lost by that.
-                writer = _lock_for_writing(folder)
+                if not self.writable:
+                    raise Missing("no image of it there, nor is one written")
+                writer = locks.for_writing(folder)
                 try:
-                    found = None if fresh else self._open(folder, layout, lock)
-                    found = found or self._write(folder, layout, lock)
+                    found = None if fresh else self._open(folder, wanted, lock)
+                    found = found or self._write(folder, wanted, lock)
                 finally:
                     if writer >= 0:
                         os.close(writer)
@@ -172,42 +195,83 @@ class Store:
             os.close(folder)
             if lock >= 0:
                 os.close(lock)
+            if made and found is None:
+                self.remove(wanted.name)
 
-    def _open(self, folder: int, layout: Layout, lock: int, written: int = 0) -> Image | None:
-        name = os.path.basename(layout.object.path)
+    def _get_built(self, wanted: Layout) -> Image | None:
+        """An image that build() has written, if there is none of the very name."""
+        with suppress(FileNotFoundError):
+            os.stat(wanted.name, dir_fd=self.fd, follow_symlinks=False)
+            return None
+        built = wanted.as_built()
+        if built.name == wanted.name:
+            return None
+        with suppress(FileNotFoundError):
+            folder = os.open(built.name, DIRECTORY, dir_fd=self.fd)
+            try:
+                if trust.is_trusted(os.fstat(folder), self._owners):
+                    lock = locks.share(folder) if self.writable else -1
+                    found = self._open(folder, built, lock)
+                    if found is None and lock >= 0:
+                        os.close(lock)
+                    return found
+            finally:
+                os.close(folder)
+        return None
+
+    def _make_folder(self, name: str) -> bool:
+        """Make an image's folder where it is missing; returns whether it was."""
+        why = "its own user is not to be trusted"
+        if self.writable:
+            try:
+                os.mkdir(name, 0o755, dir_fd=self.fd)
+                return True
+            except FileExistsError:
+                return False
+            except OSError as error:
+                if error.errno not in _NOT_OURS:
+                    raise
+                why = error.strerror or str(error)
+        try:
+            os.stat(name, dir_fd=self.fd, follow_symlinks=False)
+        except FileNotFoundError:
+            raise Missing(f"no image of it there, and none can be written: {why}") from None
+        return False
+
+    def _open(self, folder: int, wanted: Layout, lock: int, written: int = 0) -> Image | None:
+        name = os.path.basename(wanted.object.path)
         try:
             fd = os.open(name, FILE, dir_fd=folder)
         except OSError:
             return None
         status = os.fstat(fd)
-        whole = stat.S_ISREG(status.st_mode) and status.st_size >= layout.content_end
-        if not is_trusted(status) or not whole:
+        whole = stat.S_ISREG(status.st_mode) and status.st_size >= wanted.content_end
+        if not trust.is_trusted(status, self._owners) or not whole:
             os.close(fd)
             return None
         with suppress(OSError):
             os.utime(fd)  # the time of last use, for pruning
         identities = tuple(_identity(os.fstat(one)) for one in (fd, lock) if one >= 0)
-        return Image(f"{self.path}/{layout.name}/{name}", fd, lock, written, identities)
+        return Image(f"{self.path}/{wanted.name}/{name}", fd, lock, written, identities)
 
-    def _write(self, folder: int, layout: Layout, lock: int) -> Image:
-        source = layout.object.source
+    def _write(self, folder: int, wanted: Layout, lock: int) -> Image:
+        source = wanted.object.source
         assert source is not None
-        name = os.path.basename(layout.object.path)
+        room = self._make_room(wanted)
+        name = os.path.basename(wanted.object.path)
         # Another container may have a process of the same number.
-        draft = f"{_DRAFT}{os.getpid()}-{time.time_ns():x}-{next(_counter)}"
+        draft = f"{DRAFT}{os.getpid()}-{time.time_ns():x}-{next(_counter)}"
         original = os.open(source.path, os.O_RDONLY | os.O_CLOEXEC)
         target = -1
         try:
-            # First of all: what a killed writer leaves behind is found by it.
-            with suppress(FileExistsError):
-                os.symlink(source.path, _ORIGIN, dir_fd=folder)
-            target = os.open(draft, os.O_RDWR | os.O_EXCL | _NEW, 0o600, dir_fd=folder)
-            written = layout.write(original, target)
+            target = os.open(draft, _NEW, 0o600, dir_fd=folder)
+            written = wanted.write(original, target, room)
             if type(source).of(source.path, os.fstat(original)) != source:
                 raise OSError(errno.ESTALE, "the file changed while it was read")
-            os.fchmod(target, 0o555)
-            # No fsync: a file that a crash leaves half-written fails the comparison with memory
-            # and is written again.
+            os.fchmod(target, trust.mode_for(original, target))
+            # Before anybody executes it: pages whose write-back fails later (a thin volume that is
+            # full) could be dropped, and would be gone.
+            os.fdatasync(target)
             os.replace(draft, name, src_dir_fd=folder, dst_dir_fd=folder)
         except BaseException:
             if target >= 0:
@@ -218,128 +282,49 @@ class Store:
             os.close(original)
             if target >= 0:
                 os.close(target)
-        found = self._open(folder, layout, lock, written)
+        found = self._open(folder, wanted, lock, written)
         if found is None:
             raise OSError(errno.ESTALE, "somebody changed the image as soon as it was written")
         return found
 
-    def _remove(self, name: str) -> None:
-        """Remove an image's folder, unless somebody uses or is writing the image."""
-        locks = []
-        with suppress(OSError):
-            folder = os.open(name, _DIRECTORY, dir_fd=self._fd)
-            locks.append(folder)
-            for entry in (_WRITER, _USERS):
-                locks.append(os.open(entry, os.O_RDWR | _NEW, 0o600, dir_fd=folder))
-                fcntl.flock(locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-            image_name = os.path.basename(os.readlink(_ORIGIN, dir_fd=folder))
-            for entry in os.listdir(folder):
-                if entry in (image_name, _WRITER, _USERS) or entry.startswith(_DRAFT):
-                    os.unlink(entry, dir_fd=folder)
-            # Last: a folder without it would never be looked at again.
-            os.unlink(_ORIGIN, dir_fd=folder)
-            os.rmdir(name, dir_fd=self._fd)
-        for fd in locks:
-            os.close(fd)
+    def _make_room(self, wanted: Layout) -> int:
+        """Make room for an image within the limit; returns the bytes that are left for it."""
+        status = os.fstatvfs(self.fd)
+        if wanted.regions and status.f_flag & os.ST_NOEXEC:
+            raise OSError(errno.EACCES, "mounted noexec")
+        needed = wanted.content_end
+        free = status.f_bavail * status.f_frsize
+        if free < self._spare * needed and self._spare > 1:
+            raise Unusable(f"left to the application: {free >> 20} MiB are free")
+        taken = inventory.prune(self.fd, room=needed, limit=self._limit)
+        if taken + needed > self._limit:
+            raise Unusable(
+                f"{taken >> 20} MiB are in use there: with this image it would be more than "
+                f"{self._limit >> 20} MiB",
+                f"PAGE_PRIMER_STORE_LIMIT={(taken + needed >> 20) + 1}M",
+            )
+        # Of what is written at each start, and gone after it, the debug information is not worth
+        # the time and the page cache.
+        return needed if names.is_transient(wanted.name) else self._limit - taken
 
 
-def is_trusted(status: os.stat_result) -> bool:
-    """Whether nobody else could have put something in, or can. What is root's can be trusted as the
-    interpreter can."""
-    return status.st_uid in (0, os.geteuid()) and not status.st_mode & 0o022
+_transient: dict[int, Image] = {}  # by the descriptor of their locks
 
 
-def _make(path: str) -> bool:
-    """Create a directory, and its parent where that would be ours: never a part of the system, nor
-    of somebody else's home. Returns whether it was missing."""
-    parent = os.path.dirname(path)
-    try:
-        os.lstat(parent)  # what cannot be looked at is there, perhaps: lexists() would say no
-    except FileNotFoundError:
-        above = os.path.dirname(parent)
-        if above in ("/", "/var", "/dev") or os.stat(above).st_uid != os.geteuid():
-            raise FileNotFoundError(errno.ENOENT, "its parent does not exist") from None
-        os.mkdir(parent, 0o700)
-    if not os.path.isdir(parent):
-        raise NotADirectoryError(errno.ENOTDIR, "its parent is not a directory")
-    try:
-        os.mkdir(path, 0o755)
-    except FileExistsError:
-        return False
-    except OSError:
-        if os.path.isdir(path):  # a read-only file system says so before it looks
-            return False
-        raise
-    return True
+def _remember(image: Image) -> None:
+    """An image of a random load phase goes with its last user: at the latest when that ends."""
+    if not _transient:
+        import atexit
+
+        atexit.unregister(_close_all)
+        atexit.register(_close_all)
+    _transient[image.lock] = image
 
 
-def _lock_shared(folder: int) -> int:
-    """Open and lock the users' file; negative where that cannot be done, which a store on a file
-    system without locks, or a read-only one, is no worse for."""
-    try:
-        fd = os.open(_USERS, os.O_RDWR | _NEW, 0o600, dir_fd=folder)
-    except FileNotFoundError:
-        raise  # the folder was pruned
-    except OSError:
-        return -1
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(fd)
-        raise FileNotFoundError(errno.ENOENT, "being pruned") from error
-    except OSError:
-        os.close(fd)
-        return -1
-    if not os.fstat(fd).st_nlink:
-        os.close(fd)
-        raise FileNotFoundError(errno.ENOENT, "pruned")
-    return fd
-
-
-def _lock_for_writing(folder: int) -> int:
-    """Take the writer's lock, which is held while the descriptor is open, or go on without it after
-    a while; negative where locks are not to be had."""
-    end = time.monotonic() + _WAIT_FOR_WRITER
-    try:
-        fd = os.open(_WRITER, os.O_RDWR | _NEW, 0o600, dir_fd=folder)
-    except OSError:
-        return -1
-    while time.monotonic() < end:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            time.sleep(0.002)
-        except OSError:
-            break
-    return fd
+def _close_all() -> None:
+    for image in [*_transient.values()]:
+        image.close()
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:
     return status.st_dev, status.st_ino
-
-
-def candidates() -> list[str]:
-    """The directories to consider when none was named, better ones first: where the processes of
-    one user agree, on disk before memory."""
-    user = os.geteuid()
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
-    found = [f"{cache}/page-primer", f"/var/tmp/page-primer-{user}", f"/dev/shm/page-primer-{user}"]
-    if user == 0:
-        # Where every user's profiler can read it, which /root is not.
-        found.insert(0, "/var/cache/page-primer")
-    if runtime:
-        found.append(f"{runtime}/page-primer")
-    return [path for path in found if os.path.isabs(path) and _trusted(path)]
-
-
-def _trusted(path: str) -> bool:
-    """Whether what there is of a path belongs to us or to root: under sudo, HOME may be somebody
-    else's, where root should leave nothing."""
-    while not os.path.lexists(path):
-        path = os.path.dirname(path)
-    try:
-        return os.stat(path).st_uid in (0, os.geteuid())
-    except OSError:
-        return False

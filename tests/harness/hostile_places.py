@@ -402,7 +402,7 @@ TABLE = (
         store_on("size=64m,ro"),
     ),
     Environment(
-        "store: noexec", "tmpfs mounted noexec", (OTHERWISE,), "Operation not permitted",
+        "store: noexec", "tmpfs mounted noexec", (OTHERWISE,), "mounted noexec",
         store_on("noexec"),
     ),
     Environment(
@@ -418,7 +418,7 @@ TABLE = (
         store_on("size=256m", "cd {folder}/store; mkdir low up work; mount -t overlay overlay -o "
                  "lowerdir=low,upperdir=up,workdir=work {folder}/store"),
     ),
-    Environment("store: another's", "chown", (OTHERWISE,), "belongs to another user", others),
+    Environment("store: another's", "chown", (OTHERWISE,), "belongs to user 4242", others),
     Environment("store: a symbolic link", "to /tmp", (OTHERWISE,), "Not a directory", link),
     Environment(
         "store: open to others", "mode 0777", (OTHERWISE,), "others can write",
@@ -426,7 +426,7 @@ TABLE = (
                          os.chmod(made.options["image_dir"], 0o777), made)[2],
     ),
     Environment("store: of a user without rights", "uid 65534, a directory of root's",
-                (OTHERWISE,), "Permission denied", as_nobody),
+                (OTHERWISE,), "No such file or directory", as_nobody),
     Environment("store: raced", "nine other processes prime at the same time", make=raced),
     Environment(
         "image: cut short", "truncate(1)", make=images_before(cut_short),

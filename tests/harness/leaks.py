@@ -164,6 +164,11 @@ def swap() -> None:
 
 
 @case
+def credentials() -> None:
+    _core.credentials()
+
+
+@case
 def thp_disabled() -> None:
     _core.thp_disabled()
 

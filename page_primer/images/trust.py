@@ -1,0 +1,137 @@
+"""Whom an image may come from: it is code, so from nobody but root and this process's own user.
+
+A store counts if it and every directory above it can be written by nobody else, as with sshd's
+StrictModes. The directories are looked at from below, each through the descriptor of the one that
+it holds (`..`), so no name can lead elsewhere between a check and what follows it.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from page_primer._lean import suppress
+from page_primer.kernel import credentials
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+_ABOVE = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+_DEEPEST = 200  # directories above a store
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+_ACCESS_LIST = "system.posix_acl_access"
+BUILD = "page-primer build"  # as root: it fills a store that everybody can trust
+
+
+class Unusable(Exception):
+    """A directory that images cannot live in; the message says why, `remedy` is a command."""
+
+    def __init__(self, reason: str, remedy: str | None = None) -> None:
+        super().__init__(reason)
+        self.remedy = remedy
+
+
+def is_trusted(status: os.stat_result, owners: Collection[int]) -> bool:
+    """Whether nobody but `owners` could have put something in, or can."""
+    return status.st_uid in owners and not status.st_mode & _OTHERS_WRITE
+
+
+def check_directory(fd: int, who: credentials.Credentials, *, above: bool = False) -> None:
+    """Check a directory, and all above it.
+
+    Args:
+        fd: the open directory.
+        who: the credentials of this process.
+        above: it is not the store, but above one.
+
+    Raises:
+        Unusable: others can write to it or exchange it.
+        OSError: it cannot be examined.
+    """
+    at = os.dup(fd)
+    try:
+        for _ in range(_DEEPEST):
+            status = os.fstat(at)
+            # In a sticky one nobody can rename what belongs to others: /tmp, /var/tmp, /dev/shm.
+            sticky = above and status.st_mode & stat.S_ISVTX and status.st_uid in who.trusted
+            if not sticky and not is_trusted(status, who.trusted):
+                raise _refusal(at, status, who, above)
+            at = _go_up(at)
+            if _identity(os.fstat(at)) == _identity(status):
+                return
+            above = True
+        raise Unusable("too many directories above it")
+    finally:
+        os.close(at)
+
+
+def _go_up(fd: int) -> int:
+    """The directory above an open one, which is closed."""
+    above = os.open("..", _ABOVE, dir_fd=fd)
+    os.close(fd)
+    return above
+
+
+def _refusal(
+    fd: int, status: os.stat_result, who: credentials.Credentials, above: bool
+) -> Unusable:
+    path = ""
+    with suppress(OSError):
+        path = os.readlink(f"/proc/self/fd/{fd}")
+    it = f"{path} above it" if above else "it"
+    if status.st_uid in who.trusted:
+        mode = f"mode {stat.S_IMODE(status.st_mode):04o}"
+        return Unusable(f"not ours alone: others can write to {it} ({mode})", f"chmod go-w {path}")
+    owner = f"{it} belongs to user {status.st_uid}"
+    if status.st_uid != who.user:
+        mine = f", this process runs as {who.user}" if who.user >= 0 else ""
+        return Unusable(f"not ours alone: {owner}{mine}", f"chown {max(who.user, 0)} {path}")
+    why = who.privilege or "that may be anybody's name (user_namespaces(7))"
+    return Unusable(f"not root's alone: {owner}, and of this process {why}", BUILD)
+
+
+def mode_for(original: int, image: int) -> int:
+    """The mode of an image, so that nobody can read what they cannot read of the original.
+
+    Args:
+        original: the open file that it is made of.
+        image: the open image, whose group becomes the original's where that is allowed.
+    """
+    status = os.fstat(original)
+    group, other = status.st_mode >> 3 & 5, status.st_mode & 5
+    if not _is_reached_by_others(original):
+        group = other = 0
+    if os.fstat(image).st_gid != status.st_gid:
+        try:
+            os.fchown(image, -1, status.st_gid)
+        except OSError:  # its members are others then, and others its members
+            group = other = group & other
+    return 0o500 | group << 3 | other
+
+
+def _is_reached_by_others(fd: int) -> bool:
+    """Whether the mode is all that keeps other users from a file: no list says more (acl(5)), and
+    none of the directories above it does."""
+    with suppress(OSError):
+        os.getxattr(fd, _ACCESS_LIST)
+        return False
+    try:
+        at = os.open(os.path.dirname(os.readlink(f"/proc/self/fd/{fd}")), _ABOVE)
+    except OSError:
+        return False
+    try:
+        for _ in range(_DEEPEST):
+            status = os.fstat(at)
+            if not status.st_mode & stat.S_IXOTH:
+                return False
+            at = _go_up(at)
+            if _identity(os.fstat(at)) == _identity(status):
+                return True
+        return False
+    finally:
+        os.close(at)
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino

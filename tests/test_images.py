@@ -1,0 +1,336 @@
+"""What images take, and when they go."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+from pathlib import Path
+
+import pytest
+from harness import outside
+from harness.container import container
+from harness.kernel import filesystem
+from harness.libraries import build_library
+from harness.privileges import needs_root
+from harness.process import Process, interpreter
+
+from page_primer.images import inventory, trial
+from page_primer.images.inventory import DIRECTORY
+
+MIB = 1 << 20
+
+
+def names(images: Path) -> set[str]:
+    return {entry.name for entry in images.iterdir() if not entry.name.startswith(".")}
+
+
+# --------------------------------------------------------------------------------- random addresses
+
+
+@pytest.fixture
+def library(tmp_path):
+    """A library that is loaded at a random address: the loader aligns those of a disk."""
+    if filesystem("/dev/shm") != "tmpfs":
+        pytest.skip("/dev/shm is no tmpfs here")
+    directory = Path(tempfile.mkdtemp(prefix="page-primer-test-", dir="/dev/shm"))
+    built = build_library(tmp_path, "libbig.so")
+    path = directory / "libbig.so"
+    shutil.copy(built, path)
+    yield str(path)
+    shutil.rmtree(directory)
+
+
+LOAD = """
+import ctypes, os, page_primer
+library = ctypes.CDLL({library!r})
+report = page_primer.prime(image_dir={images!r})
+result = next(obj["where"] for obj in report.as_dict()["objects"] if obj["path"] == {library!r})
+assert library.answer() == 42
+"""
+
+
+def load(process, library, images):
+    """Load and prime it there; the image's folder. By chance it may be one that comes again."""
+    where = process.run(LOAD.format(library=library, images=str(images)))
+    assert where is not None
+    folder = Path(where).parent
+    if folder.name.split("-")[7] == "0":
+        pytest.skip("the library was loaded at an aligned address")
+    return folder
+
+
+def test_an_image_of_a_random_address_goes_with_its_last_user(python, images, library):
+    with Process(python) as process:
+        folder = load(process, library, images)
+        child = process.run(
+            "import signal\n"
+            "child = os.fork()\n"
+            "if child == 0: signal.pause(); os._exit(0)\n"
+            "result = child"
+        )
+        process.restore()
+        assert folder.exists()  # the child has it still
+        os.kill(child, signal.SIGKILL)
+        process.run(f"os.waitpid({child}, 0)")
+        folder = load(process, library, images)
+        process.restore()
+        assert not folder.exists()
+        folder = load(process, library, images)
+        assert folder.exists()
+    assert not folder.exists()  # with the process
+    assert names(images)  # the interpreter's comes again
+
+
+def test_a_killed_process_leaves_its_image_to_the_next(python, images, library):
+    left = []
+    for _ in range(3):
+        program = LOAD.format(library=library, images=str(images)) + "print(result, flush=True)\n"
+        program += "import signal; os.kill(os.getpid(), signal.SIGKILL)"
+        done = subprocess.run([python, "-c", program], stdout=subprocess.PIPE, text=True)
+        assert done.returncode == -signal.SIGKILL
+        left.append(Path(done.stdout.strip()).parent)
+        assert left[-1].exists()
+    assert [folder.exists() for folder in left if folder != left[-1]] == [False] * (
+        len(set(left)) - 1
+    )
+
+
+# ------------------------------------------------------------------------------------------- limits
+
+
+def make(images: Path, like: Path, number: int, size: int) -> Path:
+    """A folder as of another layout of the same file, used at another time."""
+    parts = like.name.split("-")
+    folder = images / "-".join([*parts[:8], f"{number:x}000x"])
+    folder.mkdir()
+    origin = os.readlink(like / "origin")
+    (folder / "origin").symlink_to(origin)
+    (folder / os.path.basename(origin)).write_bytes(b"x" * size)
+    for path in (folder / os.path.basename(origin), folder):
+        os.utime(path, (number, number))
+    return folder
+
+
+def test_the_longest_unused_go_first(python, images):
+    with Process(python) as process:
+        used = Path(interpreter(process.prime(image_dir=str(images)))["where"]).parent
+        size = sum(entry.lstat().st_blocks * 512 for entry in used.iterdir())
+        others = [make(images, used, number, 1 << 20) for number in (1, 2, 3)]
+        fd = os.open(images, DIRECTORY)
+        try:
+            assert inventory.prune(fd, limit=size + (5 << 20)) >= size + (3 << 20)
+            assert all(folder.exists() for folder in others)
+            inventory.prune(fd, room=1 << 20, limit=size + (3 << 20) + (1 << 19))
+            assert [folder.exists() for folder in others] == [False, True, True]
+            # What is used stays, even if that is too much.
+            assert inventory.prune(fd, limit=0) >= size
+            assert [folder.exists() for folder in others] == [False] * 3
+            assert used.exists()
+        finally:
+            os.close(fd)
+
+
+def test_store_limit(python, images):
+    with Process(python) as process:
+        core = interpreter(process.prime(image_dir=str(images), store_limit="1M"))
+        assert core["backing"] in ("memfd", "anonymous")
+        assert any("more than 1 MiB" in note for note in core["notes"]), core["notes"]
+        total = sum(path.stat().st_size for path in images.rglob("*") if path.is_file())
+        assert total < MIB
+        process.restore()
+        core = interpreter(process.prime(image_dir=str(images), store_limit="512M"))
+        assert core["backing"] == "image"
+
+
+def test_memory_is_left_to_the_application(python, tmp_path):
+    """A tmpfs among the default directories is used only with eight times the room."""
+    program = textwrap.dedent("""
+        from page_primer.images import places
+        place = places._place({path!r}, 1 << 30, places.mounts.read())
+        import page_primer.backing.image as backing
+        backing.directories = lambda options: [place]
+        import page_primer.apply.process
+        report = page_primer.prime(backing="image").as_dict()
+        core = next(obj for obj in report["objects"] if obj["interpreter"])
+        result = [place.in_memory, place.limit, core["backing"], core["notes"]]
+    """)
+    mounted = tmp_path / "mounted"
+    mounted.mkdir()
+    for size, used in ((20, False), (1024, True)):
+        script = f'mount -t tmpfs -o size={size}m none {mounted} && exec "$@"'
+        wrapper = ["unshare", "--mount", "sh", "-c", script, "sh"]
+        if subprocess.run([*wrapper, "true"], capture_output=True).returncode:
+            pytest.skip("mounting is not allowed here")
+        with Process(python, wrapper=wrapper) as process:
+            path = str(mounted / "images")
+            found = process.run("import page_primer\n" + program.format(path=path))
+            assert found[:2] == [True, size * MIB // 8]
+            assert (found[2] == "image") == used, found[3]
+            if not used:
+                assert any("left to the application" in note for note in found[3])
+                left = process.run(
+                    f"import os; result = sum(len(files) for *_, files in os.walk({path!r}))"
+                )
+                assert left <= 1  # the answer of the trial
+
+
+# ------------------------------------------------------------------------------------------- trials
+
+
+def test_a_trial_is_remembered(python, images, monkeypatch):
+    images.mkdir(mode=0o755)
+    fd = os.open(images, DIRECTORY)
+    try:
+        answers = iter([0, 4 * MIB, 0])
+        monkeypatch.setattr(trial, "measure", lambda *_: next(answers))
+        assert not trial.gives_huge_pages(fd, 2 * MIB)
+        assert not trial.gives_huge_pages(fd, 2 * MIB)  # remembered
+        os.utime(images / ".trial", (1, 1))  # memory may have been fragmented
+        assert trial.gives_huge_pages(fd, 2 * MIB)
+        os.utime(images / ".trial", (1, 1))
+        assert trial.gives_huge_pages(fd, 2 * MIB)  # for good
+        text = (images / ".trial").read_text()
+        assert text == f"{os.uname().release} 200000 yes\n"
+        (images / ".trial").write_text("0.0 200000 yes\n")  # another kernel
+        assert not trial.gives_huge_pages(fd, 2 * MIB)
+    finally:
+        os.close(fd)
+
+
+def test_a_trial_tells_what_smaps_shows_and_leaves_nothing(python, images):
+    images.mkdir(mode=0o755)
+    with Process(python) as process:
+        huge = process.run(
+            "import os\n"
+            "from page_primer.images import trial\n"
+            f"fd = os.open({str(images)!r}, os.O_RDONLY)\n"
+            f"result = trial.measure(fd, {outside.PMD})\n"
+            "os.close(fd)"
+        )
+        assert huge in (0, outside.PMD, 2 * outside.PMD)
+        assert not any(str(images) in vma.path for vma in outside.smaps(process.pid))
+    assert not list(images.iterdir())
+
+
+# ---------------------------------------------------------------------------------------- container
+
+
+START = """
+import json, os, sys
+from multiprocessing import shared_memory
+import numpy, page_primer
+report = page_primer.prime()
+child = os.fork()
+if child == 0:
+    page_primer.prime()
+    memory = shared_memory.SharedMemory(create=True, size=32 << 20)
+    memory.buf[:] = bytes(32 << 20)
+    memory.close()
+    memory.unlink()
+    os._exit(0)
+status = os.waitpid(child, 0)[1]
+shm = os.statvfs("/dev/shm")
+used = (shm.f_blocks - shm.f_bfree) * shm.f_frsize
+core = report.interpreter
+sizes = [os.lstat(os.path.join(at, name)).st_blocks * 512
+         for at, _, files in os.walk(os.environ["HOME"]) for name in files]
+print(json.dumps([status, used, core.backing, core.where, core.code_huge_bytes, sum(sizes)]))
+"""
+
+
+@needs_root
+def test_small_shm(tmp_path):
+    """The case small-shm: in a container, /dev/shm is the application's, the store is bounded and
+    does not grow, whatever the load addresses."""
+    pytest.importorskip("numpy")
+    upper = Path(tempfile.mkdtemp(prefix="page-primer-test-", dir="/srv"))
+    try:
+        wrapper = container(upper)
+        with Process(sys.executable, wrapper=wrapper, env={"HOME": "/var/tmp/home"}) as process:
+            process.run("import os; os.mkdir('/var/tmp/home')")
+            seen = []
+            for _ in range(3):
+                program = (
+                    "import subprocess, sys\n"
+                    f"command = [sys.executable, '-c', {START!r}]\n"
+                    "result = subprocess.check_output(command, text=True)"
+                )
+                seen.append(json.loads(process.run(program)))
+                left = process.run(
+                    "result = sum(os.lstat(os.path.join(at, n)).st_blocks * 512 "
+                    "for at, _, files in os.walk('/var/tmp/home') for n in files)"
+                )
+                seen[-1].append(left)
+    finally:
+        shutil.rmtree(upper)
+    for status, used, backing, where, huge, size, _ in seen:
+        assert status == 0  # no SIGBUS
+        assert used == 0
+        assert (backing, huge > 0) == ("image", True)
+        assert where.startswith("/var/tmp/home/.cache/page-primer/")
+        assert size < 32 * MIB
+    lefts = [left for *_, left in seen]
+    assert lefts[2] <= lefts[0] + MIB
+
+
+# ------------------------------------------------------------------------------------------ command
+
+
+def command(*arguments: str) -> tuple[int, str, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "page_primer", "images", *arguments],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_the_command_lists_prunes_and_clears(python, images):
+    with Process(python) as process:
+        core = interpreter(process.prime(image_dir=str(images)))
+        where = Path(core["where"])
+        other = make(images, where.parent, 1, MIB)
+        status, out, _ = command("--dir", str(images), "--json")
+        assert status == 0
+        (store,) = json.loads(out)
+        found = {image["path"]: image for image in store["images"] if not image["anchor"]}
+        assert set(found) == {str(where), str(other / where.name)}
+        mine = found[str(where)]
+        assert (mine["object"], mine["users"], mine["locked"]) == (
+            core["path"],
+            [process.pid],
+            True,
+        )
+        assert mine["size"] >= where.stat().st_blocks * 512
+        assert abs(mine["last_use"] - where.stat().st_mtime) < 1
+        theirs = found[str(other / where.name)]
+        assert (theirs["users"], theirs["locked"]) == ([], False)
+
+        status, out, _ = command("--dir", str(images))
+        assert status == 0
+        assert f"{core['path']} " in out and str(where) in out and "users" in out
+
+        status, out, _ = command("prune", "--dir", str(images))
+        assert (status, other.exists()) == (0, True)
+        status, out, _ = command("clear", "--dir", str(images))
+        assert "1 image removed" in out
+        assert (status, other.exists(), where.exists()) == (0, False, True)
+    status, out, _ = command("clear", "--dir", str(images), "--json")
+    (store,) = json.loads(out)
+    assert (store["images"], where.parent.name in store["removed"]) == ([], True)
+
+
+def test_the_command_refuses_what_prime_refuses(images):
+    status, _, error = command("--dir", str(images))
+    assert (status, error) == (1, f"page-primer: no directory {images}\n")
+    images.mkdir()
+    images.chmod(0o777)
+    status, _, error = command("--dir", str(images))
+    assert status == 1
+    assert "not ours alone: others can write to it" in error
+    status, _, error = command("--dir", "relative")
+    assert status == 2
+    assert "absolute path" in error

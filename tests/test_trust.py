@@ -1,0 +1,417 @@
+"""Whom an image may come from, and who may read it."""
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from harness import outside
+from harness.interpreters import KINDS, python_of
+from harness.privileges import needs_root
+from harness.process import Process, interpreter
+from harness.service import NOBODY, OTHER, USER, become, capable, public, public_python
+
+from page_primer.images import trust
+from page_primer.images.store import Store
+from page_primer.kernel import credentials
+
+__all__ = ["public", "public_python"]
+
+MEMORY = ("memfd", "anonymous", None)
+CAP_NET_ADMIN = 12
+
+
+def mapped(pid: int, directory: Path) -> list[str]:
+    """The mappings of a process that are of files in a directory."""
+    return [vma.path for vma in outside.smaps(pid) if vma.path.startswith(f"{directory}/")]
+
+
+# --------------------------------------------------------------------------------- whose word it is
+
+
+def read(*wrapper: str, python: str = sys.executable) -> list:
+    with Process(python, wrapper=wrapper) as process:
+        return process.run(
+            "from page_primer.kernel import credentials\n"
+            "c = credentials.read()\n"
+            "result = [c.user, c.privilege, sorted(c.trusted)]"
+        )
+
+
+def test_credentials_of_this_process():
+    found = credentials.read()
+    assert found.user == os.geteuid()
+    assert 0 in found.trusted
+
+
+@needs_root
+def test_credentials_of_others(public_python):
+    python = public_python
+    assert read(python=python) == [0, None, [0]]
+    assert read(*become(USER), python=python) == [USER, None, [0, USER]]
+    assert read(*become(NOBODY), python=python) == [NOBODY, None, [0]]
+    assert read(*capable(USER), python=python) == [USER, "it has capabilities", [0]]
+
+
+@needs_root
+def test_fakeroot_is_not_believed(public_python):
+    if shutil.which("fakeroot") is None:
+        pytest.skip("no fakeroot here")
+    with Process(public_python, wrapper=[*become(USER), "fakeroot"]) as process:
+        assert process.run("import os; result = os.geteuid()") == 0
+        found = process.run(
+            "from page_primer.kernel import credentials\nresult = credentials.read().user"
+        )
+        assert found == USER
+
+
+def test_a_user_without_a_name_here_trusts_roots_files_alone(python):
+    wrapper = ["unshare", "--user"]
+    if subprocess.run([*wrapper, "true"], capture_output=True).returncode:
+        pytest.skip("user namespaces are not permitted here")
+    user, _, trusted = read(*wrapper)
+    assert trusted == [0]
+    assert user == int(Path("/proc/sys/kernel/overflowuid").read_text())
+
+
+@needs_root
+def test_a_process_that_is_not_dumpable(public_python):
+    with Process(public_python, wrapper=become(USER)) as process:
+        process.run("import ctypes; ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)")
+        found = process.run(
+            "from page_primer.kernel import credentials\n"
+            "c = credentials.read(); result = [c.privilege, sorted(c.trusted)]"
+        )
+        assert found == ["it is not dumpable", [0]]
+
+
+def test_what_the_kernel_does_not_tell_is_not_trusted(monkeypatch):
+    def refuse():
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(credentials._core, "credentials", refuse)
+    found = credentials.read()
+    assert found.trusted == {0}
+    assert "Operation not permitted" in found.privilege
+
+
+# ----------------------------------------------------------------------------------- the directory
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o775, 0o1777])
+def test_a_directory_above_that_others_can_write_to(tmp_path, mode):
+    above = tmp_path / "above"
+    store = above / "between" / "images"
+    store.mkdir(parents=True)
+    above.chmod(mode)
+    if mode & stat.S_ISVTX:  # where nobody can rename what belongs to others
+        Store(str(store)).__exit__()
+        return
+    with pytest.raises(trust.Unusable, match=rf"others can write to {above} above it") as refused:
+        Store(str(store))
+    assert refused.value.remedy == f"chmod go-w {above}"
+    above.chmod(0o755)
+    Store(str(store)).__exit__()
+
+
+def test_a_store_in_a_sticky_directory_is_not_one_itself(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images").chmod(0o1777)
+    with pytest.raises(trust.Unusable, match="others can write to it"):
+        Store(str(tmp_path / "images"))
+
+
+@needs_root
+@pytest.mark.parametrize("sticky", [False, True])
+def test_a_directory_above_that_is_somebody_elses(tmp_path, sticky):
+    above = tmp_path / "above"
+    (above / "images").mkdir(parents=True)
+    os.chown(above, OTHER, OTHER)
+    if sticky:
+        above.chmod(0o1777)
+    with pytest.raises(trust.Unusable, match=f"belongs to user {OTHER}") as refused:
+        Store(str(above / "images"))
+    assert refused.value.remedy == f"chown 0 {above}"
+    # Nor is anything made there.
+    with pytest.raises(trust.Unusable, match=f"belongs to user {OTHER}"):
+        Store(str(above / "more"))
+    assert not (above / "more").exists()
+
+
+def test_the_way_to_a_store_may_be_anybodys_link(tmp_path):
+    """What counts is the directory that was opened, not the name that led to it."""
+    (tmp_path / "real" / "images").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("real")
+    Store(str(tmp_path / "link" / "images")).__exit__()
+    (tmp_path / "real").chmod(0o777)
+    with pytest.raises(trust.Unusable, match=f"others can write to {tmp_path}/real above it"):
+        Store(str(tmp_path / "link" / "images"))
+
+
+def test_an_exchanged_directory_is_not_looked_up_again(python, images, tmp_path):
+    """The store is moved away between its check and what follows; what is written is in it."""
+    with Process(python) as process:
+        process.run(
+            "import os\n"
+            "from page_primer.images import store, trust\n"
+            "check = trust.check_directory\n"
+            "def exchange(fd, who, above=False):\n"
+            "    check(fd, who, above=above)\n"
+            f"    if not above and os.path.isdir({str(images)!r}):\n"
+            f"        os.rename({str(images)!r}, {str(tmp_path / 'moved')!r})\n"
+            "trust.check_directory = exchange"
+        )
+        process.prime(image_dir=str(images), backing="image")
+        moved = tmp_path / "moved"
+        assert list(moved.iterdir())
+        assert mapped(process.pid, moved)
+    assert not images.exists()
+
+
+def test_an_images_folder_that_others_can_write_to_is_not_used(python, images):
+    with Process(python) as process:
+        where = Path(interpreter(process.prime(image_dir=str(images)))["where"])
+    where.parent.chmod(0o777)
+    with Process(python) as process:
+        core = interpreter(process.prime(image_dir=str(images)))
+        assert core["backing"] in MEMORY
+        assert not mapped(process.pid, images)
+
+
+# ------------------------------------------------------------------------------------- privileged
+
+
+@needs_root
+def test_capabilities(public, public_python):
+    """A service with a capability must not execute what its user can write: another process of that
+    user, without any, would do with it what it may not do itself."""
+    store = public / "images"
+    store.mkdir()
+    os.chown(store, USER, USER)
+    with Process(public_python, wrapper=become(USER)) as writer:
+        where = interpreter(writer.prime(image_dir=str(store)))["where"]
+        assert where.startswith(f"{store}/")
+        assert os.stat(where).st_uid == USER
+        with Process(public_python, wrapper=capable(USER)) as victim:
+            effective = victim.run("result = open('/proc/self/status').read()")
+            assert f"CapEff:\t{1 << CAP_NET_ADMIN:016x}" in effective
+            report = victim.prime(image_dir=str(store))
+            core = interpreter(report)
+            assert core["backing"] in MEMORY
+            assert any("it has capabilities" in note for note in core["notes"]), core["notes"]
+            theirs = [vma for vma in outside.smaps(victim.pid) if "x" in vma.perms and vma.inode]
+            for vma in theirs:
+                if os.path.exists(vma.path):
+                    assert os.stat(vma.path).st_uid != USER, vma
+        # By default as well, where nothing is root's but what root built.
+        with Process(public_python, wrapper=capable(USER), env={"HOME": str(public)}) as victim:
+            assert interpreter(victim.prime())["backing"] in MEMORY
+
+
+@needs_root
+def test_a_root_owned_store_is_for_all(public, public_python):
+    store = public / "images"
+    with Process(public_python) as root:
+        where = interpreter(root.prime(image_dir=str(store)))["where"]
+    for wrapper in (become(USER), capable(USER), become(NOBODY)):
+        with Process(public_python, wrapper=wrapper) as process:
+            core = interpreter(process.prime(image_dir=str(store)))
+            assert (core["backing"], core["where"], core["written_bytes"]) == ("image", where, 0)
+            assert outside.text_of(process.pid).huge > 0
+
+
+@needs_root
+def test_nobodys_own_files_are_not_trusted(public, public_python):
+    """In a namespace, everybody who has no name there is called so."""
+    store = public / "images"
+    store.mkdir()
+    os.chown(store, NOBODY, NOBODY)
+    with Process(public_python, wrapper=become(NOBODY)) as process:
+        core = interpreter(process.prime(image_dir=str(store)))
+        assert core["backing"] in MEMORY
+        assert any("may be anybody" in note or "anybody's name" in note for note in core["notes"])
+    assert not list(store.iterdir())
+
+
+# ------------------------------------------------------------------------------- who may read it
+
+
+def mode_for(original: Path, image: Path) -> int:
+    with open(original, "rb") as one, open(image, "wb") as other:
+        return trust.mode_for(one.fileno(), other.fileno())
+
+
+@pytest.mark.parametrize(
+    ("original", "image"),
+    [
+        (0o755, 0o555),
+        (0o644, 0o544),
+        (0o750, 0o550),
+        (0o700, 0o500),
+        (0o711, 0o511),
+        (0o4755, 0o555),
+    ],
+)
+def test_modes(public, original, image):
+    (public / "original").touch()
+    (public / "original").chmod(original)
+    assert mode_for(public / "original", public / "image") == image
+
+
+def test_a_file_in_a_directory_that_is_closed_to_others(public):
+    (public / "closed" / "below").mkdir(parents=True)
+    (public / "closed" / "below" / "original").touch(0o755)
+    (public / "closed" / "below" / "original").chmod(0o755)
+    assert mode_for(public / "closed" / "below" / "original", public / "image") == 0o555
+    (public / "closed").chmod(0o750)
+    assert mode_for(public / "closed" / "below" / "original", public / "image") == 0o500
+
+
+@needs_root
+def test_the_group_is_the_originals(public):
+    (public / "original").touch()
+    (public / "original").chmod(0o750)
+    os.chown(public / "original", -1, OTHER)
+    assert mode_for(public / "original", public / "image") == 0o550
+    assert (public / "image").stat().st_gid == OTHER
+
+
+def test_an_access_list_is_more_than_a_mode_says(public):
+    (public / "original").touch()
+    (public / "original").chmod(0o755)
+    # posix_acl_xattr.h: version 2, then tag, permissions and id: the owner rwx, one user none, the
+    # group r-x, the mask r-x, others r-x.
+    entries = [(1, 7, -1), (2, 0, USER), (4, 5, -1), (16, 5, -1), (32, 5, -1)]
+    value = (2).to_bytes(4, "little") + b"".join(
+        tag.to_bytes(2, "little")
+        + bits.to_bytes(2, "little")
+        + (who & 0xFFFFFFFF).to_bytes(4, "little")
+        for tag, bits, who in entries
+    )
+    try:
+        os.setxattr(public / "original", "system.posix_acl_access", value)
+    except OSError as error:
+        pytest.skip(f"no access lists on this file system: {error}")
+    assert mode_for(public / "original", public / "image") == 0o500
+
+
+@needs_root
+def test_an_image_of_a_private_program_is_private(public, public_python):
+    """Its symbols, and strings in it, are nobody else's to read."""
+    program = public / "program"
+    shutil.copy(os.path.realpath(public_python), program)
+    program.chmod(0o750)
+    packages = subprocess.run(
+        [public_python, "-c", "import sys; print(':'.join(sys.path[1:]))"],
+        stdout=subprocess.PIPE, text=True, check=True,
+    ).stdout.strip()  # fmt: skip
+    store = public / "images"
+    with Process(str(program), env={"PYTHONPATH": packages}) as process:
+        where = Path(interpreter(process.prime(image_dir=str(store)))["where"])
+    if where.name != program.name:
+        pytest.skip("the code of this interpreter is in a library")
+    assert where.stat().st_mode & 0o777 == 0o550
+    read = subprocess.run([*become(USER), "cat", where], capture_output=True)
+    assert (read.returncode, read.stdout) == (1, b"")
+
+
+# ---------------------------------------------------------------------------------- one bit of it
+
+
+@pytest.mark.parametrize("name", ["interpreter", "library"])
+@pytest.mark.parametrize("at", ["first", "last"])
+def test_one_bit(python, images, name, at):
+    """An image that differs in one bit is mapped over no code: a store that cannot be written to is
+    passed over, in another the image is written again."""
+    with Process(python) as process:
+        process.run("import ssl")
+        report = process.prime(image_dir=str(images))
+        chosen = [
+            obj
+            for obj in report["objects"]
+            if obj["backing"] == "image" and obj["interpreter"] == (name == "interpreter")
+        ]
+        if not chosen:
+            pytest.skip("no library here has room for a huge page")
+        path, where = chosen[0]["path"], Path(chosen[0]["where"])
+        vmas = [v for v in outside.smaps(process.pid) if v.path == str(where)]
+        offset = (
+            min(v.offset for v in vmas)
+            if at == "first"
+            else max(v.offset + v.end - v.start for v in vmas) - outside.PAGE
+        )
+    where.chmod(0o755)
+    with open(where, "r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 0x10]))
+    where.chmod(0o555)
+    wrong = where.stat().st_ino
+    with Process(python) as process:
+        process.run("import ssl")
+        report = process.prime(image_dir=str(images))
+        obj = next(obj for obj in report["objects"] if obj["path"] == path)
+        assert any("wrong content" in note for note in obj["notes"]), obj["notes"]
+        assert (obj["backing"], obj["written_bytes"] > 0) == ("image", True)
+        assert wrong not in {v.inode for v in outside.smaps(process.pid)}
+        assert process.run("import ssl; result = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT) and 1")
+
+
+def test_one_bit_in_a_store_that_cannot_be_written_to(python, images):
+    with Process(python) as process:
+        where = Path(interpreter(process.prime(image_dir=str(images)))["where"])
+    where.chmod(0o755)
+    with open(where, "r+b") as file:
+        file.seek(0x200000 + 0x1000)
+        byte = file.read(1)[0]
+        file.seek(0x200000 + 0x1000)
+        file.write(bytes([byte ^ 1]))
+    where.chmod(0o555)
+    script = f'mount --bind {images} {images} && mount -o remount,ro,bind {images} && exec "$@"'
+    wrapper = ["unshare", "--mount", "sh", "-c", script, "sh"]
+    if subprocess.run([*wrapper, "true"], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    with Process(python, wrapper=wrapper) as process:
+        core = interpreter(process.prime(image_dir=str(images)))
+        assert core["backing"] in MEMORY
+        assert not mapped(process.pid, images)
+
+
+def test_an_anchor_that_differs_in_one_bit(tmp_path, images):
+    if "static" not in KINDS:
+        pytest.skip("no static interpreter here")
+    python = python_of(tmp_path, KINDS["static"])
+    with Process(python) as process:
+        core = interpreter(process.prime(image_dir=str(images), backing="memfd"))
+        anchors = sorted(images.glob("*-anchor/*"))
+        anchors = [path for path in anchors if not path.is_symlink() and path.name[0] != "."]
+        if core["backing"] != "memfd" or not anchors:
+            pytest.skip("this interpreter needs no anchors")
+    before = {}
+    for path in anchors:
+        before[path] = path.read_bytes()
+        path.chmod(0o755)
+        path.write_bytes(before[path][:-1] + bytes([before[path][-1] ^ 1]))
+        path.chmod(0o555)
+    with Process(python) as process:
+        process.prime(image_dir=str(images), backing="memfd")
+    assert {path: path.read_bytes() for path in anchors} == before
+
+
+def test_content_is_on_disk_before_it_is_executed(python, images):
+    with Process(python) as process:
+        process.run(
+            "import os\n"
+            "from page_primer import _core\n"
+            "calls, sync, swap, move = [], os.fdatasync, _core.swap, os.replace\n"
+            "os.fdatasync = lambda fd: calls.append('sync') or sync(fd)\n"
+            "os.replace = lambda *a, **k: calls.append('name') or move(*a, **k)\n"
+            "_core.swap = lambda *a: calls.append('execute') or swap(*a)"
+        )
+        process.prime(image_dir=str(images), backing="image")
+        calls = process.run("result = calls")
+    assert calls[:3] == ["sync", "name", "execute"]
