@@ -1,5 +1,7 @@
 """What the caller wants: from keyword arguments, the environment, or a mapping."""
 
+# Longer: it has a row and a field for each option.
+
 from __future__ import annotations
 
 import os

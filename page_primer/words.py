@@ -1,8 +1,9 @@
-"""Sizes, shares and remedies, for people."""
+"""Sizes, times, shares and remedies, for people."""
 
 from __future__ import annotations
 
 import os
+import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -63,3 +64,8 @@ def percent(part: int, whole: int) -> str:
     if part >= whole:
         return "100 %"
     return f"{min(100 * part / whole, 99.9):.1f} %"
+
+
+def milliseconds_since(began: float) -> float:
+    """How long it is since time.perf_counter() was `began`."""
+    return (time.perf_counter() - began) * 1000

@@ -23,6 +23,7 @@ from page_primer.kernel.thp import pmd_size
 from page_primer.options import IN_PLACE, Options, unknown_variables
 from page_primer.plan import Move
 from page_primer.report import Report
+from page_primer.words import milliseconds_since
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -64,7 +65,9 @@ class Process:
                     last = self._measure((), smaps.read_own(), began)
                 last = replace(last, objects=self.registry.inherited(last.objects))
             if child or last.moved:
-                last = replace(last, pid=identity[0], moved=(), milliseconds=_since(began))
+                last = replace(
+                    last, pid=identity[0], moved=(), milliseconds=milliseconds_since(began)
+                )
                 last = replace(last, resident_bytes=self._grown() if child else self.resident[0])
             if self.heap is not None and (self.heap.is_new() or (child and options.heap_unshare)):
                 last = replace(last, heap=self.heap.prime(options, self.registry.pmd))
@@ -327,7 +330,7 @@ class Process:
             backing=options.backing if options else "auto",
             image_dir=options.image_dir if options else None,
             resident_bytes=self._grown(),
-            milliseconds=_since(began),
+            milliseconds=milliseconds_since(began),
             threads=survey.threads(),
             unknown_variables=unknown_variables(),
         )
@@ -341,10 +344,6 @@ class Process:
 
     def _perf_map_outcome(self) -> str | None:
         return self.perf_map.outcome if self.perf_map else None
-
-
-def _since(began: float) -> float:
-    return (time.perf_counter() - began) * 1000
 
 
 process = Process()

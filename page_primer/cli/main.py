@@ -17,8 +17,11 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterator, Mapping, Sequence
+    from typing import TypeAlias
 
     from page_primer.status import ObjectStatus, ProcessStatus
+
+    Commands: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -98,24 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="store_true", help="print the version")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    run = commands.add_parser(
-        "run", help="start a command, and prime every Python process it leads to",
-        usage="page-primer run [options] [--] COMMAND ...",
-    )  # fmt: skip
-    for option in TABLE:
-        text = f"{option.help} (default: {option.default}; {option.variable})".replace("%", "%%")
-        run.add_argument(option.flag, metavar="VALUE", help=text)
-    late = run.add_mutually_exclusive_group()
-    late.add_argument("--late", action="store_const", const="1", dest="late",
-                      help="prime libraries that are imported later as well: the default, and "
-                      "stronger than PAGE_PRIMER_LATE=0")  # fmt: skip
-    late.add_argument("--no-late", action="store_const", const="0", dest="late",
-                      help="only what is loaded when a process starts")  # fmt: skip
-    run.add_argument("-v", "--verbose", action="store_const", const="1",
-                     help="one line on stderr for each process")  # fmt: skip
-    run.add_argument("argv", nargs=argparse.REMAINDER, metavar="COMMAND ...")
-    run.set_defaults(run=_run)
-
+    _add_run(commands)
     status = commands.add_parser(
         "status", help="what a live process and its children have on huge pages, locked, shared"
     )
@@ -139,18 +125,7 @@ def _parser() -> argparse.ArgumentParser:
         run=lambda given: align_command.run(given, show_table)
     )
 
-    images = commands.add_parser(
-        "images", help="list the images that this user has or uses, or remove unused ones"
-    )
-    images.add_argument(
-        "action", nargs="?", choices=("list", "prune", "clear"), default="list",
-        help="list them (the default); prune: remove what is due, as happens whenever one is "
-        "written; clear: remove all that nobody uses",
-    )  # fmt: skip
-    images.add_argument("--dir", metavar="DIRECTORY", help="that store alone")
-    images.add_argument("--json", action="store_true", help="as JSON, sizes in bytes")
-    images.set_defaults(run=_images)
-
+    _add_images(commands)
     # With a parser of its own, beside modules that this one imports, and with them their libraries.
     commands.add_parser(
         "build", help="fill a store with the images that servers will use", add_help=False
@@ -164,6 +139,40 @@ def _parser() -> argparse.ArgumentParser:
         "warm", help="bring aligned files into memory on huge pages", add_help=False
     )
     return parser
+
+
+def _add_run(commands: Commands) -> None:
+    run = commands.add_parser(
+        "run", help="start a command, and prime every Python process it leads to",
+        usage="page-primer run [options] [--] COMMAND ...",
+    )  # fmt: skip
+    for option in TABLE:
+        text = f"{option.help} (default: {option.default}; {option.variable})".replace("%", "%%")
+        run.add_argument(option.flag, metavar="VALUE", help=text)
+    late = run.add_mutually_exclusive_group()
+    late.add_argument("--late", action="store_const", const="1", dest="late",
+                      help="prime libraries that are imported later as well: the default, and "
+                      "stronger than PAGE_PRIMER_LATE=0")  # fmt: skip
+    late.add_argument("--no-late", action="store_const", const="0", dest="late",
+                      help="only what is loaded when a process starts")  # fmt: skip
+    run.add_argument("-v", "--verbose", action="store_const", const="1",
+                     help="one line on stderr for each process")  # fmt: skip
+    run.add_argument("argv", nargs="...", metavar="COMMAND ...")
+    run.set_defaults(run=_run)
+
+
+def _add_images(commands: Commands) -> None:
+    images = commands.add_parser(
+        "images", help="list the images that this user has or uses, or remove unused ones"
+    )
+    images.add_argument(
+        "action", nargs="?", choices=("list", "prune", "clear"), default="list",
+        help="list them (the default); prune: remove what is due, as happens whenever one is "
+        "written; clear: remove all that nobody uses",
+    )  # fmt: skip
+    images.add_argument("--dir", metavar="DIRECTORY", help="that store alone")
+    images.add_argument("--json", action="store_true", help="as JSON, sizes in bytes")
+    images.set_defaults(run=_images)
 
 
 def _warm(words: Sequence[str]) -> int:
@@ -273,7 +282,7 @@ def _place(obj: ObjectStatus) -> str:
 
 def _images(given: argparse.Namespace) -> int:
     try:
-        from page_primer.cli import images
+        from page_primer.cli import images  # of this command alone
     except ImportError as error:  # not Linux, or built without its C core
         print(f"page-primer: not available here: {error}", file=sys.stderr)
         return 1
@@ -282,7 +291,7 @@ def _images(given: argparse.Namespace) -> int:
 
 def _build(words: Sequence[str]) -> int:
     try:
-        from page_primer.cli import build
+        from page_primer.cli import build  # of this command alone
     except ImportError as error:
         print(f"page-primer: not available here: {error}", file=sys.stderr)
         return 1
@@ -295,7 +304,7 @@ def _doctor(given: argparse.Namespace) -> int:
     from page_primer import doctor  # all that page-primer has
 
     if given.user is not None:
-        from page_primer.cli.user import run_as
+        from page_primer.cli.user import run_as  # pwd, of this option alone
 
         return run_as(given.user, ["doctor", *(["--json"] if given.json else [])])
     options = Options.load()

@@ -12,6 +12,7 @@ from page_primer.kernel.anonymous import is_anonymous, use_of
 from page_primer.kernel.smaps import overlapping
 from page_primer.outcome import HeapReport
 from page_primer.reasons import Refusal
+from page_primer.words import milliseconds_since
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class Heap:
             slowest_region=slowest / 1e6,
             least_memory=least,
             notes=(*notes, *done.notes),
-            milliseconds=(time.perf_counter() - began) * 1000,
+            milliseconds=milliseconds_since(began),
         )
 
     def _done(self) -> None:

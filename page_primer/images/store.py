@@ -314,7 +314,7 @@ _transient: dict[int, Image] = {}  # by the descriptor of their locks
 def _remember(image: Image) -> None:
     """An image of a random load phase goes with its last user: at the latest when that ends."""
     if not _transient:
-        import atexit
+        import atexit  # most processes have no such image
 
         atexit.unregister(_close_all)
         atexit.register(_close_all)
