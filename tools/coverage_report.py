@@ -5,7 +5,7 @@ virtual environment that shares the packages of the one that runs this. Every Py
 start measures itself. Tests that fail are named and do not end the run: counters make processes
 slower and open files of their own, which some tests notice.
 
-    tools/coverage_report.py [--write docs/coverage.md] [--report-only] [PYTEST OPTION...]
+    tools/coverage_report.py [--write docs/coverage.md] [--more | --report-only] [PYTEST OPTION...]
 """
 
 from __future__ import annotations
@@ -114,11 +114,18 @@ def make_environment() -> None:
     shutil.copy(program, HOME / "bin")
 
 
-def run_tests(options: list[str]) -> int:
+def prepare() -> None:
+    """Set everything up, with counters of zero."""
+    copy_tree()
+    build()
+    make_environment()
     shutil.rmtree(DATA, ignore_errors=True)
     DATA.mkdir(parents=True)
-    DATA.chmod(0o1777)
+    DATA.chmod(0o1777)  # processes of other users write their own
     (WORK / "coveragerc").write_text(CONFIG)
+
+
+def run_tests(options: list[str]) -> int:
     environment = {
         **os.environ,
         "COVERAGE_PROCESS_START": str(WORK / "coveragerc"),
@@ -245,13 +252,13 @@ def write(document: Path, text: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--write", type=Path, metavar="FILE", help="the document to write it into")
+    parser.add_argument("--more", action="store_true", help="add to the last run's counters")
     parser.add_argument("--report-only", action="store_true", help="of the last run's counters")
     options, more = parser.parse_known_args()
     status = 0
     if not options.report_only:
-        copy_tree()
-        build()
-        make_environment()
+        if not options.more:
+            prepare()
         status = run_tests(more)
     chapters = {"Python": list(python_files()), "C": list(c_files())}
     text = "\n".join(line for name, files in chapters.items() for line in render(name, files))
