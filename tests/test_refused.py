@@ -2,9 +2,9 @@
 
 import errno
 import json
-import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,7 +37,7 @@ def variants(folder):
 def calls(tmp_path_factory):
     """The system calls in use, by name."""
     folder = tmp_path_factory.mktemp("calls")
-    return calls_in_use(folder, os.sys.executable)
+    return calls_in_use(folder, sys.executable)
 
 
 def calls_in_use(folder, python):

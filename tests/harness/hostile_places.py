@@ -143,6 +143,12 @@ def others(made: Made, _: ExitStack) -> Made:
     return made
 
 
+def open_to_others(made: Made, _: ExitStack) -> Made:
+    os.mkdir(made.options["image_dir"])
+    os.chmod(made.options["image_dir"], 0o777)
+    return made
+
+
 def link(made: Made, _: ExitStack) -> Made:
     Path(made.options["image_dir"]).symlink_to("/tmp")
     return made
@@ -156,7 +162,7 @@ def own_interpreter(made: Made, _: ExitStack) -> Made:
     variables = {"PYTHONHOME": f"{sys.base_prefix}:{sys.base_exec_prefix}",
                  "PYTHONPATH": ":".join(packages), "OWN": str(made.folder)}  # fmt: skip
     if "libpython" in os.path.basename(code):
-        real = os.path.realpath(sys._base_executable)
+        real = os.path.realpath(sys._base_executable)  # type: ignore[attr-defined]
         return _with(made, python=real, variables={**variables, "LD_PRELOAD": str(copy)})
     return _with(made, python=str(copy), variables=variables)
 
@@ -422,8 +428,7 @@ TABLE = (
     Environment("store: a symbolic link", "to /tmp", (OTHERWISE,), "Not a directory", link),
     Environment(
         "store: open to others", "mode 0777", (OTHERWISE,), "others can write",
-        lambda made, _: (os.mkdir(made.options["image_dir"]),
-                         os.chmod(made.options["image_dir"], 0o777), made)[2],
+        open_to_others,
     ),
     Environment("store: of a user without rights", "uid 65534, a directory of root's",
                 (OTHERWISE,), "Permission denied", as_nobody),

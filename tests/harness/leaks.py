@@ -16,6 +16,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from typing import Any
 
 import page_primer
 from page_primer import _core
@@ -28,7 +29,7 @@ TOP = 1 << 63  # an address that no process has
 CASES: dict[str, Callable[[], object]] = {}
 
 _folder = tempfile.mkdtemp(prefix="page-primer-leaks-")
-_options = {"image_dir": f"{_folder}/images", "limit": 0, "mlock": "code"}
+_options: Any = {"image_dir": f"{_folder}/images", "limit": 0, "mlock": "code"}
 _file = os.open(sys.executable, os.O_RDONLY)
 _area = _core.reserve(SIZE, PAGE, 0)
 _core.map(_area, SIZE, READ_WRITE, ANONYMOUS, -1, 0)
