@@ -2,7 +2,7 @@
 # make demo-celery    a real Celery worker, likewise
 # make test    the whole test suite (TESTS=tests/test_plan.py: a part of it)
 # make test-fast    without the tests that take long
-# make coverage    the suite with coverage of Python and C; writes docs/coverage.md
+# make coverage    the suite with coverage of Python and C; build/coverage/report.md names the rest
 # make trixie  make demo and make test in a Debian 13 (root; COMMAND=... for something else)
 # make lint    formatting, lint rules, types, layers; C's format and its lint
 # make docs    the documentation as a site, in build/docs; a warning is an error
@@ -43,7 +43,7 @@ test-fast: $(VENV)/.dev
 	$(PARALLEL) -m "not slow" $(TESTS)
 
 coverage: $(VENV)/.dev
-	$(BIN)/python tools/coverage_report.py --write docs/coverage.md
+	$(BIN)/python tools/coverage_report.py
 
 trixie:
 	tools/system-packages debootstrap:debootstrap unshare:util-linux git:git

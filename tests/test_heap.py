@@ -182,6 +182,7 @@ result = statuses, kept[5], len(kept)
 """
 
 
+@pytest.mark.slow
 def test_children_free_what_they_inherit(every_python):
     with Process(every_python) as process:
         process.prime(heap="arenas", **ONLY_HEAP)
@@ -219,6 +220,7 @@ def test_pythonmalloc(every_python, allocator):
             assert in_regions(process)[1] >= 20 * MIB
 
 
+@pytest.mark.slow
 def test_tracemalloc(every_python):
     with Process(every_python, options=["-X", "tracemalloc"]) as process:
         process.prime(heap="arenas", **ONLY_HEAP)
@@ -230,6 +232,7 @@ def test_tracemalloc(every_python):
         assert len(regions(process)) <= 8
 
 
+@pytest.mark.slow
 def test_threads(every_python):
     with Process(every_python) as process:
         process.prime(heap="all", **ONLY_HEAP)
@@ -276,6 +279,7 @@ result = held
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own_gil", [False, True])
 def test_sub_interpreters(every_python, own_gil):
     with Process(every_python) as process:

@@ -29,7 +29,7 @@ def linked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source, made = directory / "count.c", directory / "linked.so"
     source.write_text(
         '__asm__(".text\\n.globl count\\n.type count,@function\\ncount:\\n'
-        f'.rept {CODE}\\n lea 1(%rdi),%rdi\\n.endr\\n mov %rdi,%rax\\n ret\\n");\n'
+        f'.fill {CODE}, 4, 0x017f8d48\\n mov %rdi,%rax\\n ret\\n");\n'  # lea 1(%rdi),%rdi
     )
     subprocess.run(["gcc", "-shared", "-o", made, source, *ALIGNED], check=True)
     return made

@@ -307,7 +307,8 @@ def test_child_locks_again(python, images):
 def test_threads_run_through_the_swap(python, images):
     """Threads execute interpreter code while it is swapped back and forth."""
     source = """
-        import threading, json, time, re
+        import threading, json, sys, time, re
+        sys.setswitchinterval(0.0002)  # more turns a swap, and shorter waits for this thread's
         stop = threading.Event()
         done = []
         def work():

@@ -5,7 +5,7 @@ virtual environment that shares the packages of the one that runs this. Every Py
 start measures itself. Tests that fail are named and do not end the run: counters make processes
 slower and open files of their own, which some tests notice.
 
-    tools/coverage_report.py [--write docs/coverage.md] [--report-only] [PYTEST OPTION...]
+    tools/coverage_report.py [--report FILE] [--more | --report-only] [PYTEST OPTION...]
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "build" / "coverage"
 TREE, HOME, DATA = WORK / "tree", WORK / "venv", WORK / "data"
-BEGIN, END = "<!-- made by make coverage -->\n", "<!-- end -->\n"
 GOAL = {"Python": 92, "C": 85}
 
 CONFIG = f"""
@@ -43,8 +42,14 @@ exclude_also =
     ^\\s*\\.\\.\\.$
 """
 
-# Why something is never executed, by the function: the first pattern that matches "file function".
-WHY: tuple[tuple[str, str], ...] = ()
+# Why something is never executed: the first pattern that matches "file function: source line".
+WHY = (
+    (r"\.c .*PyErr_NoMemory|\.c .*(list|item|value|text|error) == NULL",
+     "memory of Python's own is not made to fail"),
+    (r"\.c .*Py_(BEGIN|END)_ALLOW_THREADS", "a macro: gcov sees its brace alone"),
+    (r"\.c .*PyErr_Occurred|\.c .*PyModule_Add|\.c .*PyErr_NewException",
+     "fails for want of memory only"),
+)  # fmt: skip
 
 
 @dataclass
@@ -114,11 +119,18 @@ def make_environment() -> None:
     shutil.copy(program, HOME / "bin")
 
 
-def run_tests(options: list[str]) -> int:
+def prepare() -> None:
+    """Set everything up, with counters of zero."""
+    copy_tree()
+    build()
+    make_environment()
     shutil.rmtree(DATA, ignore_errors=True)
     DATA.mkdir(parents=True)
-    DATA.chmod(0o1777)
+    DATA.chmod(0o1777)  # processes of other users write their own
     (WORK / "coveragerc").write_text(CONFIG)
+
+
+def run_tests(options: list[str]) -> int:
     environment = {
         **os.environ,
         "COVERAGE_PROCESS_START": str(WORK / "coveragerc"),
@@ -210,58 +222,63 @@ def why(name: str) -> str:
     return next((reason for pattern, reason in WHY if re.search(pattern, name)), "")
 
 
+def rows(label: str, kind: str, numbers: list[int], source: list[str]) -> Iterator[str]:
+    """A row for each reason that something of a function has."""
+    reasons: dict[str, list[str]] = {}
+    for first, last in ranges(numbers):
+        text = source[first - 1].strip()[:60].replace("|", "\\|")
+        more = f" and {last - first} more" if last > first else ""
+        reasons.setdefault(why(f"{label}: {text}"), []).append(f"`{text}`{more}")
+    for reason, texts in reasons.items():
+        yield f"| {label} | {kind} | {'; '.join(texts)} | {reason} |"
+
+
 def render(language: str, files: list[File]) -> Iterator[str]:
     """A chapter: the figures of each file, and the lines never executed, by function."""
     lines, run = sum(f.lines for f in files), sum(f.run for f in files)
     branches, taken = sum(f.branches for f in files), sum(f.taken for f in files)
-    yield f"### {language}: {percent(run, lines)} of lines, {percent(taken, branches)} of branches"
-    yield f"\nThe goal is {GOAL[language]} % of lines.\n"
+    yield (
+        f"{percent(run, lines)} of {lines:,} lines (the goal is {GOAL[language]} %), "
+        f"{percent(taken, branches)} of {branches:,} branches.\n"
+    )
     yield "| file | lines | branches |\n|---|---|---|"
     for file in sorted(files, key=lambda file: file.name):
         yield (
             f"| {file.name} | {percent(file.run, file.lines)} "
             f"| {percent(file.taken, file.branches)} |"
         )
-    yield "\nNever executed, or only ever left one way:\n"
-    yield "| function | | never executed | why |\n|---|---|---|---|"
+    yield "\nLines never executed, and branches of which one way was never taken:\n"
+    yield "| function | | source | why |\n|---|---|---|---|"
     for file in sorted(files, key=lambda file: file.name):
         source = (TREE / "page_primer" / file.name).read_text().splitlines()
         for kind, found in (("line", file.missed), ("branch", file.partial)):
             for function, numbers in found.items():
-                texts = [source[first - 1].strip() for first, _ in ranges(numbers)]
-                shown = "; ".join(f"`{text[:60]}`" for text in texts[:4]).replace("|", "\\|")
-                more = f" and {len(texts) - 4} more" if len(texts) > 4 else ""
-                label = f"{file.name} {function}"
-                yield f"| {label} | {kind} | {shown}{more} | {why(label)} |"
+                yield from rows(f"{file.name} {function}", kind, numbers, source)
     yield ""
-
-
-def write(document: Path, text: str) -> None:
-    before, _, rest = document.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    document.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--write", type=Path, metavar="FILE", help="the document to write it into")
+    parser.add_argument("--report", type=Path, metavar="FILE", default=WORK / "report.md")
+    parser.add_argument("--more", action="store_true", help="add to the last run's counters")
     parser.add_argument("--report-only", action="store_true", help="of the last run's counters")
     options, more = parser.parse_known_args()
     status = 0
     if not options.report_only:
-        copy_tree()
-        build()
-        make_environment()
+        if not options.more:
+            prepare()
         status = run_tests(more)
-    chapters = {"Python": list(python_files()), "C": list(c_files())}
-    text = "\n".join(line for name, files in chapters.items() for line in render(name, files))
-    if options.write:
-        write(options.write, text)
-    else:
-        print(text)
+    measured = {"Python": list(python_files()), "C": list(c_files())}
+    text = "\n".join(
+        f"### {language}\n\n" + "\n".join(render(language, files))
+        for language, files in measured.items()
+    )
+    options.report.write_text(text)
+    print(re.sub(r"(?s)\nLines never executed.*?(?=### |\Z)", "", text))
+    print(f"What was not executed, and why: {options.report}")
     short = [
         f"{language}: {percent(sum(f.run for f in files), sum(f.lines for f in files))}"
-        for language, files in chapters.items()
+        for language, files in measured.items()
         if 100 * sum(f.run for f in files) < GOAL[language] * sum(f.lines for f in files)
     ]
     if short:

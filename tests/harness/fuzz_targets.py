@@ -30,6 +30,7 @@ from page_primer.elf.objects import Object, Region, Source, segments_of
 from page_primer.heap import chunks
 from page_primer.images import layout as image
 from page_primer.kernel import memory, mounts, smaps
+from page_primer.kernel.pagemap import Pagemap
 from page_primer.kernel.smaps import Mapping
 
 PAGE = 4096
@@ -315,10 +316,13 @@ def _load(path: Path) -> bytes | None:
 def maps(data: bytes) -> bool:
     """smaps or maps, in whatever form a kernel or a sandbox writes it: parsed, or a ValueError that
     prime() tells."""
-    text = os.fsdecode(data)
+    path, known, essences = str(_file(data, "maps")), {}, {}
     try:
-        found = [smaps._mapping(*block) for block in smaps._blocks(text)]
-        found += [smaps._mapping(line) for line in text.split("\n")[:-1]]
+        found = []
+        for line, details in smaps._blocks(path):
+            found.append(smaps._mapping(line, known, details.decode("ascii", "replace")))
+            found.append(smaps._mapping(line, known, smaps._essence(details, essences)))
+        found += [smaps._mapping(line, known) for line in data.split(b"\n")[:-1]]
         for mapping in found:
             _ = mapping.huge, mapping.is_locked, mapping.flags, mapping.count("Rss")
             list(chunks.within(mapping, PMD))
@@ -358,7 +362,7 @@ def cgroup(data: bytes) -> bool:
 
 def pagemap(data: bytes) -> bool:
     """pagemap's entries, and fewer of them than were asked for."""
-    pages = chunks._Pages()
+    pages = Pagemap()
     pages._page = PAGE
     reader, writer = os.pipe()
     os.close(writer)
@@ -366,9 +370,9 @@ def pagemap(data: bytes) -> bool:
     path = _file(data, "pagemap")
     pages._fd = os.open(path, os.O_RDONLY)
     try:
-        mapping = Mapping(0, 4 * PMD, "rw-p", 0, "00:00", 0, "")
-        for chunk in pages.chunks(mapping, 0, 4 * PMD, PMD):
-            assert 0 <= chunk.shared <= PMD and 0 <= chunk.missing <= PMD
+        for chunk in pages.chunks(0, 4 * PMD, PMD):
+            assert 0 <= chunk.exclusive <= chunk.present <= PMD // PAGE
+            assert 0 <= chunk.swapped <= PMD // PAGE
     finally:
         os.close(pages._fd)
     return True

@@ -91,6 +91,16 @@ class Gunicorn:
         for _ in range(3 * count):
             self.get()
 
+    def wait_until_each_answered(self):
+        """Until every worker has answered a request; the application's answer is its process's."""
+        answered = set()
+
+        def ask():
+            answered.add(int(self.get()))
+            return answered >= set(self.workers)
+
+        wait_for(ask, "an answer of each worker")
+
     def wait_until_settled(self, count):
         """Until there are so many workers, and the same ones a second later."""
 

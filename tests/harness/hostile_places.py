@@ -143,15 +143,14 @@ def others(made: Made, _: ExitStack) -> Made:
     return made
 
 
-def link(made: Made, _: ExitStack) -> Made:
-    Path(made.options["image_dir"]).symlink_to("/tmp")
+def open_to_others(made: Made, _: ExitStack) -> Made:
+    os.mkdir(made.options["image_dir"])
+    os.chmod(made.options["image_dir"], 0o777)
     return made
 
 
-def open_to_others(made: Made, _: ExitStack) -> Made:
-    store = Path(made.options["image_dir"])
-    store.mkdir()
-    store.chmod(0o777)
+def link(made: Made, _: ExitStack) -> Made:
+    Path(made.options["image_dir"]).symlink_to("/tmp")
     return made
 
 
@@ -163,7 +162,7 @@ def own_interpreter(made: Made, _: ExitStack) -> Made:
     variables = {"PYTHONHOME": f"{sys.base_prefix}:{sys.base_exec_prefix}",
                  "PYTHONPATH": ":".join(packages), "OWN": str(made.folder)}  # fmt: skip
     if "libpython" in os.path.basename(code):
-        real = os.path.realpath(getattr(sys, "_base_executable"))  # noqa: B009
+        real = os.path.realpath(sys._base_executable)  # type: ignore[attr-defined]
         return _with(made, python=real, variables={**variables, "LD_PRELOAD": str(copy)})
     return _with(made, python=str(copy), variables=variables)
 
@@ -409,7 +408,7 @@ TABLE = (
         store_on("size=64m,ro"),
     ),
     Environment(
-        "store: noexec", "tmpfs mounted noexec", (OTHERWISE,), "mounted noexec",
+        "store: noexec", "tmpfs mounted noexec", (OTHERWISE,), "Operation not permitted",
         store_on("noexec"),
     ),
     Environment(
@@ -425,14 +424,14 @@ TABLE = (
         store_on("size=256m", "cd {folder}/store; mkdir low up work; mount -t overlay overlay -o "
                  "lowerdir=low,upperdir=up,workdir=work {folder}/store"),
     ),
-    Environment("store: another's", "chown", (OTHERWISE,), "belongs to user 4242", others),
+    Environment("store: another's", "chown", (OTHERWISE,), "belongs to another user", others),
     Environment("store: a symbolic link", "to /tmp", (OTHERWISE,), "Not a directory", link),
     Environment(
         "store: open to others", "mode 0777", (OTHERWISE,), "others can write",
         open_to_others,
     ),
     Environment("store: of a user without rights", "uid 65534, a directory of root's",
-                (OTHERWISE,), "No such file or directory", as_nobody),
+                (OTHERWISE,), "Permission denied", as_nobody),
     Environment("store: raced", "nine other processes prime at the same time", make=raced),
     Environment(
         "image: cut short", "truncate(1)", make=images_before(cut_short),

@@ -29,7 +29,7 @@ TOP = 1 << 63  # an address that no process has
 CASES: dict[str, Callable[[], object]] = {}
 
 _folder = tempfile.mkdtemp(prefix="page-primer-leaks-")
-_options: dict[str, Any] = {"image_dir": f"{_folder}/images", "limit": 0, "mlock": "code"}
+_options: Any = {"image_dir": f"{_folder}/images", "limit": 0, "mlock": "code"}
 _file = os.open(sys.executable, os.O_RDONLY)
 _area = _core.reserve(SIZE, PAGE, 0)
 _core.map(_area, SIZE, READ_WRITE, ANONYMOUS, -1, 0)
@@ -162,11 +162,6 @@ def swap() -> None:
     refused(_core.swap, base + 1, headers, [piece] * 50, [piece])
     refused(_core.swap, base, headers, [piece] * 50 + [(1, 2)], [])
     refused(_core.swap, base, headers, [(_area, SIZE, 1, TOP, -1, 0)], [])
-
-
-@case
-def credentials() -> None:
-    _core.credentials()
 
 
 @case

@@ -13,8 +13,14 @@
 #include <stdexcept>
 #include <string>
 
-// Five mebibytes: whole huge pages at any load address, on both sides of the functions below.
-__asm__(".text\n.rept 0x280000\nnop\n.endr\n");
+// Five mebibytes of no operation: whole huge pages at any load address, on both sides of the
+// functions below.
+#ifdef __x86_64__
+#define HALF "0x280000, 1, 0x90"
+#else
+#define HALF "0xa0000, 4, 0xd503201f"
+#endif
+__asm__(".text\n.fill " HALF "\n");
 
 static std::string trace;
 
@@ -123,4 +129,4 @@ PyInit_frames(void)
     return PyModule_Create(&module);
 }
 
-__asm__(".text\n.rept 0x280000\nnop\n.endr\n");
+__asm__(".text\n.fill " HALF "\n");
