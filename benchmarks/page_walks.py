@@ -103,6 +103,12 @@ class Trace:
         return tags
 
 
+def commit() -> str:
+    """The commit that is measured, with a `+` where files differ from it."""
+    asked = ["git", "-C", str(HERE), "describe", "--always", "--dirty=+", "--exclude=*"]
+    return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+
+
 def build(directory: Path) -> dict[str, Path]:
     found = {}
     for name in ("pagetrace", "mapsnap", "tlbsim"):
@@ -245,6 +251,7 @@ def main() -> None:
 
         result = {
             "command": " ".join(["benchmarks/page_walks.py", *sys.argv[1:]]),
+            "commit": commit(),
             "machine": machine.describe(),
             "python": sys.version.split()[0],
             "instructions": sum(trace.instructions) / options.loops,
