@@ -29,6 +29,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from page_primer.bench import interpreter, machine, variants
+
 from tlb.cores import CORES, simulate  # isort: skip
 from tlb.layout import HUGE, Snapshot, per_segment, spans, spread  # isort: skip
 
@@ -146,8 +148,6 @@ def record(command: list[str], libraries: dict[str, Path], directory: Path, mark
 
 def snapshots(command: list[str], listed: str, directory: Path, preload: Path):
     """The address space of each variant of `page-primer bench`."""
-    from page_primer.bench import interpreter, variants
-
     environ = {
         **os.environ, "PYTHONHASHSEED": "0", "LD_PRELOAD": str(preload),
         "PAGE_PRIMER_IMAGE_DIR": str(directory), "PAGE_PRIMER_MLOCK": "off",
@@ -247,8 +247,6 @@ def main() -> None:
           "walks an iteration on 4 KiB pages (in brackets), ratios to them\n")  # fmt: skip
     print("\n\n".join(table(rows, SCENARIOS[processes][0]) for processes in SCENARIOS))
     if options.json:
-        from page_primer.bench import machine
-
         result = {
             "command": " ".join(["benchmarks/page_walks.py", *sys.argv[1:]]),
             "commit": commit(),
