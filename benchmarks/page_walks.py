@@ -231,6 +231,7 @@ def main() -> None:
     parser.add_argument("--variants", default=VARIANTS, help="as page-primer bench has them")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    measured = commit()  # now: files may change while it runs
     command = [options.python, str(HERE / "tlb" / f"{options.work}_work.py")]
     command += [str(options.loops), "1"]
     with tempfile.TemporaryDirectory(prefix="page-walks-", dir="/var/tmp") as name:
@@ -248,8 +249,8 @@ def main() -> None:
     print("\n\n".join(table(rows, SCENARIOS[processes][0]) for processes in SCENARIOS))
     if options.json:
         result = {
-            "command": " ".join(["benchmarks/page_walks.py", *sys.argv[1:]]),
-            "commit": commit(),
+            "command": f"benchmarks/page_walks.py --work {options.work} --loops {options.loops}",
+            "commit": measured,
             "machine": machine.describe(),
             "python": sys.version.split()[0],
             "instructions": sum(trace.instructions) / options.loops,

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 ASGI = """
@@ -70,6 +71,18 @@ def commands(directory: Path, port: int) -> dict[str, list[str]]:
     }  # fmt: skip
 
 
+def judge(server: str, result: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """The variants that are slower than `off`, and those that too few rounds were for."""
+    slower, unknown = [], []
+    for variant, found in result["variants"].items():
+        verdict = found.get("verdict", "")
+        if verdict.startswith("slower"):
+            slower.append(f"{server}, {variant}")
+        elif verdict.startswith(("no verdict", "no measurement")):
+            unknown.append(f"{server}, {variant}")
+    return slower, unknown
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--minutes", type=float, default=3.0, help="for each server")
@@ -77,7 +90,8 @@ def main() -> int:
     parser.add_argument("--variants", default="off,off-again,code,code+heap")
     parser.add_argument("--json", type=Path, metavar="DIR", help="a file for each server")
     given = parser.parse_args()
-    slower, unknown = [], []
+    slower: list[str] = []
+    unknown: list[str] = []
     with tempfile.TemporaryDirectory(prefix="throughput-", dir="/var/tmp") as name:
         directory = Path(name)
         shutil.copy(ROOT / "examples" / "gunicorn" / "app.py", directory)
@@ -115,12 +129,9 @@ def main() -> int:
                     broker.terminate()
                     broker.wait()
             result = json.loads(found.read_text())
-            for variant, its in result["variants"].items():
-                verdict = its.get("verdict", "")
-                if verdict.startswith(("slower", "no verdict", "no measurement")):
-                    (slower if verdict.startswith("slower") else unknown).append(
-                        f"{server}, {variant}"
-                    )
+            its_slower, its_unknown = judge(server, result)
+            slower += its_slower
+            unknown += its_unknown
             if given.json:
                 result["command"] = f"benchmarks/throughput.py --minutes {given.minutes:g}"
                 result["commit"] = commit()
