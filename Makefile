@@ -6,7 +6,8 @@
 # make trixie  make demo and make test in a Debian 13 (root; COMMAND=... for something else)
 # make lint    formatting, lint rules, types, layers; C's format and its lint
 # make docs    the documentation as a site, in build/docs; a warning is an error
-# make bench   what priming costs, and a start under page-primer run (AGAINST=COMMIT: and in another)
+# make bench   what priming costs, and a start under page-primer run (AGAINST=COMMIT: and in another),
+#              page walks by trace, and processor time of gunicorn, uvicorn and Celery
 # make bench-pressure    what locking buys when memory is short (root)
 # make environments    hostile ones, each tried (root); writes docs/environments.md
 # make fuzz what reads others' files and text, fuzzed (FUZZ="--seconds 600 align")
@@ -68,6 +69,10 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/prime_cost.py
 	$(BIN)/python benchmarks/start_cost.py
 	$(if $(AGAINST),$(BIN)/python benchmarks/against.py $(AGAINST))
+	$(PIP_INSTALL) -e ".[test,bench]"
+	tools/system-packages h2load:nghttp2-client qemu-x86_64:qemu-user redis-server:redis-server
+	$(BIN)/python benchmarks/page_walks.py --loops 4
+	$(BIN)/python benchmarks/throughput.py --minutes 3
 
 bench-pressure: $(VENV)/.dev
 	tools/system-packages vmtouch:vmtouch perf:linux-perf redis-server:redis-server

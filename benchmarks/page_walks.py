@@ -29,6 +29,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from page_primer.bench import interpreter, machine, variants
+
 from tlb.cores import CORES, simulate  # isort: skip
 from tlb.layout import HUGE, Snapshot, per_segment, spans, spread  # isort: skip
 
@@ -103,6 +105,12 @@ class Trace:
         return tags
 
 
+def commit() -> str:
+    """The commit that is measured, with a `+` where files differ from it."""
+    asked = ["git", "-C", str(HERE), "describe", "--always", "--dirty=+", "--exclude=*"]
+    return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+
+
 def build(directory: Path) -> dict[str, Path]:
     found = {}
     for name in ("pagetrace", "mapsnap", "tlbsim"):
@@ -140,8 +148,6 @@ def record(command: list[str], libraries: dict[str, Path], directory: Path, mark
 
 def snapshots(command: list[str], listed: str, directory: Path, preload: Path):
     """The address space of each variant of `page-primer bench`."""
-    from page_primer.bench import interpreter, variants
-
     environ = {
         **os.environ, "PYTHONHASHSEED": "0", "LD_PRELOAD": str(preload),
         "PAGE_PRIMER_IMAGE_DIR": str(directory), "PAGE_PRIMER_MLOCK": "off",
@@ -225,6 +231,7 @@ def main() -> None:
     parser.add_argument("--variants", default=VARIANTS, help="as page-primer bench has them")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    measured = commit()  # now: files may change while it runs
     command = [options.python, str(HERE / "tlb" / f"{options.work}_work.py")]
     command += [str(options.loops), "1"]
     with tempfile.TemporaryDirectory(prefix="page-walks-", dir="/var/tmp") as name:
@@ -241,10 +248,9 @@ def main() -> None:
           "walks an iteration on 4 KiB pages (in brackets), ratios to them\n")  # fmt: skip
     print("\n\n".join(table(rows, SCENARIOS[processes][0]) for processes in SCENARIOS))
     if options.json:
-        from page_primer.bench import machine
-
         result = {
-            "command": " ".join(["benchmarks/page_walks.py", *sys.argv[1:]]),
+            "command": f"benchmarks/page_walks.py --work {options.work} --loops {options.loops}",
+            "commit": measured,
             "machine": machine.describe(),
             "python": sys.version.split()[0],
             "instructions": sum(trace.instructions) / options.loops,

@@ -1,4 +1,8 @@
-"""A picture of the ratios and their intervals (the extra `bench`: matplotlib)."""
+"""A picture of the ratios and their intervals.
+
+matplotlib (the extra `bench`) is imported where it is used: most runs have no picture, and an
+installation need not have it.
+"""
 
 from __future__ import annotations
 
