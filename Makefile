@@ -10,7 +10,8 @@
 #              page walks by trace, and processor time of gunicorn, uvicorn and Celery
 # make bench-pressure    what locking buys when memory is short (root)
 # make environments    hostile ones, each tried (root); writes docs/environments.md
-# make fuzz what reads others' files and text, fuzzed (FUZZ="--seconds 600 align")
+# make sanitize    the C core under sanitizers, and 10,000 cycles of prime() and restore()
+# make fuzz    what reads others' files and text, fuzzed (FUZZ="--seconds 600 align")
 # make tools-matrix   every tool on every interpreter and backing; writes docs/tools.md
 # make kernels Debian's Python and an aligned libpython under other kernels, in qemu, x86-64 and
 #              (root) arm64; writes docs/kernels.md (KERNELS="6.12 7.3", ARM64=: a part of it)
@@ -25,7 +26,7 @@ PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 PARALLEL := $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 SOURCES := pyproject.toml setup.py $(wildcard page_primer/*.[ch] page_primer/launcher/*.[ch])
 
-.PHONY: demo demo-celery test test-fast coverage trixie lint docs bench bench-pressure environments fuzz tools-matrix kernels clean
+.PHONY: demo demo-celery test test-fast coverage trixie lint docs bench bench-pressure environments sanitize fuzz tools-matrix kernels clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/gunicorn/demo.py
@@ -82,6 +83,10 @@ bench-pressure: $(VENV)/.dev
 environments: $(VENV)/.dev
 	tools/system-packages gcc:build-essential unshare:util-linux
 	$(BIN)/python tools/environments
+
+sanitize: $(VENV)/.dev
+	tools/system-packages gcc:build-essential setarch:util-linux
+	$(BIN)/python tools/sanitize
 
 fuzz: $(VENV)/.dev
 	-$(PIP_INSTALL) atheris  # has wheels for some versions only; tools/fuzz does without

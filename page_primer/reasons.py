@@ -35,6 +35,7 @@ NOT_AVAILABLE = Reason("not available here")
 TOO_LITTLE_MEMORY = Reason("too little memory")
 IN_SIGNAL_HANDLER = Reason("called by a signal handler while it was under way")
 ANOTHER_CALL = Reason("another call has not ended")
+CUT_OFF = Reason("forked while another thread loaded page-primer")
 UNEXPECTED = Reason("unexpected error")
 
 # Nothing was done for the process's code, or for its heap.
