@@ -132,11 +132,12 @@ def test_files_that_were_copied_since(python, public, tmp_path):
     os.replace(copy, library)
     with Process(python, env={"PYTHONPATH": str(public)}) as process:
         process.run("import loads")
+        starts = [vma.start for vma in outside.smaps(process.pid) if vma.path == str(library)]
+        if min(starts) % outside.PMD:
+            pytest.skip("the loader does not align libraries on this file system")
         report = process.prime(image_dir=str(store))
         mine = images_of(report)[str(library)]
-        if outside.load_bias(str(library), outside.smaps(process.pid)) % outside.PMD:
-            pytest.skip("the loader does not align libraries on this file system")
-        assert "-built-" in mine["where"] or "built-" in mine["where"]
+        assert "-built-" in mine["where"]
         assert mine["written_bytes"] == 0
         assert process.run("result = loads.library.answer()") == 42
 

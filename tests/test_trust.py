@@ -1,5 +1,6 @@
 """Whom an image may come from, and who may read it."""
 
+import json
 import os
 import shutil
 import stat
@@ -86,6 +87,32 @@ def test_a_process_that_is_not_dumpable(public_python):
             "c = credentials.read(); result = [c.privilege, sorted(c.trusted)]"
         )
         assert found == ["it is not dumpable", [0]]
+
+
+@needs_root
+def test_a_program_that_gives_more_than_its_user_has(public, public_python):
+    """Set-group-ID: secure-execution mode (AT_SECURE), without a capability."""
+    program = public / "program"
+    shutil.copy(os.path.realpath(public_python), program)
+    os.chown(program, 0, OTHER)
+    program.chmod(0o2755)
+    said = subprocess.run(
+        [*become(USER), program, "-c",
+         f"import os, sys; sys.path[:] = {path_of(public_python)!r}\n"
+         "from page_primer.kernel import credentials\n"
+         "c = credentials.read()\n"
+         "print(os.getegid(), c.user, c.privilege, sorted(c.trusted), sep=';')"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    if said.returncode or not said.stdout.startswith(f"{OTHER};"):
+        pytest.skip(f"a set-group-ID program does not run here: {said.stderr[-200:]}")
+    assert said.stdout == f"{OTHER};{USER};it runs in secure-execution mode;[0]\n"
+
+
+def path_of(python: str) -> list[str]:
+    """An interpreter's sys.path."""
+    command = [python, "-c", "import json, sys; print(json.dumps(sys.path[1:]))"]
+    return json.loads(subprocess.check_output(command, text=True))
 
 
 def test_what_the_kernel_does_not_tell_is_not_trusted(monkeypatch):
@@ -304,10 +331,7 @@ def test_an_image_of_a_private_program_is_private(public, public_python):
     program = public / "program"
     shutil.copy(os.path.realpath(public_python), program)
     program.chmod(0o750)
-    packages = subprocess.run(
-        [public_python, "-c", "import sys; print(':'.join(sys.path[1:]))"],
-        stdout=subprocess.PIPE, text=True, check=True,
-    ).stdout.strip()  # fmt: skip
+    packages = ":".join(path_of(public_python))
     store = public / "images"
     with Process(str(program), env={"PYTHONPATH": packages}) as process:
         where = Path(interpreter(process.prime(image_dir=str(store)))["where"])
