@@ -61,8 +61,7 @@ class Process:
         if last is not None and self.options == options and self.loads == _core.loads():
             if child:
                 self.resident = 0, memory.resident()
-                if not self._inherit():
-                    last = self._measure((), smaps.read_own(), began)
+                last = last if self._inherit() else self._measure((), smaps.read_own(), began)
                 last = replace(last, objects=self.registry.inherited(last.objects))
             if child or last.moved:
                 last = replace(
