@@ -150,12 +150,12 @@ class Process:
         """In a forked child: lock what the parent had locked, which a fork does not inherit, and
         have the moved code mapped. Returns whether everything is as it was in the parent, so that
         the parent's measurements hold."""
-        before = set(self.mlocks.made), self.huge, self._perf_map_outcome()
-        self.lock_in_child()
+        before = self.huge, self._perf_map_outcome()
+        locked = self.mlocks.make_again()
         self.registry.fault_in()
         self._write_perf_map()
         self.huge = self.registry.huge(smaps.starting_at(self.registry.starts()))
-        return before == (set(self.mlocks.made), self.huge, self._perf_map_outcome())
+        return locked and before == (self.huge, self._perf_map_outcome())
 
     # -------------------------------------------------------------------------------- moving ---
 
