@@ -11,7 +11,6 @@ import os
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
     from types import TracebackType
     from typing import Any, ClassVar, TypeVar
     from typing import NamedTuple as NamedTuple
@@ -23,6 +22,9 @@ else:
 
     def dataclass_transform(**_):
         return lambda cls: cls
+
+
+_set_attribute = object.__setattr__
 
 
 @dataclass_transform(frozen_default=True)
@@ -49,21 +51,19 @@ class Record:
         cls._compared = tuple(name for name in cls._fields if name not in aside)
 
     def __init__(self, *values: Any, **named: Any) -> None:
+        # Attributes are set one by one: then their names are the class's, and a record takes half
+        # of what it takes with a dictionary of its own (CPython 3.11 and newer).
         if not named and len(values) == len(self._fields):
-            self._set(zip(self._fields, values, strict=False))
+            for name, value in zip(self._fields, values, strict=False):
+                _set_attribute(self, name, value)
             return
         given = dict(zip(self._fields, values, strict=False), **named)
         # A default stays what it is, an attribute of the class.
         complete = len(given) == len(self._fields) or given.keys() >= self._required
         if not complete or len(given) < len(values) + len(named) or not given.keys() <= self._known:
             raise TypeError(f"{type(self).__name__}() takes {', '.join(self._fields)}")
-        self._set(given.items())
-
-    def _set(self, values: Iterable[tuple[str, Any]]) -> None:
-        # One by one: then the names are the class's, and a record is a quarter as large as with a
-        # dictionary of its own. (CPython has such attributes since 3.11.)
-        for name, value in values:
-            object.__setattr__(self, name, value)
+        for name in given:
+            _set_attribute(self, name, given[name])
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"{type(self).__name__} is immutable")

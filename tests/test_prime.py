@@ -10,7 +10,6 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from elftools.elf.elffile import ELFFile
 from harness import outside
 from harness.debian_python import ARCHIVE, DEBIAN, PACKAGE, build_pie
 from harness.interpreters import KINDS, python_of
@@ -560,60 +559,6 @@ def test_modified_code_is_left_alone(python, images):
             v.path == path and v.start <= start < v.end for v in outside.smaps(process.pid)
         ), "the modified page is where it was"
         assert interpreter(report)["code_huge_bytes"] > 0
-
-
-@pytest.mark.root("set a uprobe")
-def test_the_breakpoints_of_uprobes_are_no_part_of_an_image(python, images, tmp_path):
-    """The kernel puts them into every private mapping of a probed file. In a copy they would be a
-    SIGTRAP, for it knows no probe there."""
-    tracing = Path("/sys/kernel/tracing")
-    if not (tracing / "uprobe_events").exists():
-        pytest.skip("no tracefs with uprobes at /sys/kernel/tracing")
-    # A function in the midst of five huge pages, all touched, and none of them huge.
-    fill = f'__asm__(".text\\n.fill {3 * PMD}, 1, 0x90\\n");\n'
-    warm = (
-        "__attribute__((constructor)) static void touch(void)\n"
-        f"{{ for (long i = -{2 * PMD}; i < {2 * PMD}; i += 4096)"
-        " (void)((volatile char *)answer)[i]; }\n"
-    )
-    source = f"{fill}int answer(void) {{ return 42; }}\n{fill}{warm}"
-    flags = ("-shared", "-fPIC", "-fno-toplevel-reorder")
-    linked = build(tmp_path, "linked.so", source, *flags).read_bytes()
-    library = tmp_path / "libprobed.so"
-    with open(library, "wb", buffering=0) as file:
-        for start in range(0, len(linked), 16384):
-            file.write(linked[start : start + 16384])
-    with open(library, "rb") as file:
-        table = ELFFile(file).get_section_by_name(".symtab")
-        (symbol,) = [s for s in table.iter_symbols() if s.name == "answer"]
-        at = next(ELFFile(file).address_offsets(symbol["st_value"]))
-    group = f"page_primer_test_{os.getpid()}"
-
-    def tell(line):
-        fd = os.open(tracing / "uprobe_events", os.O_WRONLY | os.O_APPEND)
-        try:
-            os.write(fd, f"{line}\n".encode())
-        finally:
-            os.close(fd)
-
-    tell(f"p:{group}/answer {library}:{at:#x}")
-    enable = tracing / "events" / group / "answer" / "enable"
-    try:
-        enable.write_text("1")
-        with Process(python) as process:
-            process.run(f"import ctypes; lib = ctypes.CDLL({str(library)!r})")
-            report = process.prime(image_dir=str(images), backing="image")
-            assert left_of(report, library.name).keys() == {"modified in memory"}
-            assert process.run("result = lib.answer()") == 42
-            enable.write_text("0")
-            # The image that is there holds what the file holds.
-            process.run("import _decimal, _ctypes_test")
-            report = process.prime(image_dir=str(images), backing="image")
-            assert str(library) in report["moved"]
-            assert process.run("result = lib.answer()") == 42
-    finally:
-        enable.write_text("0")
-        tell(f"-:{group}/answer")
 
 
 @pytest.mark.kernel(6, 10, "mseal(2)")

@@ -24,9 +24,13 @@ class Mlocks:
         self.refused: dict[Range, tuple[Lock, str]] = {}  # with the reason
         self.withheld: list[Lock] = []  # not asked for, to leave memory to others
         self._host: list[Range] = []  # made by the host, not by us
+        # (address, bytes, flags) of all that is in `made`; empty: to be worked out again. A forked
+        # child goes by these, for each record that it looks at is a page that it copies.
+        self._plain: tuple[tuple[int, int, int], ...] = ()
 
     def forget(self) -> None:
         """In a forked child, none is in force."""
+        self._plain = ()
         self.made.clear()
         self._host.clear()
 
@@ -63,19 +67,28 @@ class Mlocks:
                 self.refused[lock.range] = lock, memlock.OVER
                 continue
             try:
-                flags = _core.MLOCK_ONFAULT if lock.on_fault else 0
-                _core.lock(lock.start, lock.range.length, flags)
+                _core.lock(lock.start, lock.range.length, _flags(lock))
             except OSError as error:
                 self.refused[lock.range] = lock, reason_of(error)
             else:
                 self.made[lock.range] = lock
                 room = None if room is None else room - cost
+        self._plain = tuple((m.start, m.range.length, _flags(m)) for m in self.made.values())
 
-    def make_again(self) -> None:
-        """In a forked child: lock what the parent had locked."""
+    def make_again(self) -> bool:
+        """In a forked child: lock what the parent had locked. Returns whether that is all of it."""
+        if self._plain and not self.refused:
+            room = memlock.room()
+            if room is None or sum(length for _, length, _ in self._plain) <= room:
+                with suppress(OSError):
+                    for address, length, flags in self._plain:
+                        _core.lock(address, length, flags)
+                    return True
+        before = set(self.made)
         wanted = [*self.made.values(), *(lock for lock, _ in self.refused.values())]
         self.made.clear()
         self.make(wanted)
+        return before == set(self.made)
 
     def relock_for_host(self, regions: Iterable[Region]) -> None:
         """Mapping something else over a range loses its lock. Whole regions: a lock of a part would
@@ -87,6 +100,7 @@ class Mlocks:
     def put_back(self, obj: Object) -> None:
         """After an object was put back, whose mappings are new: the host's locks on it, and none of
         ours on what had stayed on its file."""
+        self._plain = ()
         whole = Range(obj.start, obj.end)
         for where in [where for where in self.made if where.overlaps(whole)]:
             with suppress(OSError):
@@ -101,6 +115,7 @@ class Mlocks:
         for start, end in self.made:
             with suppress(OSError):
                 _core.unlock(start, end - start)
+        self._plain = ()
         self.made.clear()
         self.refused.clear()
         self.withheld.clear()
@@ -110,6 +125,10 @@ class Mlocks:
         for where in self._host:
             _lock(where)
         self._host.clear()
+
+
+def _flags(lock: Lock) -> int:
+    return _core.MLOCK_ONFAULT if lock.on_fault else 0
 
 
 def _lock(where: Range) -> None:

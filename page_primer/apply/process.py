@@ -61,8 +61,7 @@ class Process:
         if last is not None and self.options == options and self.loads == _core.loads():
             if child:
                 self.resident = 0, memory.resident()
-                if not self._inherit():
-                    last = self._measure((), smaps.read_own(), began)
+                last = last if self._inherit() else self._measure((), smaps.read_own(), began)
                 last = replace(last, objects=self.registry.inherited(last.objects))
             if child or last.moved:
                 last = replace(
@@ -151,12 +150,12 @@ class Process:
         """In a forked child: lock what the parent had locked, which a fork does not inherit, and
         have the moved code mapped. Returns whether everything is as it was in the parent, so that
         the parent's measurements hold."""
-        before = set(self.mlocks.made), self.huge, self._perf_map_outcome()
-        self.lock_in_child()
+        before = self.huge, self._perf_map_outcome()
+        locked = self.mlocks.make_again()
         self.registry.fault_in()
         self._write_perf_map()
         self.huge = self.registry.huge(smaps.starting_at(self.registry.starts()))
-        return before == (set(self.mlocks.made), self.huge, self._perf_map_outcome())
+        return locked and before == (self.huge, self._perf_map_outcome())
 
     # -------------------------------------------------------------------------------- moving ---
 

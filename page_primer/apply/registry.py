@@ -212,12 +212,15 @@ class Registry:
 
     # ---------------------------------------------------------------------------- reporting ---
 
-    @staticmethod
-    def inherited(objects: tuple[ObjectReport, ...]) -> tuple[ObjectReport, ...]:
+    def inherited(self, objects: tuple[ObjectReport, ...]) -> tuple[ObjectReport, ...]:
         """The same in a forked child: what was its parent's own, both have now."""
-        if not any(obj.sharing == "private" for obj in objects):
+        if all(self._recurs(primed) for primed in self.primed.values()):
             return objects
         return tuple(replace(o, sharing=o.sharing and "shared") for o in objects)
+
+    def _recurs(self, primed: Primed) -> bool:
+        """Whether other processes map the same pages, whoever their parent is."""
+        return primed.prepared.backing == "image" and hot.is_shared(primed.object, self.pmd)
 
     def describe(self, obj: Object, mappings: Sequence[Mapping]) -> ObjectReport:
         """What became of one object, measured."""
@@ -228,9 +231,8 @@ class Registry:
         code = [segment for segment in segments if segment.kind == "code"]
         sharing = None
         if primed:
-            recurs = primed.prepared.backing == "image" and hot.is_shared(primed.object, self.pmd)
             mine = primed.maker == (os.getpid(), _core.forks())
-            sharing = "private" if mine and not recurs else "shared"
+            sharing = "private" if mine and not self._recurs(primed) else "shared"
         return ObjectReport(
             path=obj.path,
             interpreter=obj.interpreter,

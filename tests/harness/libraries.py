@@ -16,11 +16,12 @@ def build(tmp_path, name, source, *flags):
 
 
 # Five mebibytes of code, spread over whole huge pages at any load address and touched when it is
-# loaded, and a function in it.
+# loaded, and in their midst a function.
 BIG = """
-__asm__(".text\\nfilling:\\n.fill 0x500000, 1, 0x90\\n");
-extern const volatile char filling[] __attribute__((visibility("hidden")));
+__asm__(".text\\nfilling:\\n.fill 0x300000, 1, 0x90\\n");
 int answer(void) { return 42; }
+__asm__(".text\\n.fill 0x200000, 1, 0x90\\n");
+extern const volatile char filling[] __attribute__((visibility("hidden")));
 __attribute__((constructor)) static void touch(void)
 {
     for (int i = 0; i < 0x500000; i += 4096)
@@ -30,7 +31,7 @@ __attribute__((constructor)) static void touch(void)
 
 
 def build_library(tmp_path, name, *flags):
-    return build(tmp_path, name, BIG, "-shared", "-fPIC", *flags)
+    return build(tmp_path, name, BIG, "-shared", "-fPIC", "-fno-toplevel-reorder", *flags)
 
 
 # Code of six huge pages and some, of which touch(n) touches a part of the n-th.
