@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 
 from page_primer import reasons
 from page_primer._lean import is_ours
@@ -22,6 +23,7 @@ from page_primer.words import shortage
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from threading import get_ident
 
     from typing_extensions import Unpack
 
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from page_primer.options import OptionValues
 
     __version__: str
+else:
+    from _thread import get_ident  # threading takes 2 ms to import
 
 __all__ = ["Options", "Report", "__version__", "prime", "restore"]
 
@@ -107,7 +111,7 @@ def on_process(action: Callable[[Process], Report]) -> Report:
     Whatever surprise the environment has, the server runs on; what a signal handler of the host
     raises reaches the host, after the call has come to its end."""
     try:
-        refused = _unsupported() or _too_little_memory()
+        refused = _unsupported() or _load()
         if refused is None:
             return _alone(action)
     except ImportError as error:  # built without its C core
@@ -134,6 +138,49 @@ def _alone(action: Callable[[Process], Report]) -> Report:
         return _nothing_done(reasons.IN_SIGNAL_HANDLER if is_mine else reasons.ANOTHER_CALL)
 
     return _core.alone(lambda: action(process), otherwise)
+
+
+_loading: set[int] = set()  # threads that import what a first call needs
+_cut_off = False  # forked amid such an import
+_watched = False  # forks are
+_LONGEST_WAIT = 2.0  # seconds
+
+
+def _load() -> Refusal | None:
+    """Import what a call needs, unless memory is too short even for that.
+
+    A child that is forked in the midst of another thread's import has its locks for ever, so forks
+    wait for it, and a child that was forked all the same imports nothing.
+    """
+    global _watched
+    if _cut_off:
+        return Refusal(reasons.CUT_OFF)
+    if "page_primer.apply.process" in sys.modules and not _loading:
+        return None
+    if not _watched:
+        _watched = True
+        os.register_at_fork(before=_wait_for_others, after_in_child=_after_fork)
+    me = get_ident()
+    try:
+        _loading.add(me)
+        refused = _too_little_memory()
+        if refused is None:
+            import page_primer.apply.process  # noqa: F401
+        return refused
+    finally:
+        _loading.discard(me)
+
+
+def _wait_for_others() -> None:
+    end = time.monotonic() + _LONGEST_WAIT
+    while _loading - {get_ident()} and time.monotonic() < end:
+        time.sleep(0.001)
+
+
+def _after_fork() -> None:
+    global _cut_off
+    _cut_off = _cut_off or bool(_loading - {get_ident()})
+    _loading.intersection_update({get_ident()})
 
 
 def _too_little_memory() -> Refusal | None:

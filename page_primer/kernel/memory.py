@@ -11,7 +11,6 @@ import sys
 
 from page_primer._lean import Record, suppress
 from page_primer.kernel import mounts
-from page_primer.kernel.thp import page_size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -56,7 +55,7 @@ def read(root: str = "") -> Memory | None:
 def resident() -> int:
     """What this process has in memory, bytes; 0 where /proc does not say (proc(5), statm)."""
     fields = _text("/proc/self/statm").split()
-    return int(fields[1]) * page_size() if len(fields) > 1 else 0
+    return int(fields[1]) * os.sysconf("SC_PAGESIZE") if len(fields) > 1 else 0
 
 
 def bounds(root: str = "") -> Iterator[Memory]:

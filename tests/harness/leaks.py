@@ -222,6 +222,11 @@ def after_fork() -> None:
 
 
 @case
+def credentials() -> None:
+    _core.credentials()
+
+
+@case
 def forks() -> None:
     _core.forks()
 
