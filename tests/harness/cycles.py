@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+from typing import Any
 
 import page_primer
 from harness.leaks import held
@@ -23,14 +24,14 @@ from harness.leaks import held
 BACKINGS = ("image", "memfd", "anonymous")
 
 
-def options(folder: str, number: int, *, heap: bool) -> dict[str, object]:
+def options(folder: str, number: int, *, heap: bool) -> dict[str, Any]:
     return {
         "image_dir": f"{folder}/images", "backing": BACKINGS[number % len(BACKINGS)],
         "limit": 0, "mlock": "code", "keep_profilers": number % 2 == 0, "heap": heap,
     }  # fmt: skip
 
 
-def fork(given: dict[str, object]) -> None:
+def fork(given: dict[str, Any]) -> None:
     """A child that primes and ends."""
     child = os.fork()
     if child == 0:
