@@ -234,7 +234,7 @@ if child == 0:
     os._exit(0)
 status = os.waitpid(child, 0)[1]
 shm = os.statvfs("/dev/shm")
-used = (shm.f_blocks - shm.f_bfree) * shm.f_frsize
+used = (shm.f_blocks - shm.f_bfree) * shm.f_frsize + len(os.listdir("/dev/shm"))
 core = report.interpreter
 sizes = [os.lstat(os.path.join(at, name)).st_blocks * 512
          for at, _, files in os.walk(os.environ["HOME"]) for name in files]
@@ -275,6 +275,23 @@ def test_small_shm(tmp_path):
         assert size < 32 * MIB
     lefts = [left for *_, left in seen]
     assert lefts[2] <= lefts[0] + MIB
+
+
+@needs_root
+def test_a_container_with_a_read_only_root_and_nothing_built(tmp_path):
+    """Then memory without a name is used, and /dev/shm still left alone."""
+    upper = Path(tempfile.mkdtemp(prefix="page-primer-test-", dir="/srv"))
+    try:
+        wrapper = container(upper, read_only=True)
+        env = {"HOME": "/nonexistent", "PAGE_PRIMER_KEEP_PROFILERS": "0"}
+        with Process(sys.executable, wrapper=wrapper, env=env) as process:
+            report = process.run("import page_primer; result = page_primer.prime().as_dict()")
+            core = interpreter(report)
+            assert core["backing"] == "memfd"
+            assert any("mounted noexec" in note for note in core["notes"]), core["notes"]
+            assert process.run("import os; result = os.listdir('/dev/shm')") == []
+    finally:
+        shutil.rmtree(upper)
 
 
 # ------------------------------------------------------------------------------------------ command

@@ -71,8 +71,10 @@ def _place(path: str, limit: int, table: str) -> Place:
     there = path
     while not os.path.isdir(there) and there != "/":
         there = os.path.dirname(there)
-    size = 0
+    size, reason = 0, None
     with suppress(OSError):
         status = os.statvfs(there)
         size = status.f_blocks * status.f_frsize
-    return Place(path, limit=min(limit, size // _SHARE), in_memory=True)
+        if status.f_flag & os.ST_NOEXEC:  # then nothing is made there, either
+            reason = "mounted noexec"
+    return Place(path, reason, min(limit, size // _SHARE), in_memory=True)
