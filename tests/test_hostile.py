@@ -226,7 +226,7 @@ def test_a_failed_call_does_not_spoil_the_next(python, images, tmp_path):
         fails = "def fails(*_): raise OSError(errno.EMFILE, 'Too many open files')"
         exec(compile(fails, apply.__file__, "exec"))
         apply.smaps.read_maps = fails
-        first = page_primer.prime(image_dir={str(images)!r}).reason
+        first = page_primer.prime(image_dir={str(images)!r}).summary()
         apply.smaps.read_maps = read
         result = [first, page_primer.prime(image_dir={str(images)!r}).as_dict()]
     """
