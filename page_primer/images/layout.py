@@ -151,6 +151,9 @@ class Layout(Record):
                 written += _copy(original, [part], target, offset + done)
         for offset, data in ((end, table), (0, head)):
             written += write_all(target, data, offset)
+        # Chunks that stay on the original are holes, and nothing may follow the last one.
+        if os.fstat(target).st_size < end:
+            os.ftruncate(target, end)
         return written
 
 

@@ -119,7 +119,11 @@ def _outcome(
     huge = 0
     if core is not None:
         with suppress(OSError, StopIteration):  # it was upgraded, and is not at its path
-            huge = outside.text_of(pid, core["path"]).huge
+            text_section = outside.text_of(pid, core["path"])
+            if not text_section.attainable:  # the loader has put it where no huge page fits
+                assert not core["code_huge_bytes"]
+                return f"{NOT}: no whole huge page at this address", ""
+            huge = text_section.huge
             assert bool(huge) == bool(core["code_huge_bytes"]), (huge, core)
         huge = huge or core["code_huge_bytes"]
     wanted = made.options.get("backing", "image")
