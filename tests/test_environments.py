@@ -22,7 +22,11 @@ def folder():
 
 @pytest.mark.parametrize(
     "environment",
-    [pytest.param(one, id=one.name, marks=pytest.mark.slow if one.slow else ()) for one in TABLE],
+    [
+        pytest.param(one, id=one.name, marks=pytest.mark.slow if one.slow else ())
+        for one in TABLE
+        if not one.hours
+    ],
 )
 def test_the_host_lives_and_the_report_tells_why(environment, python, folder):
     try:

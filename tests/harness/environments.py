@@ -61,6 +61,7 @@ class Environment:
     before: str = ""
     during: str = PRIME
     slow: bool = False
+    hours: bool = False  # for tools/environments alone, by name
 
 
 @dataclass(frozen=True)

@@ -485,7 +485,7 @@ TABLE = (
     Environment(
         "64 threads that execute and dlopen, long",
         "10,000 times prime() and restore(); 60 without Python's lock",
-        make=with_crowd, before=THREADS, during=IN_CROWD.format(rounds=5000), slow=True,
+        make=with_crowd, before=THREADS, during=IN_CROWD.format(rounds=5000), hours=True,
     ),
     Environment(
         "warnings are errors", "PYTHONWARNDEFAULTENCODING=1, -W error -X dev -bb",
