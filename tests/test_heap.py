@@ -68,10 +68,9 @@ def test_new_arenas_are_huge(every_python):
         again = process.prime(heap="arenas", **ONLY_HEAP)["heap"]
         assert again["use"]["arenas_huge"] >= huge
         everything = [v for v in outside.smaps(process.pid) if v.perms == "rw-p" and not v.inode]
-        assert (
-            again["use"]["arenas_huge"] + again["use"]["other_huge"] + again["use"]["malloc_huge"]
-            == sum(v.kb["AnonHugePages"] for v in everything if v.path != "[stack]") << 10
-        )
+        said = sum(again["use"][f"{kind}_huge"] for kind in ("arenas", "other", "malloc"))
+        seen = sum(v.kb["AnonHugePages"] for v in everything if v.path != "[stack]") << 10
+        assert abs(said - seen) <= PMD  # khugepaged may come in between
         process.run("del kept")
         assert len(regions(process)) <= before + 2
 

@@ -17,7 +17,7 @@ from page_primer._lean import suppress
 
 USERS, WRITER = ".users", ".writer"
 _NEW = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-_WAIT_FOR_WRITER = 1.0  # seconds
+_WAIT_FOR_WRITER = 3.0  # seconds; on a busy disk a first image takes that long
 
 
 def share(folder: int) -> int:

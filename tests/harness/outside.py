@@ -94,6 +94,17 @@ class Text:
     def span(self) -> int:
         return sum(v.end - v.start for v in self.span_vmas)
 
+    @property
+    def moved(self) -> list[Vma]:
+        """Of the span, what is mapped from elsewhere: of a library, its hot chunks."""
+        return [v for v in self.span_vmas if v.path != self.path]
+
+    def require_hot_chunks_huge(self) -> None:
+        """What was moved of a library is on huge pages, and all that is touched of it is locked."""
+        for vma in self.moved:
+            assert vma.huge == vma.end - vma.start, vma
+        assert self.locked, self
+
 
 def interpreter_file(pid: int) -> str:
     """The file that holds the interpreter's code: libpython, or else the main program."""
