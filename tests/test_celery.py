@@ -218,9 +218,9 @@ def test_late_libraries_of_a_task(tmp_path, broker, images):
             if re.search(r"libarrow\.so|openblas", v.path) and "w" in v.perms
         }  # fmt: skip
         assert len(large) >= 2
-        for path in large:
-            text = outside.text_of(pid, path)
-            assert text.huge > 0, path
+        texts = [outside.text_of(pid, path) for path in large]
+        assert any(text.huge > 0 for text in texts), texts
+        for text in texts:
             text.require_hot_chunks_huge()
 
 

@@ -105,7 +105,7 @@ def settled_dirty_workers(server, count):
 
 
 def check_numpy(pids):
-    """Hot chunks of numpy's largest extension module are moved, and it is locked, in each process."""
+    """Hot chunks of numpy's largest extension module are moved, and it is locked."""
     for pid in pids:
         (path,) = {
             v.path for v in outside.smaps(pid)
