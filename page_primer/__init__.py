@@ -158,9 +158,10 @@ def _load() -> Refusal | None:
     if "page_primer.apply.process" in sys.modules and not _loading:
         return None
     if not _watched:
-        _watched = True
         os.register_at_fork(before=_wait_for_others, after_in_child=_after_fork)
+        _watched = True
     me = get_ident()
+    outermost = me not in _loading  # another is a signal handler's
     try:
         _loading.add(me)
         refused = _too_little_memory()
@@ -168,7 +169,8 @@ def _load() -> Refusal | None:
             import page_primer.apply.process  # noqa: F401
         return refused
     finally:
-        _loading.discard(me)
+        if outermost:
+            _loading.discard(me)
 
 
 def _wait_for_others() -> None:
@@ -204,8 +206,10 @@ def _unsupported() -> Refusal | None:
     else:
         try:
             machine = os.uname().machine
-        except OSError:  # a sandbox: on another our C core would not be here
-            return None
+        except OSError as error:
+            if not is_ours(error):
+                raise
+            return None  # a sandbox: on another our C core would not be here
         if machine not in ("x86_64", "aarch64") or sys.maxsize < 1 << 32:
             found = f"{machine}, {sys.maxsize.bit_length() + 1} bits"
     return Refusal(reasons.NOT_SUPPORTED, found) if found else None

@@ -50,6 +50,18 @@ make_condition(void)
     pthread_condattr_destroy(&attributes);
 }
 
+/* Take the guard, of a thread that has the GIL: whoever holds it may be in a
+ * fork, where another library's pthread_atfork() handler asks for the GIL. */
+static void
+guard_with_gil(void)
+{
+    if (pthread_mutex_trylock(&guard) == 0)
+        return;
+    Py_BEGIN_ALLOW_THREADS
+    pthread_mutex_lock(&guard);
+    Py_END_ALLOW_THREADS
+}
+
 /* The guard must be held, here and below, until the thread's own functions. */
 static bool
 is_mine(void)
@@ -182,7 +194,7 @@ core_alone(PyObject *module, PyObject *args)
     (void)module;
     if (!PyArg_ParseTuple(args, "OO", &action, &otherwise))
         return NULL;
-    pthread_mutex_lock(&guard);
+    guard_with_gil();
     mine = is_mine();
     nested = mine && running;
     pthread_mutex_unlock(&guard);
@@ -192,7 +204,7 @@ core_alone(PyObject *module, PyObject *args)
         return PyObject_CallFunctionObjArgs(otherwise, Py_False, NULL);
     running = true; /* nobody else looks at it while this thread holds */
     result = call_deferring_signals(action);
-    pthread_mutex_lock(&guard);
+    guard_with_gil();
     running = false;
     if (is_mine() && !by_fork)
         let_go();
@@ -213,7 +225,7 @@ core_before_fork(PyObject *module, PyObject *Py_UNUSED(ignored))
     bool mine;
 
     (void)module;
-    pthread_mutex_lock(&guard);
+    guard_with_gil();
     mine = is_mine();
     pthread_mutex_unlock(&guard);
     if (!mine)
@@ -231,7 +243,7 @@ static PyObject *
 core_after_fork(PyObject *module, PyObject *Py_UNUSED(ignored))
 {
     (void)module;
-    pthread_mutex_lock(&guard);
+    guard_with_gil();
     if (is_mine() && by_fork)
         let_go();
     pthread_mutex_unlock(&guard);

@@ -191,6 +191,8 @@ class Run:
         return subprocess.Popen(
             self.command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env=self.environ, stdin=subprocess.DEVNULL,
+            # What runs the tests may ignore it (a job in the background), and then we would.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
 
     def failure(self):

@@ -52,7 +52,7 @@ def test_flat(name, grown):
 
 @pytest.mark.slow
 def test_prime_and_restore_are_flat_for_long(python):
-    check(run(python, {"prime": 500})["prime"], 500)
+    check(run(python, {"prime": 2000})["prime"], 2000)
 
 
 def test_a_leak_would_be_seen(python, tmp_path):

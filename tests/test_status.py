@@ -171,6 +171,7 @@ def test_status_says_what_priming_added_and_of_whom_it_is_not(python, images):
             again = other.prime(image_dir=str(images))
             (found,) = json.loads(status("--json", process.pid).stdout)
             if again["shared_bytes"] == report["copied_bytes"]:
-                assert found["copied_shared_bytes"] == found["copied_bytes"]
-                assert found["copied_private_bytes"] == 0
+                # Of a program, a page that core files need is private (_dump.c).
+                assert found["copied_bytes"] - found["copied_shared_bytes"] <= 64 << 10
+                assert found["copied_private_bytes"] <= 64 << 10
             assert found["primed"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from page_primer import _core
 from page_primer._lean import suppress
 from page_primer.backing.pieces import reason_of
@@ -27,15 +29,23 @@ class Mlocks:
         # (address, bytes, flags) of all that is in `made`; empty: to be worked out again. A forked
         # child goes by these, for each record that it looks at is a page that it copies.
         self._plain: tuple[tuple[int, int, int], ...] = ()
+        self._process = (0, 0)  # whose they are: PID, forks since the first
+        self._whole = True  # whether that one locked all that its parent had locked
 
     def forget(self) -> None:
-        """In a forked child, none is in force."""
+        """In a forked child, none is in force but those that it made."""
+        if self._process == _this():
+            return
         self._plain = ()
         self.made.clear()
         self._host.clear()
 
     def note_host(self, found: Survey) -> None:
         """What the host has locked of its own, it keeps: over the swap, and over restore()."""
+        for where in [*self.made]:  # unloaded meanwhile, or loaded again: its lock went with it
+            if not any(m.is_locked for m in overlapping(found.mappings, where.start, where.end)):
+                del self.made[where]
+                self._plain = ()
         known = [*self._host, *self.made]
         for obj in found.objects:
             whole = Range(obj.start, obj.end)
@@ -74,9 +84,17 @@ class Mlocks:
                 self.made[lock.range] = lock
                 room = None if room is None else room - cost
         self._plain = tuple((m.start, m.range.length, _flags(m)) for m in self.made.values())
+        self._process = _this()
 
     def make_again(self) -> bool:
-        """In a forked child: lock what the parent had locked. Returns whether that is all of it."""
+        """In a forked child: lock what the parent had locked, once. Returns whether that is all of
+        it."""
+        if self._process != _this():
+            self._whole = self._lock_plain() or self._lock_each()
+            self._process = _this()
+        return self._whole
+
+    def _lock_plain(self) -> bool:
         if self._plain and not self.refused:
             room = memlock.room()
             if room is None or sum(length for _, length, _ in self._plain) <= room:
@@ -84,6 +102,9 @@ class Mlocks:
                     for address, length, flags in self._plain:
                         _core.lock(address, length, flags)
                     return True
+        return False
+
+    def _lock_each(self) -> bool:
         before = set(self.made)
         wanted = [*self.made.values(), *(lock for lock, _ in self.refused.values())]
         self.made.clear()
@@ -125,6 +146,10 @@ class Mlocks:
         for where in self._host:
             _lock(where)
         self._host.clear()
+
+
+def _this() -> tuple[int, int]:
+    return os.getpid(), _core.forks()
 
 
 def _flags(lock: Lock) -> int:

@@ -6,7 +6,7 @@ import errno
 import os
 
 from page_primer import _core, backing, reasons
-from page_primer._lean import Record, suppress
+from page_primer._lean import Record, is_ours, suppress
 from page_primer.apply import core_files
 from page_primer.backing import memory as memory_backing
 from page_primer.backing.pieces import PROT_BTI, Attempt, Prepared, Refused, reason_of
@@ -117,6 +117,8 @@ def _carry_out(
         try:
             _swap_in(move.object, prepared)
         except OSError as error:
+            if not is_ours(error):  # a signal handler's: whether it was swapped, smaps will tell
+                raise
             step = getattr(error, "step", "")
             wrong = step == "compare" and _is_wrong(prepared, move.object, error)
             if step == "undo":  # it stays in the registry, to be put back another time

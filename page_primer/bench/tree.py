@@ -22,6 +22,7 @@ _TICK = os.sysconf("SC_CLK_TCK")
 # scheduler is below.
 _WORKER_SHARE = 0.1
 _IDLE = 0.03  # of a core: a server that waits for requests
+_GIVE_UP = 5.0  # seconds after the first SIGKILL
 _LOOK_SECONDS = 0.25
 
 
@@ -96,7 +97,8 @@ class Adopted:
         """End every process: by SIGTERM to the oldest, which may end the others in its way, then to
         those that it left, and by SIGKILL what does not end so.
 
-        Signals for this process wait meanwhile.
+        Signals for this process wait meanwhile. What five seconds later has not ended (another
+        user's, or one that waits for a disk) is left.
 
         Args:
             seconds: that the oldest has.
@@ -112,6 +114,8 @@ class Adopted:
                     asked = left[0]
                     oldest = oldest or asked
                     _send(asked, signal.SIGTERM)
+                if time.monotonic() > end + _GIVE_UP:
+                    return
                 if time.monotonic() > end:
                     for pid in left:
                         _send(pid, signal.SIGKILL)

@@ -182,9 +182,13 @@ def _warm(words: Sequence[str]) -> int:
 
 
 def _bench(words: Sequence[str]) -> int:
-    # Of this command alone.
-    from page_primer.bench import command
-    from page_primer.cli.tables import show_table
+    try:
+        # Of this command alone.
+        from page_primer.bench import command
+        from page_primer.cli.tables import show_table
+    except ImportError as error:
+        print(f"page-primer: not available here: {error}", file=sys.stderr)
+        return 1
 
     return command.main(words, show_table)
 

@@ -32,6 +32,9 @@ def share(folder: int) -> int:
         raise
     except OSError:
         return -1
+    if fd <= 2:  # a standard stream was closed, and it is held for long: not in that one's place
+        low, fd = fd, fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+        os.close(low)
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -46,23 +49,27 @@ def share(folder: int) -> int:
     return fd
 
 
-def for_writing(folder: int) -> int:
+def for_writing(folder: int) -> tuple[int, bool]:
     """Take the writer's lock, which is held while the descriptor is open, or go on without it after
-    a while; negative where locks are unavailable."""
+    a while.
+
+    Returns:
+        The descriptor, negative where locks are unavailable, and whether it holds the lock.
+    """
     end = time.monotonic() + _WAIT_FOR_WRITER
     try:
         fd = os.open(WRITER, _NEW, 0o600, dir_fd=folder)
     except OSError:
-        return -1
+        return -1, False
     while time.monotonic() < end:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
+            return fd, True
         except BlockingIOError:
             time.sleep(0.002)
         except OSError:
             break
-    return fd
+    return fd, False
 
 
 def exclude(folder: int, held: list[int]) -> None:

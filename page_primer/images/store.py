@@ -29,6 +29,7 @@ from page_primer.kernel import credentials
 
 FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_DEAD = 60  # seconds
 _NOT_OURS = errno.EACCES, errno.EPERM, errno.EROFS  # root's store, or a read-only one
 
 _counter = count()
@@ -182,8 +183,10 @@ class Store:
                 # long they write one each: only memory is lost by that.
                 if not self.writable:
                     raise Missing("no image of it there, nor is one written")
-                writer = locks.for_writing(folder)
+                writer, alone = locks.for_writing(folder)
                 try:
+                    if alone:
+                        _remove_drafts(folder)
                     found = None if fresh else self._open(folder, wanted, lock)
                     found = found or self._write(folder, wanted, lock)
                 finally:
@@ -306,6 +309,15 @@ class Store:
         # Of what is written at each start, and gone after it, the debug information is not worth
         # the time and the page cache.
         return needed if names.is_transient(wanted.name) else self._limit - taken
+
+
+def _remove_drafts(folder: int) -> None:
+    """What writers left that were killed. One that wrote to it a minute ago may yet be there."""
+    for name in os.listdir(folder):
+        if name.startswith(DRAFT):
+            with suppress(OSError):
+                if os.stat(name, dir_fd=folder).st_mtime < time.time() - _DEAD:
+                    os.unlink(name, dir_fd=folder)
 
 
 _transient: dict[int, Image] = {}  # by the descriptor of their locks

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from resource import RUSAGE_SELF, getrusage
 from typing import Any
 
 from billiard.process import current_process
@@ -102,8 +101,16 @@ def _prime(**_: Any) -> None:
     prime_and_log(_LOGGER, _options)
 
 
+def _prime_after_task(**_: Any) -> None:
+    """In a worker's process: Celery sends this signal for eager tasks in others, too."""
+    if _options is not None:
+        _prime()
+
+
 def _prime_child(**_: Any) -> None:
     """In each child of the pool, before its first task."""
+    from resource import RUSAGE_SELF, getrusage  # not on Windows, where no pool forks
+
     _prime()
     limit = _most_memory or current_app.conf.worker_max_memory_per_child or 0
     # One speaks for all.
@@ -135,6 +142,6 @@ for _signal, _receiver in (
     (signals.celeryd_init, _prime_parent),
     (signals.celeryd_after_setup, _log_parent),
     (signals.worker_process_init, _prime_child),
-    (signals.task_postrun, _prime),
+    (signals.task_postrun, _prime_after_task),
 ):
     _signal.connect(_receiver, weak=False, dispatch_uid=f"page_primer.{_signal.name}")

@@ -6,12 +6,10 @@ Read from smaps when they are asked for, which takes a few milliseconds.
 from __future__ import annotations
 
 import os
-import resource
 import sys
 from collections import Counter
 
 from page_primer._lean import Record
-from page_primer.status import examine
 
 
 class Metric(Record):
@@ -25,7 +23,14 @@ class Metric(Record):
 
 
 def read() -> tuple[Metric, ...]:
-    """The figures of this process, always the same ones in the same order."""
+    """The figures of this process, always the same ones in the same order; none where page-primer
+    does nothing."""
+    try:
+        import resource  # not on Windows
+
+        from page_primer.status import examine  # which needs the core
+    except ImportError:  # without its C core
+        return ()
     status = examine(os.getpid())
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return (

@@ -78,6 +78,7 @@ class _Gauges:
     """Values in prometheus_client's files, one for each live process."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
+        self._reasons: set[str] = set()  # that have had a value
         self._gauges = {
             metric.name: Gauge(
                 _full_name(metric), metric.description,
@@ -92,5 +93,9 @@ class _Gauges:
             gauge = self._gauges[metric.name]
             if metric.by_reason is None:
                 gauge.set(metric.value)
+            for reason in self._reasons - (metric.by_reason or {}).keys():
+                if metric.by_reason is not None:
+                    gauge.labels(reason).set(0)
             for reason, value in (metric.by_reason or {}).items():
                 gauge.labels(reason).set(value)
+                self._reasons.add(reason)

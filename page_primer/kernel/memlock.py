@@ -50,6 +50,8 @@ def try_lock(size: int) -> str | None:
         _core.protect(address, size, _core.PROT_READ)
         _core.lock(address, size, _core.MLOCK_ONFAULT)
         _core.unlock(address, size)
+    except OverflowError:  # more than there are addresses
+        return OVER
     except OSError as error:
         return os.strerror(error.errno) if error.errno else str(error)
     finally:

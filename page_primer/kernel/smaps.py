@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 
+from page_primer._lean import is_ours
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence, Set
@@ -156,7 +158,10 @@ def _parts(path: str, separator: bytes) -> Iterator[bytes]:
             *whole, rest = (rest + piece).split(separator)
             yield from whole
         yield rest
-    except OSError as error:  # of reading, it does not say which file
+    except OSError as error:
+        if not is_ours(error):
+            raise
+        # Of reading, it does not say which file.
         raise type(error)(error.errno, error.strerror, path) from error
     finally:
         os.close(fd)

@@ -6,7 +6,10 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <linux/limits.h> /* XATTR_... */
+#ifdef __GLIBC__
 #include <linux/stat.h>
+#endif
 #include <stdbool.h>
 #include <stdio.h>
 #include <string.h>

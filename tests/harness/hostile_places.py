@@ -388,11 +388,12 @@ TABLE = (
         Environment(
             f"vm.max_map_count, {left} left", "mprotect(2) of every second page of a mapping",
             (PRIMED, OTHERWISE, NOT),
-            "failed to map segment|Cannot allocate memory" if left < 40 else "",
+            "failed to map segment|Cannot allocate memory|MemoryError" if left < 40 else "",
             old_map_limit, MAPPINGS.format(left=left),
-            slow=left != 4,
+            slow=left != 12,
         )
-        for left in (0, 4, 12, 40, 400)
+        # With fewer the interpreter itself has no memory for its next arena.
+        for left in (12, 40, 400)
     ),
     Environment(
         "a memory cgroup with no room", "a limit of 14 MiB", (NOT,),
