@@ -155,7 +155,7 @@ def test_locking_copies_nothing_in_workers(python, images, tmp_path, workers):
         "def counted(self):\n"
         # Once without the system calls: what runs Python writes to its own static objects.
         "    plain, _core.lock = _core.lock, lambda *_: None\n"
-        "    dirty(); lock(self)\n"
+        "    dirty(); lock(self); self._process = (0, 0)\n"
         "    _core.lock = plain\n"
         "    before = dirty(); result = lock(self); log.append((before, dirty()))\n"
         "    return result\n"
