@@ -31,8 +31,8 @@ pytestmark = [
     pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler"),
 ]
 
-# Uprobes are tools/matrix.py's: of an unprimed worker they are set on the machine's interpreter, which
-# other tests prime meanwhile. test_image.py sets one on a library of its own.
+# Uprobes are tools/matrix.py's: of an unprimed worker they are set on the machine's interpreter,
+# which other tests prime meanwhile. test_image.py sets one on a library of its own.
 PYTHON_LEVEL = ["py-spy dump", "pystack remote", "austin", "faulthandler"]
 NATIVE = [
     "py-spy dump --native",
