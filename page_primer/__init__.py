@@ -116,6 +116,8 @@ def on_process(action: Callable[[Process], Report]) -> Report:
             return _alone(action)
     except ImportError as error:  # built without its C core
         refused = Refusal(reasons.NOT_AVAILABLE, str(error))
+    except MemoryError:
+        refused = Refusal(reasons.TOO_LITTLE_MEMORY, "MemoryError")
     except Exception as error:
         if not is_ours(error):
             raise

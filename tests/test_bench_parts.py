@@ -324,7 +324,8 @@ def test_a_script(tmp_path):
 @pytest.mark.slow
 def test_celery_tasks(tmp_path, broker):
     (tmp_path / "work.py").write_text(
-        "import os\nfrom celery import Celery\n"
+        "import atexit, os, sys\nfrom celery import Celery\n"
+        "atexit.register(print, 'words at the end', file=sys.stderr)\n"
         "app = Celery('work', broker=os.environ['BROKER'])\n"
         "@app.task\ndef add(a, b):\n    return a + b\n"
         "@app.task\ndef fail():\n    raise ValueError('no such luck')\n"

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from page_primer.bench.server import Process
-# By the Python of the worker, which has the application; answers with JSON in its last line.
+# By the Python of the worker, which has the application; answers with a line of JSON.
 # A result is waited for in the order of sending, `window` of them at a time; its own time of
 # completion is not taken from the result (a worker's clock), so latencies are as the sender sees
 # them.
@@ -119,14 +119,15 @@ class Task:
     def _ask(self, number: int, window: int, helpers: set[int]) -> dict[str, Any]:
         asked = json.dumps([self.application, self.name, self.arguments, number, window])
         status, out = load.run_helper([self.python, "-c", _DRIVER], helpers, asked)
-        try:
-            answer = json.loads(out.splitlines()[-1])
-        except (ValueError, IndexError):
-            last = (out.strip().splitlines() or ["no output"])[-1]
-            raise CutShort(f"sending tasks ended with status {status}: {last}") from None
+        lines = out.strip().splitlines() or ["no output"]
+        # What the application's libraries say as they are taken down may come behind the answer.
+        answer = next(
+            (found for line in reversed(lines) if isinstance(found := _value(line), dict)), None
+        )
+        if answer is None:
+            raise CutShort(f"sending tasks ended with status {status}: {lines[-1]}")
         if "error" in answer:
             raise CutShort(f"{self.name}: {answer['error']}")
-        assert isinstance(answer, dict)
         return answer
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from harness import outside
 from harness.process import Failed, Process, interpreter
+from page_primer import reasons
 
 MIB = 1 << 20
 PRIMED, OTHERWISE, NOT = "on huge pages", "on huge pages, otherwise", "left alone"
@@ -103,7 +104,8 @@ def _observe(environment: Environment, made: Made, process: Process) -> Row:
     assert process.run(EXERCISE) == "1.41421356", "it answers"
     outcome, reason = _outcome(environment, made, pid, report, text)
     put_back = process.run("result = page_primer.restore().reason")
-    assert bool(put_back) == bool(report["reason"]), put_back
+    if report["reason"] != str(reasons.TOO_LITTLE_MEMORY):  # what a first call freed may do then
+        assert bool(put_back) == bool(report["reason"]), (report, put_back)
     assert process.run(EXERCISE) == "1.41421356", "it answers when put back"
     # What a first call imports and allocates stays: what is compared is another.
     before = state(pid)
