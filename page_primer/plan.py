@@ -134,7 +134,7 @@ def make(  # Longer: by a line, and mostly of arguments
             reason = None
         if move is not None and not reason:
             if fits != move.image:
-                move = replace(move, image=fits, memory=fits)
+                move = replace(move, image=fits, memory=_common(move.memory, fits))
             moves.append(move)
             allowance.take(obj, fits)
             size = size_of(obj, fits)
@@ -307,6 +307,16 @@ def _without(chunk: Region, keep: Iterable[Range]) -> list[Region]:
             if low < high
         ]
     return parts
+
+
+def _common(regions: Iterable[Region], others: Iterable[Region]) -> tuple[Region, ...]:
+    """The parts of the first that the second have too."""
+    return tuple(
+        Region(max(region.start, other.start), min(region.end, other.end), region.flags)
+        for region in regions
+        for other in others
+        if region.overlaps(other)
+    )
 
 
 def _regions(span: Sequence[Segment], start: int, pmd: int, merge: bool) -> list[Region]:

@@ -282,6 +282,8 @@ def test_how_a_command_is_started(tmp_path):
         Failure, match=r"is run by /bin/bash, not by a Python; .*`python -m script`"
     ):
         start_of(script("#!/bin/bash"), os.environ)
+    with pytest.raises(Failure, match="is run by nothing, not by a Python"):
+        start_of(script("#!"), os.environ)
     with pytest.raises(Failure, match="command not found"):
         start_of(["no-such-server"], os.environ)
 

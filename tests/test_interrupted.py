@@ -7,6 +7,8 @@ import pytest
 from harness.libraries import build_library
 from harness.process import Process
 
+from page_primer.kernel.smaps import read_smaps
+
 INTERRUPT = """
     import os, random, signal, time, page_primer
     class Limit(Exception): pass
@@ -144,6 +146,30 @@ def test_what_was_unloaded_is_forgotten(python, images, tmp_path):
             "dl = ctypes.CDLL(None); dl.dlclose.argtypes = [ctypes.c_void_p]\n"
             "dl.dlclose(lib._handle)"
         )
+        # The host uses the addresses meanwhile, and locks them.
+        start = process.run(
+            textwrap.dedent(
+                f"""
+                import mmap
+                from page_primer.apply.process import process
+                at = min(
+                    lock.start
+                    for lock in process.mlocks.made.values()
+                    if lock.object.path == {str(library)!r}
+                )
+                dl.mmap.restype = ctypes.c_void_p
+                dl.mmap.argtypes = [
+                    ctypes.c_void_p, ctypes.c_size_t, *3 * [ctypes.c_int], ctypes.c_long
+                ]
+                assert dl.mmap(at, mmap.PAGESIZE, 3, 0x22, -1, 0) == at
+                dl.mlock.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+                assert dl.mlock(at, mmap.PAGESIZE) == 0
+                result = at
+                """
+            )
+        )
         report = process.restore()
         assert str(library) not in [obj["path"] for obj in report["objects"]]
         assert len(os.listdir(f"/proc/{process.pid}/fd")) == before
+        (mapping,) = [m for m in read_smaps(process.pid) if m.start == start]
+        assert mapping.is_locked

@@ -572,6 +572,17 @@ def test_only_hot_chunks_move():
     ]
 
 
+def test_a_limit_leaves_the_head_of_a_program_on_its_file():
+    # A server that embeds Python: the program is not the interpreter, and linked for one address.
+    start = 1 << 30
+    program = touched_library(start, PMD, PMD // 2, PMD // 4, PMD, main=True, base=0)
+    for limit in (8 * MIB, 4 * MIB):
+        (move,) = make(program, limit=limit).moves
+        assert ranges(move.image)[0][0] == start
+        assert all(region.start >= start + PMD for region in move.memory), limit
+    assert ranges(move.memory) == [(start + 3 * PMD, start + 4 * PMD, "x")]
+
+
 def test_a_private_copy_has_a_limit_of_its_own_and_keeps_the_hottest():
     start = (1 << 30) + 5 * PAGE
     private = touched_library(start, PMD // 2, PMD // 4, PMD)

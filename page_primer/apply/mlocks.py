@@ -6,6 +6,7 @@ import os
 
 from page_primer import _core
 from page_primer._lean import suppress
+from page_primer.apply.swap import Key, key_of
 from page_primer.backing.pieces import reason_of
 from page_primer.elf.objects import Object, Range, Region
 from page_primer.kernel import memlock
@@ -15,7 +16,7 @@ from page_primer.survey import Survey
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
 
 
 class Mlocks:
@@ -131,11 +132,13 @@ class Mlocks:
             if where.overlaps(whole):
                 _lock(where)
 
-    def unlock(self) -> None:
-        """Unlock what was locked here."""
-        for start, end in self.made:
-            with suppress(OSError):
-                _core.unlock(start, end - start)
+    def unlock(self, loaded: Collection[Key]) -> None:
+        """Unlock what was locked here of objects that are still loaded: where another was, there
+        may be the host's memory by now, with a lock of its own."""
+        for where, lock in self.made.items():
+            if key_of(lock.object) in loaded:
+                with suppress(OSError):
+                    _core.unlock(where.start, where.length)
         self._plain = ()
         self.made.clear()
         self.refused.clear()

@@ -126,12 +126,12 @@ class Process:
     def restore(self) -> Report:
         """Put everything back; see page_primer.restore()."""
         began = time.perf_counter()
-        self.mlocks.unlock()
-        self.registry.put_back_all()
+        loaded = {(base, headers) for _, base, headers in _core.objects()[2]}
+        self.mlocks.unlock(loaded)
+        self.registry.put_back_all(loaded)
         self.mlocks.give_back_to_host()
         if self.heap is not None:
             self.heap.restore()
-        loaded = {(base, headers) for _, base, headers in _core.objects()[2]}
         self.objects = tuple(obj for obj in self.objects if key_of(obj) in loaded)
         self.options = None
         self.report = self._measure((), smaps.read_own(), began)

@@ -184,9 +184,8 @@ class Registry:
         self.forget(key)
         return primed.object
 
-    def put_back_all(self) -> None:
+    def put_back_all(self, loaded: Collection[Key]) -> None:
         """Put back what can be; of the rest the report says why. What was unloaded is forgotten."""
-        loaded = {(base, headers) for _, base, headers in _core.objects()[2]}
         for key, primed in list(self.primed.items()):
             if key not in loaded:
                 self.forget(key)

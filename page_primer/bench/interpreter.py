@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import tempfile
@@ -55,20 +54,24 @@ def start_of(command: Sequence[str], environ: Mapping[str, str]) -> Start:
     path = shutil.which(command[0], path=environ.get("PATH"))
     if path is None:
         raise Failure(f"{command[0]}: command not found")
-    with open(path, "rb") as file:
-        head = file.read(1024)
+    try:
+        with open(path, "rb") as file:
+            head = file.read(1024)
+    except OSError as error:
+        raise Failure(f"{path}: {error.strerror}") from None
     if not head.startswith(b"#!"):
         return Start(path, (), tuple(command[1:]))
-    words = shlex.split(os.fsdecode(head[2:].split(b"\n")[0]))
+    words = os.fsdecode(head[2:].split(b"\n")[0]).split()
     if found := _LONG_SHEBANG.match(head):
         words = [os.fsdecode(found[1])]
-    elif os.path.basename(words[0]) == "env":
-        words = [word for word in words[1:] if word != "-S"]
+    elif words and os.path.basename(words[0]) == "env":
+        words = [word for word in words[1:] if word != "-S"] or [""]
         words[0] = shutil.which(words[0], path=environ.get("PATH")) or words[0]
-    if not os.path.basename(words[0]).startswith("python"):
+    runs = words[0] if words else ""
+    if not os.path.basename(runs).startswith("python"):
         raise Failure(
-            f"aligned: {command[0]} is run by {words[0]}, not by a Python; name the interpreter, "
-            f"for example `python -m {os.path.basename(command[0])}`"
+            f"aligned: {command[0]} is run by {runs or 'nothing'}, not by a Python; name the "
+            f"interpreter, for example `python -m {os.path.basename(command[0])}`"
         )
     return Start(words[0], tuple(words[1:]), (path, *command[1:]))
 
@@ -84,8 +87,10 @@ class Copy:
         self._directory = tempfile.TemporaryDirectory(prefix="page-primer-bench-", dir=place)
         try:
             return self._make(self._directory.name)
-        except BaseException:
+        except BaseException as error:
             self._directory.cleanup()
+            if isinstance(error, OSError | subprocess.TimeoutExpired):
+                raise Failure(f"aligned: {error}") from None
             raise
 
     def __exit__(self, *_: object) -> None:

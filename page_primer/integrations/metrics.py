@@ -1,6 +1,7 @@
 """The figures of this process that monitoring systems get: sizes in bytes, and faults.
 
-Read from smaps when they are asked for, which takes a few milliseconds.
+Read from smaps when they are asked for, for which the kernel walks the process's page tables: a few
+milliseconds, and more with many gigabytes of resident memory.
 """
 
 from __future__ import annotations
