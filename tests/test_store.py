@@ -181,7 +181,8 @@ def test_no_permission_is_an_outcome(python, tmp_path):
 
 def test_processes_that_start_together_write_one_image(python, images):
     code = f"import page_primer; r = page_primer.prime(image_dir={str(images)!r}); "
-    code += "print(r.interpreter.written_bytes, r.interpreter.where, flush=True); input()"
+    code += "core = r.interpreter; "
+    code += "print(core.written_bytes, core.where, *core.notes, flush=True); input()"
     started = [
         subprocess.Popen(
             [python, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -191,7 +192,7 @@ def test_processes_that_start_together_write_one_image(python, images):
     try:
         answers = [process.stdout.readline().split() for process in started]
         written = [int(answer[0]) for answer in answers]
-        assert sum(size > 0 for size in written) == 1, written
+        assert sum(size > 0 for size in written) == 1, answers
         assert len({answer[1] for answer in answers}) == 1
         texts = [outside.text_of(process.pid) for process in started]
         assert all(text.huge == text.attainable for text in texts)
@@ -226,6 +227,25 @@ def test_a_writer_killed_half_way_is_no_obstacle(python, images):
         process.run(f"from page_primer.images.store import Store; s = Store({str(images)!r})")
         process.run(f"s.remove({draft.parent.name!r})")
         assert not draft.parent.exists()
+
+
+def test_a_writer_killed_at_once_leaves_nothing_unseen(python, images):
+    """Between making an image's folder and naming its origin, by which the folder is found."""
+    code = textwrap.dedent(f"""
+        import os, signal, page_primer, page_primer.images.store as store
+        store._name_origin = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        page_primer.prime(image_dir={str(images)!r})
+    """)
+    assert subprocess.run([python, "-c", code]).returncode == -signal.SIGKILL
+    (folder,) = (path for path in images.iterdir() if path.is_dir())
+    assert not list(folder.iterdir())
+    with Process(python) as process:
+        process.run(f"from page_primer.images.store import Store; s = Store({str(images)!r})")
+        process.run("s.prune()")
+        assert not folder.exists()
+        folder.mkdir()
+        core = interpreter(process.prime(image_dir=str(images)))
+        assert os.readlink(Path(core["where"]).parent / "origin") == core["path"]
 
 
 def test_pruning_removes_what_nobody_uses(python, images):

@@ -76,6 +76,7 @@ def prune(store: int, *, room: int = 0, limit: int | None = None) -> int:
     Returns:
         The bytes that the store takes then.
     """
+    _remove_empty(store)
     spare: dict[tuple[str, bool], int] = {}
     kept: list[Entry] = []
     for entry in sorted(read(store), key=lambda entry: -entry.used):
@@ -87,6 +88,15 @@ def prune(store: int, *, room: int = 0, limit: int | None = None) -> int:
         if not needless or not remove(store, entry.name):
             kept.append(entry)
     return _make_room(store, kept, room, limit)
+
+
+def _remove_empty(store: int) -> None:
+    """What is left of a writer that was killed before it had named the origin. One that lives, and
+    whose folder it is, makes it again."""
+    with suppress(OSError):
+        for name in filter(names.is_name, os.listdir(store)):
+            with suppress(OSError):
+                os.rmdir(name, dir_fd=store)
 
 
 def _make_room(store: int, kept: Sequence[Entry], room: int, limit: int | None) -> int:

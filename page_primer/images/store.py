@@ -172,8 +172,7 @@ class Store:
         try:
             if made:
                 os.fchmod(folder, 0o755)
-                # First of all: what a killed writer leaves behind is found by it.
-                os.symlink(wanted.object.path, ORIGIN, dir_fd=folder)
+                _name_origin(folder, wanted.object.path)
             elif not trust.is_trusted(os.fstat(folder), self._owners):
                 raise Unusable(f"not ours alone: {self.path}/{wanted.name}")
             lock = locks.share(folder) if self.writable else -1
@@ -187,6 +186,7 @@ class Store:
                 try:
                     if alone:
                         _remove_drafts(folder)
+                    _name_origin(folder, wanted.object.path)
                     found = None if fresh else self._open(folder, wanted, lock)
                     found = found or self._write(folder, wanted, lock)
                 finally:
@@ -309,6 +309,13 @@ class Store:
         # Of what is written at each start, and gone after it, the debug information is not worth
         # the time and the page cache.
         return needed if names.is_transient(wanted.name) else self._limit - taken
+
+
+def _name_origin(folder: int, path: str) -> None:
+    """First of all: by it what a killed writer leaves behind is found. One that was killed just
+    before has made no more than the folder."""
+    with suppress(FileExistsError):
+        os.symlink(path, ORIGIN, dir_fd=folder)
 
 
 def _remove_drafts(folder: int) -> None:
