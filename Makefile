@@ -9,6 +9,7 @@
 # make bench   what priming costs, and a start under page-primer run (AGAINST=COMMIT: and in another),
 #              page walks by trace, and processor time of gunicorn, uvicorn and Celery
 # make bench-pressure    what locking buys when memory is short (root)
+# make drawing     docs/address-space.svg, of PYTHON
 # make environments    hostile ones, each tried (root); writes docs/environments.md
 # make sanitize    the C core under sanitizers, and 10,000 cycles of prime() and restore()
 # make fuzz    what reads others' files and text, fuzzed (FUZZ="--seconds 600 align")
@@ -26,7 +27,7 @@ PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 PARALLEL := $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 SOURCES := pyproject.toml setup.py $(wildcard page_primer/*.[ch] page_primer/launcher/*.[ch])
 
-.PHONY: demo demo-celery test test-fast coverage trixie lint docs bench bench-pressure environments sanitize fuzz tools-matrix kernels clean
+.PHONY: demo demo-celery test test-fast coverage trixie lint docs bench bench-pressure environments drawing sanitize fuzz tools-matrix kernels clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/gunicorn/demo.py
@@ -65,6 +66,9 @@ lint: $(VENV)/.dev
 
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir build/docs
+
+drawing: $(VENV)/.dev
+	$(BIN)/python tools/address_space --python $(shell command -v $(PYTHON))
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/prime_cost.py

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from elftools.elf.elffile import ELFFile
@@ -319,3 +320,15 @@ def test_spans_of_headers() -> None:
     apart = table((5, 0, 0, 5000), (5, 12288, 12288, PMD))
     assert not aligned.is_aligned(apart, PMD, fixed=True)
     assert not aligned.is_aligned(b"", PMD) and not aligned.is_aligned(b"short", PMD)
+
+
+def test_the_drawing_is_of_real_processes(tmp_path: Path) -> None:
+    if why := huge_files_here(tmp_path):
+        pytest.skip(why)
+    tool, output = Path(__file__).parents[1] / "tools" / "address_space", tmp_path / "drawn.svg"
+    done = subprocess.run(
+        [sys.executable, tool, "--output", output], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    words = [e.text for e in ElementTree.parse(output).iter("{http://www.w3.org/2000/svg}text")]
+    assert words.count("r-x huge") == 2, words  # primed and aligned; not as the loader maps it
