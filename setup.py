@@ -19,10 +19,7 @@ stable_abi = not sysconfig.get_config_var("Py_GIL_DISABLED")
 
 # Executables in C: name -> sources.
 PROGRAMS = {
-    "page-primer-warm": [
-        f"page_primer/launcher/{name}.c"
-        for name in ("warm", "lists", "span", "pages", "rewrite", "hold")
-    ],
+    "page-primer-warm": ["page_primer/launcher/warm.c"],
 }
 # What page_primer._core is made of.
 CORE = [

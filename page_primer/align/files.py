@@ -162,7 +162,7 @@ def align(path: str, *, python: str | None, merge: bool = True) -> str | None:
                 os.close(target)  # what is open for writing cannot be executed
             if (untried := trial.run(original, path, new, python)) is not None:
                 notes.append(untried)
-            _finish(new, path, fd, status)
+            finish(new, path, fd, status)
     return "; ".join(notes) or None
 
 
@@ -178,7 +178,7 @@ def _check(old: int, new: int) -> None:
     rewrite.restore(new, record)
 
 
-def _finish(new: str, path: str, old: int, status: os.stat_result) -> None:
+def finish(new: str, path: str, old: int, status: os.stat_result) -> None:
     now = os.fstat(old)
     if (now.st_size, now.st_mtime_ns, now.st_ctime_ns) != (
         status.st_size, status.st_mtime_ns, status.st_ctime_ns,
@@ -210,4 +210,4 @@ def undo(path: str) -> None:
                 os.fsync(target)
             finally:
                 os.close(target)
-            _finish(new, path, fd, status)
+            finish(new, path, fd, status)

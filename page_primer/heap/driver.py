@@ -197,7 +197,7 @@ def defrag() -> str:
 def _chosen(path: str) -> str:
     """What is in brackets in a file of sysfs."""
     try:
-        with open(path, encoding="ascii") as file:
+        with open(path, encoding="utf-8") as file:
             return file.read().partition("[")[2].partition("]")[0]
     except OSError:
         return ""

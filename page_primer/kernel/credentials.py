@@ -61,6 +61,6 @@ def _is_one_user(user: int) -> bool:
 
 
 def _text(path: str) -> str:
-    with suppress(OSError), open(path, encoding="ascii") as file:
+    with suppress(OSError), open(path, encoding="utf-8") as file:
         return file.read()
     return ""

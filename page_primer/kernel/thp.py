@@ -26,7 +26,7 @@ def page_size() -> int:
 def pmd_size() -> int:
     """The size of a huge page in bytes: 2 MiB on x86-64, up to 512 MiB on arm64; 0 without THP."""
     try:
-        with open(_PMD_SIZE_FILE, encoding="ascii") as file:
+        with open(_PMD_SIZE_FILE, encoding="utf-8") as file:
             return int(file.read())
     except (OSError, ValueError):
         return 0

@@ -77,12 +77,36 @@ def main(arguments: Sequence[str]) -> int:
     files = [*given.path]
     if given.python or given.libraries:
         files += targets(given.python, given.libraries)
-    options = [word for word in words if word in ("-q", "-v", "--hold", "--rewrite")]
-    for name in given.list:
-        options += ["--list", name]
+    if given.rewrite:
+        _rewrite(path, files or all_listed(), quiet=given.q, command=bool(command))
+    options = [*["-q"] * given.q, *["--hold"] * given.hold]
     # `./-name`, for the program takes what begins with `-` for an option.
     files = [os.path.join(".", file) if file.startswith("-") else file for file in files]
     return _execute([path, *options, *files, *(["--", *command] if command else [])])
+
+
+def _rewrite(program: str, files: Sequence[str], *, quiet: bool, command: bool) -> None:
+    """Print a line about each file that is rewritten, or cannot be: as the program does, before a
+    command only failures, on stderr."""
+    from page_primer.align.original import Refused  # of this option alone
+    from page_primer.launcher.child import say
+    from page_primer.launcher.rewrite import rewrite_held
+
+    for file in files:
+        why = None
+        try:
+            rewritten = rewrite_held(program, file)
+        except OSError as error:
+            why = error.strerror
+        except Refused as refusal:
+            why = str(refusal)
+        if quiet or (why is None and (command or not rewritten)):
+            continue
+        line = f"{file}: not rewritten: {why}" if why else f"{file}: rewritten"
+        if command:
+            say(line)
+        else:
+            print(line, flush=True)
 
 
 def _execute(command: Sequence[str]) -> int:
@@ -113,15 +137,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--python", metavar="P", help="the file with this interpreter's code")
     parser.add_argument("--libraries", action="store_true",
                         help="also its aligned extension modules and libraries")  # fmt: skip
-    parser.add_argument("--list", action="append", default=[], metavar="FILE",
-                        help="the files named in FILE, one absolute path a line")  # fmt: skip
     parser.add_argument("--hold", action="store_true",
                         help="leave a process that keeps them in memory (mlock)")  # fmt: skip
     parser.add_argument("--rewrite", action="store_true",
                         help="rewrite a file that others map in small pages")  # fmt: skip
     parser.add_argument("-q", action="store_true", help="print nothing of files")
-    parser.add_argument("-v", action="store_true",
-                        help="print what became of each file, also before COMMAND")  # fmt: skip
     parser.add_argument("path", nargs="*", metavar="PATH", help="an aligned ELF file")
     return parser
 
