@@ -48,7 +48,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from page_primer.kernel import smaps
-from page_primer.status import family
+from page_primer.processes import family
 
 DJANGO = """
 import django

@@ -1,14 +1,16 @@
-"""Parts of the report: what came of a segment of an object, and of the heap."""
+"""Parts of the report: what came of an object, of a segment of it, and of the heap."""
 
 from __future__ import annotations
 
 from page_primer._lean import Record
 from page_primer.kernel.anonymous import Use
+from page_primer.logs import say
 from page_primer.reasons import Reason, Refusal
+from page_primer.words import image_place, store_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    from page_primer.logs import AnyLogger
 
 MIB = 1 << 20
 
@@ -23,6 +25,68 @@ class SegmentReport(Record):
     huge_bytes: int  # of them on huge pages
     locked_bytes: int
     left: dict[Reason, int]  # bytes left on small pages
+
+
+class ObjectReport(Record):
+    """One ELF object. Byte counts are measured in smaps, not what was asked for."""
+
+    path: str
+    interpreter: bool
+    # Where its code lies now: "already" and "in_place" are huge pages of its own file, None is its
+    # own file without them.
+    backing: str | None
+    where: str | None  # the image's path, for one
+    code_bytes: int
+    code_huge_bytes: int
+    huge_bytes: int
+    locked_bytes: int
+    copied_bytes: int  # on another backing than its own file
+    written_bytes: int  # what this process wrote for that; 0 where an image was there
+    segments: tuple[SegmentReport, ...]
+    notes: tuple[str, ...]  # attempts that failed, in order
+    # Whether other processes map the same pages of a copy: "shared" where a fork inherited it or an
+    # image is at a load address that recurs, else "private"; None where there is no copy.
+    sharing: str | None = None
+    attainable_bytes: int = 0  # of the interpreter's code, what its layout lets be huge
+    aligned: bool = False  # its own mappings can have huge pages, without a copy
+    no_longer_aligned: bool = False  # recorded as aligned, but another file has taken its place
+
+    @property
+    def name(self) -> str:
+        return self.path.rpartition("/")[2]
+
+    @property
+    def place(self) -> str:
+        """The backing, for people: an image's store rather than its long path."""
+        if self.backing == "image" and self.where:
+            return image_place(self.where)
+        return {"already": "huge already", "in_place": "in place"}.get(
+            self.backing or "", self.backing or "its own file"
+        )
+
+    @property
+    def store(self) -> str | None:
+        """The directory of its image, for one."""
+        return store_of(self.where) if self.backing == "image" and self.where else None
+
+    @property
+    def whereabouts(self) -> str:
+        """The backing, with an image's whole path."""
+        return f"image {self.where}" if self.backing == "image" else self.place
+
+    @property
+    def remedy(self) -> str:
+        """What spares a copy, where there is one."""
+        if self.backing in (None, "already", "in_place"):
+            return ""
+        if self.aligned:
+            return ", aligned but in memory on small pages: `page-primer warm` before it starts"
+        return ", no copy with `page-primer align`"
+
+
+def code_reasons(obj: ObjectReport) -> list[Reason]:
+    """The reasons that concern code, each once."""
+    return list(dict.fromkeys(why for s in obj.segments if s.kind == "code" for why in s.left))
 
 
 class HeapReport(Record):
@@ -43,13 +107,17 @@ class HeapReport(Record):
     notes: tuple[str, ...] = ()
     milliseconds: float = 0.0
 
-    def log(self, logger: Any, before: HeapReport | None, *, named: bool) -> None:
+    def log(self, logger: AnyLogger, before: HeapReport | None, *, named: bool) -> None:
         """Write the one line: a WARNING where a `heap` that was named is refused, DEBUG where
         reason and notes are those of the report before."""
         if before and (self.reason, self.notes) == (before.reason, before.notes):
-            logger.debug("page-primer: %s", self)
+            method = logger.debug
         else:
-            (logger.warning if self.reason and named else logger.info)("page-primer: %s", self)
+            method = logger.warning if self.reason and named else logger.info
+        names = ("mode", "reason", "detail", "collapsed_bytes", "resident_before", "resident_after")
+        fields = {name: getattr(self, name) for name in names}
+        use = {"heap_bytes": self.use.bytes, "heap_huge_bytes": self.use.huge}
+        say(method, "heap", str(self), **fields, **use, milliseconds=self.milliseconds)
 
     def __str__(self) -> str:
         """The one line for people."""

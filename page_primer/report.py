@@ -3,77 +3,26 @@
 from __future__ import annotations
 
 from page_primer._lean import Record, asdict
+from page_primer.logs import Shortfall, say
 from page_primer.options import nearest_variable
+from page_primer.outcome import ObjectReport, code_reasons
 from page_primer.reasons import OVER_LIMIT, OVER_MEMORY, Reason, Refusal
-from page_primer.words import counted, image_place, memlock_remedy, mib, percent, shortage
+from page_primer.words import counted, memlock_remedy, mib, percent, shortage
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import logging
-    from typing import Any, Protocol
+    from typing import Any
 
     from page_primer.kernel.memory import Memory
-    from page_primer.outcome import HeapReport, SegmentReport
-
-    class Logger(Protocol):
-        """What `Report.log()` needs: logging.Logger has it, and so has gunicorn's logger."""
-
-        def debug(self, msg: str, *args: Any) -> Any: ...
-        def info(self, msg: str, *args: Any) -> Any: ...
-        def warning(self, msg: str, *args: Any) -> Any: ...
+    from page_primer.logs import AnyLogger
+    from page_primer.outcome import HeapReport
 
 
 TOTALS = (  # of all objects
     "code_bytes", "code_huge_bytes", "locked_bytes", "copied_bytes", "shared_bytes",
     "private_bytes",
 )  # fmt: skip
-
-
-class ObjectReport(Record):
-    """One ELF object. Byte counts are measured in smaps, not what was asked for."""
-
-    path: str
-    interpreter: bool
-    # Where its code lies now: "already" and "in_place" are huge pages of its own file, None is its
-    # own file without them.
-    backing: str | None
-    where: str | None  # the image's path, for one
-    code_bytes: int
-    code_huge_bytes: int
-    huge_bytes: int
-    locked_bytes: int
-    copied_bytes: int  # on another backing than its own file
-    written_bytes: int  # what this process wrote for that; 0 where an image was there
-    segments: tuple[SegmentReport, ...]
-    notes: tuple[str, ...]  # attempts that failed, in order
-    # Whether other processes map the same pages of a copy: "shared" where a fork inherited it or an
-    # image is at a load address that recurs, else "private"; None where there is no copy.
-    sharing: str | None = None
-    attainable_bytes: int = 0  # of the interpreter's code, what its layout lets be huge
-    aligned: bool = False  # its own mappings can have huge pages, without a copy
-    no_longer_aligned: bool = False  # recorded as aligned, but another file has taken its place
-
-    @property
-    def name(self) -> str:
-        return self.path.rpartition("/")[2]
-
-    @property
-    def place(self) -> str:
-        """The backing, for people: an image's store rather than its long path."""
-        if self.backing == "image" and self.where:
-            return image_place(self.where)
-        return {"already": "huge already", "in_place": "in place"}.get(
-            self.backing or "", self.backing or "its own file"
-        )
-
-    @property
-    def remedy(self) -> str:
-        """What spares a copy, where there is one."""
-        if self.backing in (None, "already", "in_place"):
-            return ""
-        if self.aligned:
-            return ", aligned but in memory on small pages: `page-primer warm` before it starts"
-        return ", no copy with `page-primer align`"
+_OF_CORE = ("path", "backing", "where", "code_bytes", "code_huge_bytes")
 
 
 class Report(Record):
@@ -147,14 +96,12 @@ class Report(Record):
         return data
 
     def __str__(self) -> str:
-        shortfalls = self._lock_shortfall(), self._memory_shortfall(), self._replaced()
-        heap = str(self.heap or "")
-        lines = filter(None, (self.summary(), *shortfalls, self._misspelt(), heap))
-        return "\n".join([*lines, *(f"  {line}" for line in self._details())])
+        lines = filter(None, (self.summary(), *(s.text for s in self.shortfalls()), self.heap))
+        return "\n".join([*map(str, lines), *(f"  {line}" for line in self._details())])
 
-    def log(self, logger: Logger | logging.Logger, *, since: Report | None = None) -> None:
+    def log(self, logger: AnyLogger, *, since: Report | None = None) -> None:
         """Write one INFO line, DEBUG lines with the detail, and a WARNING for each thing that was
-        asked for and not got.
+        asked for and not got. Records have fields as well as text (docs/logging.md).
 
         Args:
             logger: a logging.Logger, or a framework's own with the same methods.
@@ -168,23 +115,44 @@ class Report(Record):
             or self.reason != since.reason
             or left_out != since._left_out(OVER_LIMIT)
         ):
-            logger.info("page-primer: %s", self.summary())
+            event = "nothing_done" if self.reason else "primed"
+            say(logger.info, event, self.summary(), **self._said())
             for line in self._details():
-                logger.debug("page-primer: %s", line)
+                say(logger.debug, "detail", line)
         elif self.pid != since.pid:
-            logger.debug("page-primer: as before, %.1f ms", self.milliseconds)
+            line = f"as before, {self.milliseconds:.1f} ms"
+            say(logger.debug, "unchanged", line, milliseconds=self.milliseconds)
         if self.heap is not None:
             self.heap.log(logger, since.heap if since else None, named="heap" in self.warn)
         core = self.interpreter
         needed = "mlock" in self.warn or (core is not None and not core.locked_bytes)
-        for part in (Report._lock_shortfall, Report._memory_shortfall):
-            shortfall = part(self)
-            if shortfall and (since is None or shortfall != part(since)):
-                (logger.warning if needed else logger.info)("page-primer: %s", shortfall)
-        for part in (Report._remap_shortfall, Report._replaced, Report._misspelt):
-            shortfall = part(self)
-            if shortfall and (since is None or shortfall != part(since)):
-                logger.warning("page-primer: %s", shortfall)
+        said = {shortfall.text for shortfall in since.shortfalls()} if since else set()
+        for shortfall in self.shortfalls():
+            if shortfall.text not in said:
+                is_minor = shortfall.event in ("lock_shortfall", "memory_shortfall") and not needed
+                method = logger.info if is_minor else logger.warning
+                say(method, shortfall.event, shortfall.text, **shortfall.fields)
+
+    def shortfalls(self) -> tuple[Shortfall, ...]:
+        """What was asked for, or possible, and not obtained."""
+        parts = (
+            self._lock_shortfall(), self._memory_shortfall(), self._huge_shortfall(),
+            self._replaced(), self._misspelt(),
+        )  # fmt: skip
+        return tuple(part for part in parts if part is not None)
+
+    def _said(self) -> dict[str, Any]:
+        """What the INFO line says, for programs."""
+        if self.reason is not None:
+            return {"reason": str(self.reason), "detail": self.detail}
+        core = self.interpreter
+        of_core = {name: getattr(core, name) if core else None for name in _OF_CORE}
+        return {
+            **{f"interpreter_{name}": value for name, value in of_core.items()},
+            **{name: getattr(self, name) for name in (*TOTALS, "resident_bytes")},
+            "objects": len(self.objects),
+            "milliseconds": self.milliseconds,
+        }
 
     def summary(self) -> str:
         """The one line that log() writes at INFO."""
@@ -209,9 +177,12 @@ class Report(Record):
         if self.copied_bytes:
             kinds = (("shared", self.shared_bytes), ("private", self.private_bytes))
             parts.append(f"copied: {', '.join(f'{mib(n)} {kind}' for kind, n in kinds if n)}")
+            stores = dict.fromkeys(o.store for o in self.objects if o.store)
+            if len(stores) > 1:  # root's, and this user's
+                parts[-1] += f", images in {' and '.join(stores)}"
         written = sum(obj.written_bytes for obj in self.objects if obj.path in self.moved)
         if self.frozen is not None:
-            parts.append(f"{self.frozen} objects frozen")
+            parts.append(f"{counted(self.frozen, 'object')} frozen")
         done = f"{self.milliseconds:.1f} ms"
         if written:
             done += f", {mib(written)} written"
@@ -224,24 +195,25 @@ class Report(Record):
         return [
             f"{obj.name} ({mib(obj.code_bytes)})"
             for obj in self.objects
-            if obj.backing is None and reason in _reasons(obj)
+            if obj.backing is None and reason in code_reasons(obj)
         ]
 
-    def _lock_shortfall(self) -> str | None:
+    def _lock_shortfall(self) -> Shortfall | None:
         if not self.lock_refused_bytes:
             return None
         text = (
             f"{mib(self.lock_refused_bytes)} of {mib(self.lock_wanted_bytes)} not locked "
             f"({self.lock_refusal})"
         )
-        if self.lock_limit is None:
-            return text
-        return (
-            f"{text}: RLIMIT_MEMLOCK is {mib(self.lock_limit)}; "
-            f"allow it with {memlock_remedy(self.lock_wanted_bytes)}"
-        )
+        if self.lock_limit is not None:
+            text += (
+                f": RLIMIT_MEMLOCK is {mib(self.lock_limit)}; "
+                f"allow it with {memlock_remedy(self.lock_wanted_bytes)}"
+            )
+        names = ("lock_wanted_bytes", "lock_refused_bytes", "lock_refusal", "lock_limit")
+        return Shortfall("lock_shortfall", text, {name: getattr(self, name) for name in names})
 
-    def _memory_shortfall(self) -> str | None:
+    def _memory_shortfall(self) -> Shortfall | None:
         """What was not done, to leave memory to others."""
         unmoved = self._left_out(OVER_MEMORY)
         if self.memory is None or not (unmoved or self.lock_withheld_bytes):
@@ -251,16 +223,20 @@ class Report(Record):
             parts.append(
                 f"{mib(self.lock_withheld_bytes)} of {mib(self.lock_wanted_bytes)} not locked"
             )
-        return (
+        text = (
             f"to leave memory to others, {' and '.join(parts)}: {shortage(self.memory)}, of which "
             f"page-primer takes {100 * (self.memory_share or 0):g} % at most; "
             "raise that limit, or PAGE_PRIMER_MEMORY_SHARE"
         )
+        return Shortfall("memory_shortfall", text, {
+            "lock_withheld_bytes": self.lock_withheld_bytes, "memory_share": self.memory_share,
+            "available_bytes": self.memory.available, "limit_bytes": self.memory.limit,
+        })  # fmt: skip
 
-    def _remap_shortfall(self) -> str | None:
+    def _huge_shortfall(self) -> Shortfall | None:
         """What was asked for by name and not used, or the interpreter's layout would allow."""
         core = self.interpreter
-        if self.reason or core is None or OVER_MEMORY in _reasons(core):
+        if self.reason or core is None or OVER_MEMORY in code_reasons(core):
             return None
         best = max(core.attainable_bytes, 1 if "remap" in self.warn else 0)
         problem = self._unused(core)
@@ -271,14 +247,18 @@ class Report(Record):
                 problem += f", {percent(core.attainable_bytes, core.code_bytes)} are possible"
         if problem is None:
             return None
-        why = "; ".join((*core.notes, *_reasons(core))) or "no reason known"
+        why = "; ".join((*core.notes, *code_reasons(core))) or "no reason known"
         remedy = "run `page-primer align` once"
         if core.attainable_bytes:
             remedy += (
                 ", or name a directory of this user on ext4 (Linux 6.16) or xfs with "
                 "PAGE_PRIMER_IMAGE_DIR"
             )
-        return f"{problem} ({why}): {remedy}; `page-primer doctor` explains"
+        text = f"{problem} ({why}): {remedy}; `page-primer doctor` explains"
+        return Shortfall("huge_shortfall", text, {
+            "code_bytes": core.code_bytes, "code_huge_bytes": core.code_huge_bytes,
+            "attainable_bytes": core.attainable_bytes, "why": why,
+        })  # fmt: skip
 
     def _unused(self, core: ObjectReport) -> str | None:
         """The backing or the directory that was named, if the interpreter is not on it."""
@@ -291,23 +271,25 @@ class Report(Record):
             return f"image directory {self.image_dir} not used"
         return None
 
-    def _replaced(self) -> str | None:
+    def _replaced(self) -> Shortfall | None:
         """The files that were aligned once."""
         names = [obj.name for obj in self.objects if obj.no_longer_aligned]
         if not names:
             return None
-        return (
+        text = (
             f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} no longer aligned (replaced "
             "by an upgrade?); run `page-primer align --again`"
         )
+        return Shortfall("no_longer_aligned", text, {"files": names})
 
-    def _misspelt(self) -> str | None:
+    def _misspelt(self) -> Shortfall | None:
         """The variables that nothing reads, with those that may have been meant."""
         if not self.unknown_variables:
             return None
         nearest = [(name, nearest_variable(name)) for name in self.unknown_variables]
         words = [f"{name} (did you mean {near}?)" if near else name for name, near in nearest]
-        return f"unknown environment variable{'s' * (len(words) > 1)} {', '.join(words)}"
+        text = f"unknown environment variable{'s' * (len(words) > 1)} {', '.join(words)}"
+        return Shortfall("unknown_variables", text, {"variables": list(self.unknown_variables)})
 
     def _details(self) -> list[str]:
         lines = []
@@ -317,7 +299,7 @@ class Report(Record):
             lines.append(
                 f"{obj.path}: {percent(obj.code_huge_bytes, obj.code_bytes)} of "
                 f"{mib(obj.code_bytes)} of code on huge pages, {mib(obj.locked_bytes)} locked"
-                + (f", {obj.backing} {obj.where}" if obj.backing else "")
+                + (f", {obj.whereabouts}" if obj.backing else "")
             )
             for segment in obj.segments:
                 left = ", ".join(f"{size} bytes: {why}" for why, size in segment.left.items())
@@ -332,11 +314,7 @@ class Report(Record):
         others: dict[str, list[str]] = {}
         for obj in self.objects:
             if obj.backing is None and not obj.notes and not obj.code_huge_bytes:
-                others.setdefault(", ".join(_reasons(obj)), []).append(obj.name)
-        lines += [f"left alone, {why}: {', '.join(names)}" for why, names in others.items()]
+                others.setdefault(", ".join(code_reasons(obj)), []).append(obj.name)
+        for why, names in others.items():  # without a reason: nobody asked, as after restore()
+            lines.append(f"left alone{f', {why}' if why else ''}: {', '.join(names)}")
         return lines
-
-
-def _reasons(obj: ObjectReport) -> list[Reason]:
-    """The reasons that concern code, each once."""
-    return list(dict.fromkeys(why for s in obj.segments if s.kind == "code" for why in s.left))

@@ -1,21 +1,31 @@
-"""The JSON schema of `Report.as_dict()`: python -m page_primer.schema prints it.
+"""The JSON schemas of what page-primer writes: python -m page_primer.schema [NAME] prints one.
 
-Built from the records themselves, so that it is that of the installed version.
+Built from the records themselves, so that they are those of the installed version.
 """
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import json
+import sys
 import types
-from typing import Any, get_args, get_origin
+from collections.abc import Callable
+from typing import Any, get_args, get_origin, is_typeddict
 
-from page_primer import report
+from page_primer import build as build_command
+from page_primer import health, report
 from page_primer._lean import Record
+from page_primer.align import command as align
+from page_primer.cli import images
+from page_primer.doctor import coverage, findings
 from page_primer.kernel.anonymous import Use
 from page_primer.kernel.memory import Memory
 from page_primer.outcome import HeapReport, SegmentReport
+from page_primer.processes import SUMS, ProcessStatus
 from page_primer.reasons import Reason, every
 
+# What annotations name, and their own modules import for type checkers alone.
 _NAMES = {
     "Memory": Memory,
     "HeapReport": HeapReport,
@@ -25,38 +35,78 @@ _NAMES = {
 }
 _PLAIN = {str: "string", bool: "boolean", int: "integer", float: "number", type(None): "null"}
 
+Schema = dict[str, Any]
 
-def build() -> dict[str, Any]:
-    """The schema, as plain data; sizes and addresses are in bytes."""
-    found = _of(report.Report)
-    for name in report.TOTALS:
-        found["properties"][name] = _of(int)
-    found["required"] += report.TOTALS
+
+def build(name: str = "report") -> Schema:
+    """A schema, as plain data; sizes and addresses are in bytes.
+
+    Args:
+        name: a key of SCHEMAS.
+    """
+    description, make = SCHEMAS[name]
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "page-primer report",
-        "description": "What page_primer.prime() did for a process; sizes are in bytes.",
-        **found,
+        "title": f"page-primer {name}",
+        "description": f"{description}; sizes are in bytes.",
+        **make(),
     }
 
 
-def _of(kind: Any) -> dict[str, Any]:
+def _report() -> Schema:
+    return _with(_of(report.Report), dict.fromkeys(report.TOTALS, _of(int)))
+
+
+def _status() -> Schema:
+    more = {"unlocked": _of(str | None), "primed": _of(bool), **dict.fromkeys(SUMS, _of(int))}
+    return _list(_with(_of(ProcessStatus), more))
+
+
+def _doctor() -> Schema:
+    check = _of(findings.Check)
+    check["properties"]["status"] = {"enum": list(findings.STATUSES)}
+    return _object({"checks": _list(check), "interpreter": _of(coverage.Interpreter | None)})
+
+
+def _build() -> Schema:
+    built, left = _of(build_command.Built), _of(build_command.Left)
+    return _object({"path": _of(str), "built": _list(built), "left": _list(left)})
+
+
+SCHEMAS: dict[str, tuple[str, Callable[[], Schema]]] = {
+    "report": ("What page_primer.prime() did for a process", _report),
+    "health": ("What page_primer.status() says of its own process", lambda: _of(health.Status)),
+    "status": ("What `page-primer status --json` says, a process each", _status),
+    "doctor": ("What `page-primer doctor --json` found", _doctor),
+    "images": (
+        "What `page-primer images --json` lists, a store each",
+        lambda: _list(_of(images.Listing)),
+    ),
+    "align": (
+        "What `page-primer align --json` did or found, a file each",
+        lambda: _list(_of(align.Row)),
+    ),
+    "build": ("What `page-primer build --json` wrote", _build),
+}
+
+
+def _of(kind: Any) -> Schema:
     """The schema of values of a type, as as_dict() and json.dumps() render them."""
     if kind in _PLAIN:
         return {"type": _PLAIN[kind]}
     if kind is Reason:
         return {"enum": list(every())}
     if isinstance(kind, type) and issubclass(kind, Record):
-        return {
-            "type": "object",
-            "properties": {name: _of(_type_of(kind, name)) for name in kind._fields},
-            "required": list(kind._fields),
-            "additionalProperties": False,
-        }
+        return _object({name: _of(_type_of(kind, name)) for name in kind._fields})
+    if dataclasses.is_dataclass(kind):
+        names = [field.name for field in dataclasses.fields(kind)]
+        return _object({name: _of(_type_of(kind, name)) for name in names})
+    if is_typeddict(kind):
+        return _object({name: _of(_type_of(kind, name)) for name in kind.__annotations__})
     if isinstance(kind, types.UnionType):
         return {"anyOf": [_of(one) for one in get_args(kind)]}
-    if get_origin(kind) is tuple:
-        return {"type": "array", "items": _of(get_args(kind)[0])}
+    if get_origin(kind) in (tuple, list):
+        return _list(_of(get_args(kind)[0]))
     if get_origin(kind) is dict:
         keys, values = get_args(kind)
         return {
@@ -65,10 +115,34 @@ def _of(kind: Any) -> dict[str, Any]:
     raise TypeError(f"no schema for {kind}")
 
 
-def _type_of(record: type[Record], name: str) -> Any:
-    # Annotations are strings; what they name is imported for type checkers alone.
-    return eval(record.__annotations__[name], {**vars(report), **_NAMES})
+def _object(properties: Schema) -> Schema:
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+
+
+def _with(found: Schema, more: Schema) -> Schema:
+    return _object({**found["properties"], **more})
+
+
+def _list(items: Schema) -> Schema:
+    return {"type": "array", "items": items}
+
+
+def _type_of(record: Any, name: str) -> Any:
+    # Annotations are strings; a record's own module has most of what they name.
+    module = vars(sys.modules[record.__module__])
+    written = record.__annotations__[name]
+    text = getattr(written, "__forward_arg__", written)  # of a TypedDict
+    return eval(text, {**module, **_NAMES})
 
 
 if __name__ == "__main__":
-    print(json.dumps(build(), indent=2))
+    parser = argparse.ArgumentParser(
+        prog="python -m page_primer.schema", description="Print a JSON schema."
+    )
+    parser.add_argument("name", nargs="?", choices=SCHEMAS, default="report")
+    print(json.dumps(build(parser.parse_args().name), indent=2))

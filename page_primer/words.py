@@ -16,7 +16,12 @@ _MEMLOCK = 256 << 20
 
 def image_place(path: str) -> str:
     """An image's path, for people: its store, rather than the folder named after its content."""
-    return f"image in {path.rsplit('/', 2)[0]}"
+    return f"image in {store_of(path)}"
+
+
+def store_of(path: str) -> str:
+    """The directory that an image's path is in: a store has a folder for each image."""
+    return path.rsplit("/", 2)[0] or "/"
 
 
 def memlock_for(size: int) -> int:

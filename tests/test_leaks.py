@@ -14,8 +14,8 @@ from page_primer import _core
 
 PROGRAM = str(Path(leaks.__file__))
 # What takes longer than microseconds is called less often.
-ROUNDS = {"prime": 30, "restore": 50, "Report": 200, "swap": 300, "arenas_install": 100,
-          "arenas_retire": 100}  # fmt: skip
+ROUNDS = {"prime": 30, "restore": 50, "status": 50, "Report": 200, "swap": 300,
+          "arenas_install": 100, "arenas_retire": 100}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,8 @@ import logging
 from harness.process import Process
 
 from page_primer._lean import replace
-from page_primer.report import ObjectReport, Report
+from page_primer.outcome import ObjectReport
+from page_primer.report import Report
 
 MIB = 1 << 20
 

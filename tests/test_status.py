@@ -137,7 +137,7 @@ def test_command_line_errors():
 def test_what_is_not_locked_has_a_reason():
     from dataclasses import replace
 
-    from page_primer.status import ObjectStatus, ProcessStatus
+    from page_primer.processes import ObjectStatus, ProcessStatus
 
     obj = ObjectStatus("/lib/a", None, 0, 0, 2 * MIB, 9 * MIB, 0, 0, 0, 0, 0)
     limited = ProcessStatus(1, 0, "python", (obj,), 2 * MIB, lock_limit=8 * MIB)

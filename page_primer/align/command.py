@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import sys
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypedDict, cast
 
 from page_primer.align import aligned, targets
 from page_primer.align import files as align
@@ -24,6 +24,22 @@ if TYPE_CHECKING:
 NO_LONGER = "no longer aligned"
 NOT_ALIGNED = "not aligned by page-primer"  # nothing to undo
 DONE, UNDONE, FAILED = "aligned now", "undone", "failed"
+
+
+class Row(TypedDict):
+    """One file, as --json has it: files.State, and what was done. Sizes are in bytes."""
+
+    path: str
+    state: str
+    reason: str
+    span: int
+    chunks: int
+    code: int
+    before: int
+    after: int
+    note: str
+    named: bool  # asked for by name, or the interpreter
+
 
 _HELP = """
 Rewrites ELF files so that the loader places their read-only part, code included, on huge page
@@ -64,11 +80,10 @@ def run(given: argparse.Namespace, show_table: Table) -> int:
     """
     if given.again and (given.paths or given.libraries):
         raise ValueError("align: --again takes the files that were aligned before, no others")
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     with _ended_by_signals():
         for path, python, named in _files(given):
-            row = _one(given, path, python)
-            row["named"] = named
+            row = _one(given, path, python, named=named)
             if row["state"] in (TOO_SMALL, NOT_ALIGNED) and not named:
                 continue
             rows.append(row)
@@ -112,9 +127,9 @@ def _of_interpreter(given: argparse.Namespace) -> Iterator[tuple[str, str | None
                 yield path, found.python, True
 
 
-def _one(given: argparse.Namespace, path: str, python: str | None) -> dict[str, Any]:
+def _one(given: argparse.Namespace, path: str, python: str | None, *, named: bool) -> Row:
     state = align.look(path, merge=not given.no_merge)
-    row: dict[str, Any] = {**state.as_dict(), "note": ""}
+    row = cast(Row, {**state.as_dict(), "note": "", "named": named})
     if given.check:
         if state.state in (CAN_BE, REFUSED) and path in aligned.all_listed():
             row["state"] = NO_LONGER
@@ -127,13 +142,13 @@ def _one(given: argparse.Namespace, path: str, python: str | None) -> dict[str, 
             row["state"] = DONE
             _record(path, row, listed=True)
     except Refused as why:
-        row.update(state=REFUSED, reason=str(why))
+        row["state"], row["reason"] = REFUSED, str(why)
     except OSError as error:
-        row.update(state=FAILED, reason=error.strerror or str(error))
+        row["state"], row["reason"] = FAILED, error.strerror or str(error)
     return row
 
 
-def _undo(state: State, row: dict[str, Any], *, change: bool) -> None:
+def _undo(state: State, row: Row, *, change: bool) -> None:
     if state.state == ALIGNED:
         row["state"] = UNDONE if change else "can be undone"
         if change:
@@ -145,7 +160,7 @@ def _undo(state: State, row: dict[str, Any], *, change: bool) -> None:
             _record(state.path, row, listed=False)
 
 
-def _record(path: str, row: dict[str, Any], *, listed: bool) -> None:
+def _record(path: str, row: Row, *, listed: bool) -> None:
     try:
         aligned.change_list(path, listed=listed)
     except OSError as error:
@@ -174,7 +189,7 @@ def _ended_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _say(row: dict[str, Any]) -> None:
+def _say(row: Row) -> None:
     """One line of what was done with a file."""
     path, state = row["path"], row["state"]
     if state == DONE:
@@ -192,7 +207,7 @@ def _say(row: dict[str, Any]) -> None:
     print(f"{path}: {text}", file=stream)
 
 
-def _show(rows: list[dict[str, Any]], show_table: Table) -> None:
+def _show(rows: list[Row], show_table: Table) -> None:
     cells = [
         [
             row["path"],
@@ -208,7 +223,7 @@ def _show(rows: list[dict[str, Any]], show_table: Table) -> None:
     show_table(("file", "span", "huge pages", "code", "before", "after", ""), cells)
 
 
-def _status(given: argparse.Namespace, rows: list[dict[str, Any]]) -> int:
+def _status(given: argparse.Namespace, rows: list[Row]) -> int:
     states = [row["state"] for row in rows]
     if given.check:
         return 1 if CAN_BE in states or NO_LONGER in states else 0

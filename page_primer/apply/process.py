@@ -61,7 +61,7 @@ class Process:
         if last is not None and self.options == options and self.loads == _core.loads():
             if child:
                 self.resident = 0, memory.resident()
-                last = last if self._inherit() else self._measure((), smaps.read_own(), began)
+                last = last if self._inherit() else self.measure((), smaps.read_own(), began)
                 last = replace(last, objects=self.registry.inherited(last.objects))
             if child or last.moved:
                 last = replace(
@@ -88,7 +88,7 @@ class Process:
                 mappings = self._lock_and_look(moved, options, held)
         self.registry.enter_files(moved, mappings)
         self._write_perf_map()
-        report = self._measure(moved, mappings, began)
+        report = self.measure(moved, mappings, began)
         frozen = self._freeze() if options.freeze else None
         self.report = replace(report, heap=self._prime_heap(options), frozen=frozen)
         return self.report
@@ -134,7 +134,7 @@ class Process:
             self.heap.restore()
         self.objects = tuple(obj for obj in self.objects if key_of(obj) in loaded)
         self.options = None
-        self.report = self._measure((), smaps.read_own(), began)
+        self.report = self.measure((), smaps.read_own(), began)
         return self.report
 
     def lock_in_child(self) -> Report:
@@ -306,7 +306,7 @@ class Process:
             del moved[key]
         return found.mappings
 
-    def _measure(self, moved: Iterable[Key], mappings: Sequence[Mapping], began: float) -> Report:
+    def measure(self, moved: Iterable[Key], mappings: Sequence[Mapping], began: float) -> Report:
         self.huge = self.registry.huge(mappings)
         refusal = self.mlocks.refusal
         made, refused = self.mlocks.sizes

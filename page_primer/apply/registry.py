@@ -16,9 +16,9 @@ from page_primer.backing.pieces import reason_of
 from page_primer.elf.objects import Object, Range, Region
 from page_primer.kernel.smaps import Mapping, overlapping
 from page_primer.kernel.thp import fault_in
+from page_primer.outcome import ObjectReport
 from page_primer.plan import Move, Plan, Remainder
 from page_primer.reasons import Reason
-from page_primer.report import ObjectReport
 from page_primer.survey import Survey
 from page_primer.verify import measure
 

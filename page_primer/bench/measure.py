@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from page_primer import status
+from page_primer import processes
 from page_primer.bench import celery, load, server, tree
 from page_primer.bench.failures import CutShort, Failure
 from page_primer.kernel.smaps import Mapping, read_maps
@@ -207,7 +207,7 @@ def _maps(pid: int) -> list[Mapping]:
 
 def _obtained(pid: int) -> dict[str, float]:
     """What a worker really has: shares of its code and heap on huge pages, and what is locked."""
-    seen = status.examine(pid)
+    seen = processes.examine(pid)
     code, heap = seen.sum("code_bytes"), seen.heap.bytes
     return {
         "code_huge": seen.sum("code_huge_bytes") / code if code else 0.0,

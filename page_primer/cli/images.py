@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 from page_primer.backing import image as image_backing
 from page_primer.cli.tables import show_table
@@ -18,6 +18,29 @@ from page_primer.words import counted, mib
 
 if TYPE_CHECKING:
     from page_primer.images.places import Place
+
+
+class Image(TypedDict):
+    """One file of a store; sizes in bytes."""
+
+    path: str
+    object: str  # what it is an image of
+    anchor: bool
+    size: int
+    users: list[int]  # processes that map it
+    locked: bool  # somebody has it, perhaps in another container
+    last_use: float  # seconds since 1970
+    current: bool  # the object is what it was
+
+
+class Listing(TypedDict):
+    """One store, as --json has it."""
+
+    path: str
+    size: int
+    limit: int | None
+    removed: list[str]
+    images: list[Image]
 
 
 def run(action: str, directory: str | None, *, as_json: bool) -> int:
@@ -32,7 +55,8 @@ def run(action: str, directory: str | None, *, as_json: bool) -> int:
         The exit status.
     """
     options = Options.load({"image_dir": directory} if directory else {})
-    status, found = 0, []
+    status = 0
+    found: list[Listing] = []
     for place in image_backing.directories(options):
         if not os.path.lexists(place.path):
             if place.named:
@@ -52,7 +76,7 @@ def run(action: str, directory: str | None, *, as_json: bool) -> int:
     return status
 
 
-def _act(place: Place, action: str) -> dict[str, Any]:
+def _act(place: Place, action: str) -> Listing:
     """Do it in one store, and say what it holds then."""
     with place.open() as store:
         before = {entry.name for entry in inventory.read(store.fd)}
@@ -83,7 +107,7 @@ def _act(place: Place, action: str) -> dict[str, Any]:
         }
 
 
-def _show(found: list[dict[str, Any]]) -> None:
+def _show(found: list[Listing]) -> None:
     for store in found:
         removed = counted(len(store["removed"]), "image") + " removed, " if store["removed"] else ""
         number = counted(len(store["images"]), "image")
@@ -96,7 +120,7 @@ def _show(found: list[dict[str, Any]]) -> None:
         print("no images")
 
 
-def _row(image: dict[str, Any]) -> list[str]:
+def _row(image: Image) -> list[str]:
     name = image["object"]
     if image["anchor"]:
         name += " (anchor)"

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from typing import TypeAlias
 
-    from page_primer.status import ObjectStatus, ProcessStatus
+    from page_primer.processes import ObjectStatus, ProcessStatus
 
     Commands: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]
 
@@ -226,7 +226,7 @@ def _status(given: argparse.Namespace) -> int:
 
     try:
         # dataclasses, collections
-        from page_primer.status import examine, family
+        from page_primer.processes import examine, family
     except ImportError as error:  # built without its C core
         _say(f"page-primer: not available here: {error}")
         return 1

@@ -15,7 +15,7 @@ from page_primer import _core
 from page_primer.kernel import mounts
 from page_primer.kernel.mounts import Mount, mount_of
 from page_primer.kernel.release import release
-from page_primer.status import CAP_IPC_LOCK
+from page_primer.processes import CAP_IPC_LOCK
 
 THP = "/sys/kernel/mm/transparent_hugepage"
 _HUGETLB = "/sys/kernel/mm/hugepages"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-OK, INFO, WARNING, PROBLEM = "ok", "info", "warning", "problem"
+STATUSES = OK, INFO, WARNING, PROBLEM = "ok", "info", "warning", "problem"
 
 
 @dataclass(frozen=True)

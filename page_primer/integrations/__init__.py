@@ -13,7 +13,7 @@ from page_primer.options import Options
 from page_primer.report import Report
 
 if TYPE_CHECKING:
-    from page_primer.report import Logger
+    from page_primer.logs import Logger
 
 _last: Report | None = None
 on_report: list[Callable[[], None]] = []  # called whenever a process was primed

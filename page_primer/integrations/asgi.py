@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from page_primer.integrations import Wrapper
 
 if TYPE_CHECKING:
-    from page_primer.report import Logger
+    from page_primer.logs import Logger
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]

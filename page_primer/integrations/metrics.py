@@ -29,7 +29,7 @@ def read() -> tuple[Metric, ...]:
     try:
         import resource  # not on Windows
 
-        from page_primer.status import examine  # which needs the core
+        from page_primer.processes import examine  # which needs the core
     except ImportError:  # without its C core
         return ()
     status = examine(os.getpid())

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from page_primer.integrations import Wrapper
 
 if TYPE_CHECKING:
-    from page_primer.report import Logger
+    from page_primer.logs import Logger
 
 Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 

@@ -286,6 +286,12 @@ def restore() -> None:
 
 
 @case
+def status() -> None:
+    page_primer.status()
+    page_primer.status(measure=True)
+
+
+@case
 def Options() -> None:  # noqa: N802
     page_primer.Options.load({"include": "a,b", "limit": "5M"}, {"PAGE_PRIMER_BACKING": "memfd"})
     page_primer.Options(merge=False).as_dict()

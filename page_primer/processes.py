@@ -25,6 +25,10 @@ from page_primer.verify import measure
 from page_primer.words import memlock_remedy, mib
 
 CAP_IPC_LOCK = 14  # linux/capability.h
+SUMS = (  # of all objects, in a process's as_dict()
+    "code_bytes", "code_huge_bytes", "copied_bytes", "copied_shared_bytes",
+    "copied_private_bytes", "shared_bytes", "pss_bytes",
+)  # fmt: skip
 # More than any real file has of program headers, and than a process has of copies of one (dlmopen
 # knows 16 namespaces).
 _MOST_HEADERS, _MOST_COPIES = 512, 64
@@ -104,10 +108,7 @@ class ProcessStatus:
         data = asdict(self)
         data["unlocked"], data["primed"] = self.unlocked, self.primed
         data["heap"] = plain(self.heap)
-        for name in (
-            "code_bytes", "code_huge_bytes", "copied_bytes", "copied_shared_bytes",
-            "copied_private_bytes", "shared_bytes", "pss_bytes",
-        ):  # fmt: skip
+        for name in SUMS:
             data[name] = self.sum(name)
         return data
 
