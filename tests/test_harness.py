@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -94,3 +95,14 @@ def test_a_crash_is_in_the_kernels_log():
     assert process.wait() == -signal.SIGSEGV
     (line,) = kernel_log.faults(log.new(), {process.pid})
     assert f"[{process.pid}]" in line and "segfault" in line
+
+
+def test_the_rooms_of_architecture_md_are_the_contract():
+    """In its order, in which each imports what stands below it."""
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    rows = re.findall(r"^\| (`[^|]*`) \|", text, flags=re.MULTILINE)
+    told = [name.strip("`/") for row in rows for name in row.split(", ")]
+    settings = (ROOT / "pyproject.toml").read_text()
+    layers = re.search(r"^layers = \[(.*?)^\]", settings, flags=re.MULTILINE | re.DOTALL)
+    held = [name for line in re.findall(r'"(.*)"', layers[1]) for name in line.split(" : ")]
+    assert told == [*held, "_core"]
