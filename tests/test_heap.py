@@ -437,28 +437,6 @@ def test_a_bad_heap_is_named(python, value):
         assert message.startswith('heap must be "auto"')
 
 
-def test_freeze_once_and_again(python):
-    with Process(python) as process:
-        first = process.prime(freeze=True, **ONLY_HEAP)
-        frozen = process.run("import gc; result = gc.get_freeze_count()")
-        assert first["frozen"] >= frozen > 1000
-        process.run("more = [[] for _ in range(100_000)]")
-        assert process.prime(freeze=True, **ONLY_HEAP)["pid"] == process.pid
-        assert process.run("result = gc.get_freeze_count()") <= frozen
-        count = process.run(
-            "from page_primer.heap import freeze; result = count = freeze.freeze(again=True)"
-        )
-        assert count >= 100_000
-        child = process.run(
-            "import os\n"
-            "pid = os.fork()\n"
-            "if pid == 0:\n"
-            "    os._exit(freeze.freeze() > count)\n"
-            "result = os.waitpid(pid, 0)[1]"
-        )
-        assert child == 0
-
-
 def test_status_tells_what_smaps_tells(python):
     with Process(python) as process:
         process.prime(heap="all", **ONLY_HEAP)
