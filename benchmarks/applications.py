@@ -110,6 +110,21 @@ def application(environ, start_response):
     return _application(environ, start_response)
 """
 
+# Answers at /@arenas with its process and the addresses of mappings that hold small objects, which
+# only the process itself can tell of arenas older than page-primer's.
+ARENAS = """
+_asked = application
+def application(environ, start_response):
+    if environ["PATH_INFO"] != "/@arenas":
+        return _asked(environ, start_response)
+    import json, os
+    from page_primer.heap import arenas
+    from page_primer.kernel import smaps
+    found = [(m.start, m.end) for m in arenas.find(smaps.read_maps())]
+    start_response("200 OK", [])
+    return [("<li>" + json.dumps([os.getpid(), found])).encode()]
+"""
+
 APPLICATIONS = {
     "django": DJANGO, "flask": FLASK, "small": SMALL, "arrays": ARRAYS, "duckdb": DUCKDB,
     "pyarrow": ARRAYS.replace('sys.modules["pyarrow"] = None', "import pyarrow"),

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from applications import APPLICATIONS, COLLECTING, PATHS, PREPARED
+from applications import APPLICATIONS, ARENAS, COLLECTING, PATHS, PREPARED
 
 from page_primer.status import family
 
@@ -24,12 +24,13 @@ class Server:
     def __init__(self, master: int, port: int, workers: int, paths: Sequence[str]) -> None:
         self.master, self.port, self.count, self.paths = master, port, workers, paths
 
-    def ask(self, path: str = "/") -> None:
+    def ask(self, path: str = "/") -> bytes:
         with socket.create_connection(("127.0.0.1", self.port), timeout=60) as connection:
             connection.sendall(f"GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n".encode())
             answer = b"".join(iter(lambda: connection.recv(1 << 16), b""))
         if b" 200 " not in answer[:20] or b"<li>" not in answer:
             raise SystemExit(f"the application answers {answer[:200]!r}")
+        return answer
 
     def ask_many(self, count: int, tick: Callable[[], object] | None = None) -> None:
         """`count` requests a worker, each path in turn, as many at a time as there are workers."""
@@ -69,6 +70,7 @@ def serve(
     *,
     preload: bool,
     collect: bool = False,
+    run: Sequence[str] = (),
     python: str = sys.executable,
 ) -> Iterator[Server]:
     """A gunicorn whose workers have answered.
@@ -77,15 +79,17 @@ def serve(
         settings: page-primer's, as environment; None: without page-primer.
         collect: a full collection at every fiftieth request of a worker, as a process that lives
             long does now and then.
+        run: options of `page-primer run`, which then starts it.
     """
-    source = APPLICATIONS[application] + (COLLECTING if collect else "")
+    source = APPLICATIONS[application] + (COLLECTING if collect else "") + ARENAS
     Path(directory, "served.py").write_text(source)
     if application in PREPARED:
         subprocess.run([python, "served.py"], cwd=directory, check=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [python, "-m", "gunicorn", "--workers", str(workers), "--bind",
+    command = [python, *(["-m", "page_primer", "run", *run, "--", python] if run else []),
+               "-m", "gunicorn", "--workers", str(workers), "--bind",
                f"127.0.0.1:{port}", "--log-file", f"{directory}/log",
                "--timeout", "120"]  # fmt: skip
     if settings is not None:
