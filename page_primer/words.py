@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 # another. Advice that followed each would change with each.
 _MEMLOCK = 256 << 20
 
+# For a parent that has loaded what its children work with.
+FREEZE_REMEDY = "PAGE_PRIMER_FREEZE=1 lets forked workers share it for longer (docs/heap.md)"
+
 
 def image_place(path: str) -> str:
     """An image's path, for people: its store, rather than the folder named after its content."""

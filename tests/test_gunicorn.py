@@ -25,7 +25,8 @@ from harness.servers import check, children, wait_for
 
 @pytest.mark.parametrize("preload", [(), ("--preload",)], ids=["", "preload"])
 def test_every_process_is_huge_and_locked(every_python, images, tmp_path, preload):
-    env = {"PAGE_PRIMER_IMAGE_DIR": str(images)}
+    # Not to freeze is a decision, so there is no line that suggests it.
+    env = {"PAGE_PRIMER_IMAGE_DIR": str(images), "PAGE_PRIMER_FREEZE": "0"}
     with Gunicorn(every_python, tmp_path, "--workers", "4", *preload, env=env) as server:
         server.wait_for_workers(4)
         family = [server.master, *server.workers]

@@ -83,13 +83,14 @@ def test_what_is_there_is_collapsed_and_hardly_grows(every_python):
         assert report["reason"] is None
         grown = report["resident_after"] - report["resident_before"]
         assert grown <= max(PMD, 0.03 * before)
-        # A machine this busy does not get all of it done in the time that there is.
-        stopped = any("stopped" in note for note in report["notes"])
+        # A busy machine does not get all of it done in the time that there is, or has no huge page
+        # left; the report has to say so.
+        stopped = any("stopped" in note or "no huge page" in note for note in report["notes"])
         slack = 1 << 40 if stopped else 3 * PMD
-        assert report["collapsed_bytes"] >= PMD
+        assert report["collapsed_bytes"] >= PMD, report["notes"]
         heap = [v for v in outside.smaps(process.pid) if v.path == "[heap]"]
         size = sum(v.kb["Rss"] for v in heap) << 10
-        assert sum(v.huge for v in heap) >= size - slack
+        assert sum(v.huge for v in heap) >= size - slack, report["notes"]
         assert size >= 20 * MIB
         use = report["use"]
         assert use["malloc_huge"] == sum(v.huge for v in heap)
@@ -435,28 +436,6 @@ def test_a_bad_heap_is_named(python, value):
             "    result = str(error)"
         )
         assert message.startswith('heap must be "auto"')
-
-
-def test_freeze_once_and_again(python):
-    with Process(python) as process:
-        first = process.prime(freeze=True, **ONLY_HEAP)
-        frozen = process.run("import gc; result = gc.get_freeze_count()")
-        assert first["frozen"] >= frozen > 1000
-        process.run("more = [[] for _ in range(100_000)]")
-        assert process.prime(freeze=True, **ONLY_HEAP)["pid"] == process.pid
-        assert process.run("result = gc.get_freeze_count()") <= frozen
-        count = process.run(
-            "from page_primer.heap import freeze; result = count = freeze.freeze(again=True)"
-        )
-        assert count >= 100_000
-        child = process.run(
-            "import os\n"
-            "pid = os.fork()\n"
-            "if pid == 0:\n"
-            "    os._exit(freeze.freeze() > count)\n"
-            "result = os.waitpid(pid, 0)[1]"
-        )
-        assert child == 0
 
 
 def test_status_tells_what_smaps_tells(python):

@@ -7,6 +7,7 @@ import time
 
 from page_primer import _core, budget, mlock_plan, plan, reasons, survey
 from page_primer._lean import is_ours, replace, suppress
+from page_primer.apply.heap import HeapState
 from page_primer.apply.mlocks import Mlocks
 from page_primer.apply.registry import Registry
 from page_primer.apply.swap import Key, NotMoved, carry_out, key_of
@@ -19,7 +20,6 @@ from page_primer.kernel import memlock, memory, smaps
 from page_primer.kernel.limits import soft_limit
 from page_primer.kernel.memory import Memory
 from page_primer.kernel.smaps import Mapping
-from page_primer.kernel.thp import pmd_size
 from page_primer.options import IN_PLACE, Options, unknown_variables
 from page_primer.plan import Move
 from page_primer.report import Report
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from page_primer.apply.perfmap import PerfMap
-    from page_primer.heap.driver import Heap
-    from page_primer.outcome import HeapReport
 
 
 class Process:
@@ -49,7 +47,7 @@ class Process:
         self.perf_map: PerfMap | None = None
         self.huge = 0  # bytes on huge pages of what is to be, when last measured
         self.report: Report | None = None
-        self.heap: Heap | None = None
+        self.heap = HeapState()
         self.resident = 0, 0  # bytes by which priming made this process grow, and had before a call
 
     def prime(self, options: Options) -> Report:
@@ -68,8 +66,7 @@ class Process:
                     last, pid=identity[0], moved=(), milliseconds=milliseconds_since(began)
                 )
                 last = replace(last, resident_bytes=self._grown() if child else self.resident[0])
-            if self.heap is not None and (self.heap.is_new() or (child and options.heap_unshare)):
-                last = replace(last, heap=self.heap.prime(options, self.registry.pmd))
+            last = self.heap.prime_again(last, options, self.registry.pmd, child=child)
             self.report = last  # from now on the same, which costs a frequent caller least
             return last
         self.resident = 0 if child else self.resident[0], memory.resident()
@@ -89,8 +86,7 @@ class Process:
         self.registry.enter_files(moved, mappings)
         self._write_perf_map()
         report = self.measure(moved, mappings, began)
-        frozen = self._freeze() if options.freeze else None
-        self.report = replace(report, heap=self._prime_heap(options), frozen=frozen)
+        self.report = self.heap.prime(report, options, self.registry.pmd)
         return self.report
 
     def _grown(self) -> int:
@@ -101,27 +97,13 @@ class Process:
 
     def start_heap(self, options: Options) -> Report:
         """Before an application is loaded: have its arenas huge, and leave the rest to prime()."""
-        if options.enabled and options.heap:
-            self._heap().start(options, pmd_size())
+        self.heap.start(options)
         return self.report or Report(os.getpid(), None)
 
-    def _heap(self) -> Heap:
-        if self.heap is None:
-            from page_primer.heap.driver import Heap  # modules that only this option needs
-
-            self.heap = Heap()
-        return self.heap
-
-    def _prime_heap(self, options: Options) -> HeapReport | None:
-        if options.heap or self.heap is not None:
-            return self._heap().prime(options, self.registry.pmd)
-        return None
-
-    @staticmethod
-    def _freeze() -> int:
-        from page_primer.heap import freeze  # a module that only this option needs
-
-        return freeze.freeze()
+    def thaw(self) -> Report:
+        """Have the next prime() freeze once more, if it is to: the application was loaded anew."""
+        self.heap.thaw()
+        return self.report or Report(os.getpid(), None)
 
     def restore(self) -> Report:
         """Put everything back; see page_primer.restore()."""
@@ -130,8 +112,7 @@ class Process:
         self.mlocks.unlock(loaded)
         self.registry.put_back_all(loaded)
         self.mlocks.give_back_to_host()
-        if self.heap is not None:
-            self.heap.restore()
+        self.heap.restore()
         self.objects = tuple(obj for obj in self.objects if key_of(obj) in loaded)
         self.options = None
         self.report = self.measure((), smaps.read_own(), began)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from page_primer import budget, plan, survey
 from page_primer.backing import image as image_backing
-from page_primer.doctor import alignment, checks, coverage, directories, facts, locking
+from page_primer.doctor import alignment, checks, coverage, directories, facts, locking, preloaded
 from page_primer.doctor.coverage import Interpreter
 from page_primer.doctor.findings import INFO, Check
 from page_primer.doctor.probes import Trial, try_directory, try_image, try_memory
@@ -57,6 +57,7 @@ class Examination:
             ("locking", self.locking),
             ("available memory", self.available),
             ("heap", lambda: [Check("heap", *advice(options, settings.pmd))]),
+            ("preloading", lambda: preloaded.judge(preloaded.find(), options)),
         ]
 
     @property

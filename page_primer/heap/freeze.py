@@ -2,31 +2,34 @@
 
 The garbage collector writes to the header of every object that it looks at, and so makes a child
 copy the pages of all that it inherited. gc.freeze() puts these objects where it does not look
-(documentation of module gc). Freezing once, before the first fork, is enough; what is frozen is
-never collected, so it is thawed and collected before it is frozen again.
+(documentation of module gc). Freezing once, before the first fork, is enough: done around every
+fork it leaks, since what is frozen is never collected. So it is thawed and collected before it is
+frozen again, which a parent does that has loaded its application anew.
 """
 
 from __future__ import annotations
 
 import gc
 
-_frozen = False  # which forks inherit
 
+class Frozen:
+    """Whether this process, or the one that it was forked from, was frozen."""
 
-def freeze(*, again: bool = False) -> int:
-    """Collect, and freeze what is left, unless this process or the one that it was forked from did.
+    def __init__(self) -> None:
+        self._frozen = False  # to be frozen, or again
 
-    Args:
-        again: thaw first what is frozen; for a parent that loaded its application anew.
-
-    Returns:
-        The number of frozen objects.
-    """
-    global _frozen
-    if again or not _frozen:
-        if _frozen:
-            gc.unfreeze()
+    def freeze(self) -> int | None:
+        """Collect, and freeze what is left, unless that was done. Returns the number of frozen
+        objects, or None where there was nothing to do."""
+        if self._frozen:
+            return None
         gc.collect()
         gc.freeze()
-        _frozen = True
-    return gc.get_freeze_count()
+        self._frozen = True
+        return gc.get_freeze_count()
+
+    def thaw(self) -> None:
+        """Have the collector look at everything again, if we froze it."""
+        if self._frozen:
+            self._frozen = False
+            gc.unfreeze()

@@ -11,6 +11,7 @@ import page_primer
 from page_primer import reasons
 from page_primer.options import Options
 from page_primer.report import Report
+from page_primer.words import FREEZE_REMEDY
 
 if TYPE_CHECKING:
     from page_primer.logs import Logger
@@ -30,17 +31,32 @@ def prime_and_log(logger: Logger | logging.Logger, options: Options | None = Non
     return report
 
 
-def freeze_again(options: Options | None = None) -> None:
-    """In a parent that has loaded its application, before it forks: freeze all of it, whatever was
-    frozen before, if that is asked for."""
+def thaw(options: Options | None = None) -> None:
+    """In a parent that has loaded its application, before it forks: have prime_and_log() freeze all
+    of it, whatever was frozen before, if that is asked for."""
     try:
         options = options or Options.load()
     except ValueError:  # which prime_and_log() says
         return
     if options.enabled and options.freeze:
-        from page_primer.heap import freeze  # a module that only this option needs
+        page_primer.on_process(lambda process: process.thaw())
 
-        freeze.freeze(again=True)
+
+def suggest_freeze(
+    logger: Logger | logging.Logger, preloaded: str, options: Options | None = None
+) -> None:
+    """In a parent that has loaded its application and is about to fork: one line on `freeze`,
+    unless somebody decided on it.
+
+    Args:
+        preloaded: what it loaded for whom, for people.
+    """
+    try:
+        options = options or Options.load()
+    except ValueError:  # as above
+        return
+    if options.enabled and not options.freeze and "freeze" not in options.explicit:
+        logger.info("page-primer: %s: %s; =0: no such line", preloaded, FREEZE_REMEDY)
 
 
 def announce(report: Report, logger: Logger | logging.Logger) -> None:

@@ -24,7 +24,7 @@ from celery.utils.log import get_logger
 
 import page_primer
 from page_primer._lean import replace
-from page_primer.integrations import announce, freeze_again, prime_and_log, versions
+from page_primer.integrations import announce, prime_and_log, suggest_freeze, thaw, versions
 from page_primer.options import NAMES, Options
 from page_primer.report import Report
 
@@ -87,9 +87,19 @@ def _log_parent(instance: Any = None, **_: Any) -> None:
     global _most_memory
     _most_memory = getattr(instance, "max_memory_per_child", None) or 0
     if _first is not None:
-        freeze_again(_options)
         announce(_first, _LOGGER)
+    thaw(_options)  # what was loaded since is to be frozen, too
     _prime()
+    if _forks(instance):
+        suggest_freeze(_LOGGER, "the pool is forked from what is loaded here", _options)
+
+
+def _forks(worker: Any) -> bool:
+    """Whether a worker's pool consists of its forks."""
+    pool = getattr(worker, "pool_cls", None)
+    return getattr(pool, "__module__", "") == "celery.concurrency.prefork" and current_app.conf.get(
+        "worker_pool_start_method"
+    ) in (None, "fork")
 
 
 def _prime(**_: Any) -> None:

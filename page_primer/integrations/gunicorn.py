@@ -19,7 +19,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from page_primer.integrations import asgi, freeze_again, prime_and_log, versions
+from page_primer.integrations import asgi, prime_and_log, suggest_freeze, thaw, versions
 
 if TYPE_CHECKING:
     from page_primer.integrations.asgi import Message, Receive, Send
@@ -31,13 +31,15 @@ def on_starting(server: Any) -> None:
         versions.require("gunicorn", sys.modules["gunicorn"].__version__)
     except ValueError as error:
         sys.exit(f"page-primer: {error}")
-    freeze_again()
+    thaw()
     prime_and_log(server.log)
+    if server.cfg.preload_app:
+        suggest_freeze(server.log, "the application is preloaded")
 
 
 def on_reload(server: Any) -> None:
     """After a HUP: prime what the reloaded configuration or preloaded application brought in."""
-    freeze_again()
+    thaw()
     prime_and_log(server.log)
 
 

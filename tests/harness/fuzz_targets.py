@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from page_primer import options, plan, status, survey
+from page_primer import options, plan, processes, survey
 from page_primer.align import aligned, files, layout, original, rewrite, verify
 from page_primer.align.original import Refused
 from page_primer.elf import file as elf
@@ -387,7 +387,7 @@ def examined(data: bytes) -> bool:
     before = signal.signal(signal.SIGALRM, _too_slow)
     signal.setitimer(signal.ITIMER_REAL, 5)
     try:
-        return bool(list(status._objects(os.getpid(), here)))
+        return bool(list(processes._objects(os.getpid(), here)))
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

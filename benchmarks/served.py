@@ -1,0 +1,114 @@
+"""A gunicorn that serves one of `applications`, asked by threads of this process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from applications import APPLICATIONS, ARENAS, COLLECTING, PATHS, PREPARED
+
+from page_primer.processes import family
+
+
+class Server:
+    """A server that answers, and what it is asked."""
+
+    def __init__(self, master: int, port: int, workers: int, paths: Sequence[str]) -> None:
+        self.master, self.port, self.count, self.paths = master, port, workers, paths
+
+    def ask(self, path: str = "/") -> bytes:
+        with socket.create_connection(("127.0.0.1", self.port), timeout=60) as connection:
+            connection.sendall(f"GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n".encode())
+            answer = b"".join(iter(lambda: connection.recv(1 << 16), b""))
+        if b" 200 " not in answer[:20] or b"<li>" not in answer:
+            raise SystemExit(f"the application answers {answer[:200]!r}")
+        return answer
+
+    def ask_many(self, count: int, tick: Callable[[], object] | None = None) -> None:
+        """`count` requests a worker, each path in turn, as many at a time as there are workers."""
+
+        def work() -> None:
+            for number in range(count):
+                self.ask(self.paths[number % len(self.paths)])
+
+        threads = [threading.Thread(target=work) for _ in range(self.count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            while tick and thread.is_alive():
+                tick()
+                thread.join(0.5)
+            thread.join()
+
+    def workers(self, but_not: Sequence[int] = ()) -> list[int]:
+        """Wait until all of them are there and something answers."""
+        end = time.monotonic() + 120
+        while time.monotonic() < end:
+            with contextlib.suppress(OSError, AssertionError):
+                self.ask()
+                found = family(self.master)[1:]
+                if len(found) == self.count and not set(found) & set(but_not):
+                    return found
+            time.sleep(0.1)
+        raise SystemExit("the server does not answer")
+
+
+@contextlib.contextmanager
+def serve(
+    directory: str,
+    application: str,
+    settings: dict[str, str] | None,
+    workers: int,
+    *,
+    preload: bool,
+    collect: bool = False,
+    run: Sequence[str] = (),
+    python: str = sys.executable,
+) -> Iterator[Server]:
+    """A gunicorn whose workers have answered.
+
+    Args:
+        settings: page-primer's, as environment; None: without page-primer.
+        collect: a full collection at every fiftieth request of a worker, as a process that lives
+            long does now and then.
+        run: options of `page-primer run`, which then starts it.
+    """
+    source = APPLICATIONS[application] + (COLLECTING if collect else "") + ARENAS
+    Path(directory, "served.py").write_text(source)
+    if application in PREPARED:
+        subprocess.run([python, "served.py"], cwd=directory, check=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [python, *(["-m", "page_primer", "run", *run, "--", python] if run else []),
+               "-m", "gunicorn", "--workers", str(workers), "--bind",
+               f"127.0.0.1:{port}", "--log-file", f"{directory}/log",
+               "--timeout", "120"]  # fmt: skip
+    if settings is not None:
+        command += ["-c", "python:page_primer.integrations.gunicorn_conf"]
+    process = subprocess.Popen(
+        [*command, *(["--preload"] if preload else []), "served:application"],
+        cwd=directory, env={**os.environ, "OPENBLAS_NUM_THREADS": "1", **(settings or {})},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        server = Server(process.pid, port, workers, PATHS.get(application, ("/",)))
+        server.workers()
+        server.ask_many(20)  # every worker has answered
+        yield server
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+
+
+def faults(pid: int) -> int:
+    """Minor page faults so far."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[7])
