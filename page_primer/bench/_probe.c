@@ -72,7 +72,8 @@ chase(size_t pages, int advice, size_t accesses)
         free((void *)slots);
         return -1;
     }
-    char *start = (char *)(((uintptr_t)area + HUGE_PAGE - 1) & ~(HUGE_PAGE - 1));
+    char *start =
+        (char *)(((uintptr_t)area + HUGE_PAGE - 1) & ~(HUGE_PAGE - 1));
     madvise(start, size, advice);
     at = link_pages(start, pages, slots);
     for (size_t i = 0; i < pages; i++)
