@@ -5,6 +5,9 @@
 # make coverage    the suite with coverage of Python and C; build/coverage/report.md names the rest
 # make trixie  make demo and make test in a Debian 13 (root; COMMAND=... for something else)
 # make lint    formatting, lint rules, types, layers; C's format and its lint
+# make wheel   sdist and wheel in dist/, checked (PYTHON_FOR=...: a wheel for another interpreter)
+# make wheel-check   the wheel in a clean environment of each interpreter here, and some tests on it
+# make changelog     fold the fragments of changelog.d/ into CHANGELOG.md (DRAFT=1: only show)
 # make docs    the documentation as a site, in build/docs; a warning is an error
 # make bench   what priming costs, and a start under page-primer run (AGAINST=COMMIT: and in another),
 #              page walks by trace, and processor time of gunicorn, uvicorn and Celery
@@ -27,7 +30,7 @@ PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 PARALLEL := $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 SOURCES := pyproject.toml setup.py $(wildcard page_primer/*.[ch] page_primer/launcher/*.[ch])
 
-.PHONY: demo demo-celery test test-fast coverage trixie lint docs bench bench-pressure environments drawing sanitize fuzz tools-matrix kernels clean
+.PHONY: demo demo-celery test test-fast coverage trixie lint wheel wheel-check changelog docs bench bench-pressure environments drawing sanitize fuzz tools-matrix kernels clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/gunicorn/demo.py
@@ -63,6 +66,20 @@ lint: $(VENV)/.dev
 	$(BIN)/clang-format --dry-run -Werror $$(git ls-files "*.c")
 	$(BIN)/clang-tidy --quiet $$(git ls-files "page_primer/*.c") -- -std=gnu11 -D_GNU_SOURCE \
 	    -isystem "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))')"
+
+wheel: $(VENV)/.dev
+	$(BIN)/python tools/wheel $(if $(PYTHON_FOR),--python "$(PYTHON_FOR)")
+
+# Of the suite, what shows that the wheel has all its parts.
+WHEEL_TESTS = tests/test_core.py tests/test_status.py \
+    tests/test_prime.py::test_memory_backings \
+    tests/test_gunicorn.py::test_every_process_is_huge_and_locked
+wheel-check: $(VENV)/.dev
+	$(BIN)/python tools/wheel-check --gunicorn
+	$(BIN)/python tools/wheel-check --tests -- -m "not slow" $(WHEEL_TESTS)
+
+changelog: $(VENV)/.dev
+	$(BIN)/towncrier build $(if $(DRAFT),--draft,--yes) --version next
 
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir build/docs

@@ -8,6 +8,7 @@ import sys
 import textwrap
 import urllib.request
 
+from harness import outside
 from harness.gunicorn_server import Gunicorn
 from harness.process import Process
 from harness.servers import wait_for
@@ -40,14 +41,25 @@ def of_processes(text, name):
     return {int(pid): float(value) for pid, value in found}
 
 
-def test_prometheus_has_each_live_worker(python, images, tmp_path):
+def agrees(pid, code, huge, locked):
+    """Figures of a process with what smaps says of it now: locks exactly; code to a few bytes that
+    lie between sections, fewer than a page for each object."""
+    seen = outside.totals_of(pid)
+    message = f"{pid}: {seen}, exported: {code} code, {huge} huge, {locked} locked"
+    assert locked == seen.locked > 1 << 20, message
+    assert abs(code - seen.code) < seen.objects * outside.PAGE, message
+    assert abs(huge - seen.huge) < seen.objects * outside.PAGE, message
+    assert huge > 1 << 20, message
+
+
+def test_prometheus_has_each_live_worker_as_smaps_has_it(python, images, tmp_path):
     (tmp_path / "gunicorn.conf.py").write_text(CONF)
     (tmp_path / "figures").mkdir()
     env = {
         "PAGE_PRIMER_IMAGE_DIR": str(images),
         "PROMETHEUS_MULTIPROC_DIR": str(tmp_path / "figures"),
     }
-    with Gunicorn(python, tmp_path, "--workers", "2", env=env, app=METRICS_APP) as server:
+    with Gunicorn(python, tmp_path, "--workers", "4", env=env, app=METRICS_APP) as server:
 
         def scrape():
             with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics") as answer:
@@ -57,11 +69,13 @@ def test_prometheus_has_each_live_worker(python, images, tmp_path):
             huge = of_processes(scrape(), "code_huge_bytes")
             return huge.keys() == {server.master, *server.workers} and min(huge.values()) > 0
 
-        server.wait_for_workers(2)
-        wait_for(has_all, "figures of the master and two workers")
-        code = of_processes(scrape(), "code_bytes")
-        locked = of_processes(scrape(), "locked_bytes")
-        assert all(code[pid] > 1 << 20 and locked[pid] > 1 << 20 for pid in server.workers)
+        server.wait_for_workers(4)
+        wait_for(has_all, "figures of the master and four workers")
+        text = scrape()
+        names = ("code_bytes", "code_huge_bytes", "locked_bytes")
+        code, huge, locked = (of_processes(text, name) for name in names)
+        for pid in (server.master, *server.workers):
+            agrees(pid, code[pid], huge[pid], locked[pid])
         assert "page_primer_code_left_bytes{" in scrape()
 
         # One that ends is no longer there: child_exit.

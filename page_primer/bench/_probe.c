@@ -21,7 +21,7 @@
 
 enum { PAGE = 4096, LINE = 64 };
 
-static const size_t HUGE = 2 << 20;
+static const size_t HUGE_PAGE = 2 << 20;
 
 /* So that the compiler cannot leave the loop out. */
 static char **volatile end_of_chase;
@@ -60,7 +60,7 @@ static double
 chase(size_t pages, int advice, size_t accesses)
 {
     size_t size = pages * PAGE;
-    char *area = mmap(NULL, size + HUGE, PROT_READ | PROT_WRITE,
+    char *area = mmap(NULL, size + HUGE_PAGE, PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     char **slots = (char **)calloc(pages, sizeof(*slots));
     struct timespec from, to;
@@ -68,11 +68,12 @@ chase(size_t pages, int advice, size_t accesses)
 
     if (area == MAP_FAILED || slots == NULL) {
         if (area != MAP_FAILED)
-            munmap(area, size + HUGE);
+            munmap(area, size + HUGE_PAGE);
         free((void *)slots);
         return -1;
     }
-    char *start = (char *)(((uintptr_t)area + HUGE - 1) & ~(HUGE - 1));
+    char *start =
+        (char *)(((uintptr_t)area + HUGE_PAGE - 1) & ~(HUGE_PAGE - 1));
     madvise(start, size, advice);
     at = link_pages(start, pages, slots);
     for (size_t i = 0; i < pages; i++)
@@ -82,7 +83,7 @@ chase(size_t pages, int advice, size_t accesses)
         at = (char **)*at;
     end_of_chase = at;
     clock_gettime(CLOCK_THREAD_CPUTIME_ID, &to);
-    munmap(area, size + HUGE);
+    munmap(area, size + HUGE_PAGE);
     free((void *)slots);
     return ((double)(to.tv_sec - from.tv_sec) * 1e9
             + (double)(to.tv_nsec - from.tv_nsec))

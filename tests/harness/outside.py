@@ -160,16 +160,50 @@ def text_of(pid: int, path: str | None = None) -> Text:
     chunk_low, chunk_high = -(-span_start // PMD) * PMD, span_end // PMD * PMD
     attainable = max(0, min(high, chunk_high) - max(low, chunk_low))
 
-    huge, executable, locked = 0, True, True
+    huge, executable, locked = _huge_between(vmas, low, high), True, True
     for vma in vmas:
-        both = min(high, vma.end) - max(low, vma.start)
-        if both <= 0:
-            continue
-        executable &= vma.perms[:3] == "r-x"
-        locked &= "lo" in vma.flags
-        start, end = -(-vma.start // PMD) * PMD, vma.end // PMD * PMD
-        missing = max(0, end - start) - vma.huge
-        inside = min(high, end) - max(low, start)
-        huge += max(0, inside - missing) if inside > 0 else 0
+        if min(high, vma.end) > max(low, vma.start):
+            executable &= vma.perms[:3] == "r-x"
+            locked &= "lo" in vma.flags
     span_vmas = [v for v in vmas if span_start <= v.start and v.end <= span_end]
     return Text(path, high - low, attainable, huge, locked, executable, fixed, span_vmas)
+
+
+@dataclass
+class Totals:
+    """Of all ELF objects of a process, in bytes."""
+
+    code: int = 0  # sections of instructions
+    huge: int = 0  # of them on huge pages
+    locked: int = 0  # mapped with a memory lock
+    objects: int = 0
+
+
+def totals_of(pid: int) -> Totals:
+    """Measure all ELF objects."""
+    vmas, found = smaps(pid), Totals()
+    for path in sorted({v.path for v in vmas if "w" in v.perms and v.path.startswith("/")}):
+        with open(path, "rb") as file:
+            if file.read(4) != b"\x7fELF":
+                continue
+            sections = [s.header for s in ELFFile(file).iter_sections()]
+        base = load_bias(path, vmas)
+        found.objects += 1
+        for section in sections:
+            if section["sh_flags"] & 6 == 6:  # SHF_ALLOC, SHF_EXECINSTR
+                low = base + section["sh_addr"]
+                found.code += section["sh_size"]
+                found.huge += _huge_between(vmas, low, low + section["sh_size"])
+    found.locked = sum(v.end - v.start for v in vmas if "lo" in v.flags)
+    return found
+
+
+def _huge_between(vmas: list[Vma], low: int, high: int) -> int:
+    """smaps counts per mapping: what is missing from one is taken to be missing between these."""
+    huge = 0
+    for vma in vmas:
+        start, end = -(-vma.start // PMD) * PMD, vma.end // PMD * PMD
+        inside = min(high, end) - max(low, start)
+        if inside > 0:
+            huge += max(0, inside - max(0, end - start - vma.huge))
+    return huge
