@@ -67,18 +67,18 @@ lint: $(VENV)/.dev
 	$(BIN)/clang-tidy --quiet $$(git ls-files "page_primer/*.c") -- -std=gnu11 -D_GNU_SOURCE \
 	    -isystem "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))')"
 
-wheel: $(VENV)/.dev
+wheel: $(VENV)/.release
 	$(BIN)/python tools/wheel $(if $(PYTHON_FOR),--python "$(PYTHON_FOR)")
 
 # Of the suite, what shows that the wheel has all its parts.
 WHEEL_TESTS = tests/test_core.py tests/test_status.py \
     tests/test_prime.py::test_memory_backings \
     tests/test_gunicorn.py::test_every_process_is_huge_and_locked
-wheel-check: $(VENV)/.dev
+wheel-check: $(VENV)/.release
 	$(BIN)/python tools/wheel-check --gunicorn
 	$(BIN)/python tools/wheel-check --tests -- -m "not slow" $(WHEEL_TESTS)
 
-changelog: $(VENV)/.dev
+changelog: $(VENV)/.release
 	$(BIN)/towncrier build $(if $(DRAFT),--draft,--yes) --version next
 
 docs: $(VENV)/.docs
@@ -153,6 +153,10 @@ $(VENV)/.demo-celery: $(VENV)/.created $(SOURCES)
 
 $(VENV)/.docs: $(VENV)/.created $(SOURCES)
 	$(PIP_INSTALL) -e ".[docs]"
+	touch $@
+
+$(VENV)/.release: $(VENV)/.dev
+	$(PIP_INSTALL) -e ".[dev,release]"
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.created $(SOURCES)
