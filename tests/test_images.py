@@ -139,7 +139,7 @@ def test_store_limit(python, images):
         core = interpreter(process.prime(image_dir=str(images), store_limit="1M"))
         assert core["backing"] in ("memfd", "anonymous")
         assert any("more than 1 MiB" in note for note in core["notes"]), core["notes"]
-        total = sum(path.stat().st_blocks * 512 for path in images.rglob("*") if path.is_file())
+        total = sum(path.lstat().st_blocks * 512 for path in images.rglob("*"))
         assert total < MIB
         process.restore()
         core = interpreter(process.prime(image_dir=str(images), store_limit="512M"))

@@ -22,7 +22,7 @@ for d in usr opt root home var; do
     mount -t overlay overlay -o "lowerdir=/$d,upperdir=$upper/$d/u,workdir=$upper/$d/w" "/$d"
 done
 chmod 755 /root
-[ -z "$ro" ] || for d in usr opt root home var; do mount -o remount,ro "/$d"; done
+[ -z "$ro" ] || for d in usr opt root home var; do mount -o remount,bind,ro "/$d"; done
 mount -t tmpfs -o size=64m,mode=1777,nosuid,nodev,noexec shm /dev/shm
 exec setpriv --reuid "$user" --regid "$user" --clear-groups "$@"
 """

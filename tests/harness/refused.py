@@ -29,6 +29,8 @@ SECONDS = 30.0
 
 # What nobody can give back where the call for it is refused.
 CANNOT_GIVE_BACK = {"munmap": "mappings", "munlock": "locks", "close": "descriptors"}
+# Why parts of an interpreter stay where they are, whatever is refused.
+LEFT_ANYWAY = {"writable", "no whole huge page"}
 
 
 def refuse(number, error):
@@ -116,9 +118,11 @@ def look(channel, child, name):
         left.append(str(what) or traceback.format_exc())
     reason = ": ".join(filter(None, (report["reason"], report["detail"]))) or None
     core = next((obj for obj in report["objects"] if obj["interpreter"]), None)
+    why = {name for part in core["segments"] for name in part["left"]} if core else set()
     return {
         "reason": reason, "backing": core and core["backing"],
         "huge": core["code_huge_bytes"] if core else 0, "notes": core["notes"] if core else [],
+        "why": sorted(why - LEFT_ANYWAY),
         "locked": report["locked_bytes"], "left": left,
         "lock_refusal": report["lock_refusal"],
     }  # fmt: skip

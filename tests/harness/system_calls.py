@@ -76,6 +76,6 @@ def check(outcomes):
     for one in outcomes:
         name = one["name"]
         assert one["problem"] is None, one
-        assert one["reason"] or one["huge"] or one["notes"], one
+        assert one["reason"] or one["huge"] or one["notes"] or one["why"], one
         if name not in CANNOT_GIVE_BACK:
             assert one["left"] == [], one

@@ -27,9 +27,11 @@ def run(
 
 
 def tool(name: str) -> str:
-    """A tool's path: beside the interpreter that runs this, or where the shell finds it."""
+    """A tool's path: beside the interpreter that runs this, or where the shell or root's shell
+    finds it."""
     beside = Path(sys.executable).with_name(name)
-    found = str(beside) if beside.exists() else shutil.which(name)
+    places = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
+    found = str(beside) if beside.exists() else shutil.which(name, path=places)
     if not found:
         raise NotHere(f"no {name} here")
     return found
