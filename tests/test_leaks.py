@@ -35,7 +35,7 @@ def check(more, rounds):
     """Less than one of anything a call; some of it comes and goes."""
     assert more["descriptors"] == more["locked"] == 0, more
     assert more["mappings"] <= 2 and more["size"] <= 2048, more
-    assert more["blocks"] < 50 + rounds / 10, more
+    assert more["blocks"] < leaks.allowed_blocks(rounds), more
     assert more.get("malloc", 0) < (1 << 16) + 8 * rounds, more
 
 
