@@ -60,9 +60,9 @@ def mib(size: int) -> str:
     return f"{size / (1 << 20):.1f} MiB"
 
 
-def counted(number: int, noun: str) -> str:
-    """A number of things for people: "1 object", "2 objects"."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+def counted(number: int, noun: str, ending: str = "s") -> str:
+    """A number of things for people: "1 object", "2 objects", "3 processes"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}{ending}"
 
 
 def percent(part: int, whole: int) -> str:

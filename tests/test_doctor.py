@@ -931,7 +931,8 @@ def test_in_place_alone_where_nothing_is_aligned() -> None:
 
 
 def lay_out(titles: Any, rows: Any, notes: Any) -> str:
-    return tables.plain(tables.Table(titles, rows, (0, 1, 2), wraps=True, notes=notes), 60)
+    columns = tuple(tables.Column(title, left=True, wraps=title == "found") for title in titles)
+    return tables.fit(tables.Table(columns, rows, notes), 60)
 
 
 def test_render() -> None:

@@ -64,10 +64,13 @@ def documented():
 
 def records_of(report, since=None):
     found = []
+
+    class Keep(logging.Handler):
+        def emit(self, record):
+            found.append(record)
+
     logger = logging.Logger("of a test")
-    handler = logging.Handler()
-    handler.emit = found.append
-    logger.addHandler(handler)
+    logger.addHandler(Keep())
     report.log(logger, since=since)
     return found
 

@@ -11,15 +11,12 @@ import sys
 import page_primer
 from page_primer._lean import suppress
 from page_primer.options import TABLE, Options
-from page_primer.words import counted, image_place, mib, percent
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from typing import TypeAlias
-
-    from page_primer.processes import ObjectStatus, ProcessStatus
 
     Commands: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]
 
@@ -102,13 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     _add_run(commands)
-    status = commands.add_parser(
-        "status", help="what a live process and its children have on huge pages, locked, shared"
-    )
-    status.add_argument("pid", type=int, metavar="PID")
-    status.add_argument("--all", action="store_true", help="every object, not only the large ones")
-    status.add_argument("--json", action="store_true", help="as JSON, sizes in bytes")
-    status.set_defaults(run=_status)
+    _add_status(commands)
 
     doctor = commands.add_parser(
         "doctor", help="what will work here, what will not, and the line that fixes it"
@@ -159,6 +150,21 @@ def _add_run(commands: Commands) -> None:
                      help="one line on stderr for each process")  # fmt: skip
     run.add_argument("argv", nargs="...", metavar="COMMAND ...")
     run.set_defaults(run=_run)
+
+
+def _add_status(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "status", help="what a live process and its children have on huge pages, locked, shared"
+    )
+    parser.set_defaults(run=_status)
+    try:
+        from page_primer.cli import status  # re, textwrap, dataclasses
+    except ImportError as error:  # built without its C core
+        parser.add_argument("words", nargs="*")
+        parser.set_defaults(why=str(error))
+    else:
+        status.add_arguments(parser)
+        parser.set_defaults(why="")
 
 
 def _add_images(commands: Commands) -> None:
@@ -220,68 +226,12 @@ def _status(given: argparse.Namespace) -> int:
     if sys.platform != "linux":
         _say(f"page-primer: not supported on {sys.platform}")
         return 1
-    import json  # of this command alone, as the next ones
-
-    from page_primer.cli.tables import show_table  # re, textwrap
-
-    try:
-        # dataclasses, collections
-        from page_primer.processes import examine, family
-    except ImportError as error:  # built without its C core
-        _say(f"page-primer: not available here: {error}")
+    if given.why:
+        _say(f"page-primer: not available here: {given.why}")
         return 1
+    from page_primer.cli import status  # of this command alone
 
-    processes = [examine(pid) for pid in family(given.pid)]
-    if not processes:
-        _say(f"page-primer: no process {given.pid}")
-        return 1
-    if given.json:
-        print(json.dumps([process.as_dict() for process in processes], indent=2))
-        return 0
-    for process in processes:
-        print(f"{process.pid}  {process.command}")
-        if process.problem:
-            print(f"  {process.problem}")
-            continue
-        titles = ("object", "code", "huge", "locked", "copied", "shared", "PSS", "on")
-        show_table(titles, list(_rows(process, everything=given.all)))
-        print(f"  heap: {process.heap}")
-        for line in filter(None, (process.added, process.unlocked)):
-            print(f"  {line}")
-    return 0 if any(process.problem is None for process in processes) else 1
-
-
-def _rows(process: ProcessStatus, *, everything: bool) -> Iterator[list[str]]:
-    """A row for each object, the large ones alone or all, and one for their sum."""
-    objects = [
-        obj
-        for obj in process.objects
-        if everything or obj.copied_bytes or obj.code_huge_bytes or obj.code_bytes >= 1 << 20
-    ]
-    sizes = ("locked_bytes", "copied_bytes", "shared_bytes", "pss_bytes")
-    for obj in sorted(objects, key=lambda obj: -obj.code_bytes):
-        yield [
-            os.path.basename(obj.path),
-            mib(obj.code_bytes),
-            percent(obj.code_huge_bytes, obj.code_bytes),
-            *(mib(getattr(obj, name)) for name in sizes),
-            _place(obj),
-        ]
-    others = len(process.objects) - len(objects)
-    yield [
-        f"all {counted(len(process.objects), 'object')}" if others else "all",
-        mib(process.sum("code_bytes")),
-        percent(process.sum("code_huge_bytes"), process.sum("code_bytes")),
-        *(mib(process.sum(name)) for name in sizes),
-        "",
-    ]
-
-
-def _place(obj: ObjectStatus) -> str:
-    """Where an object's read-only span lies, if not on its own file."""
-    backing = obj.backing or ""
-    same_name = os.path.basename(backing) == os.path.basename(obj.path)
-    return image_place(backing) if same_name else backing
+    return status.run(given)
 
 
 def _images(given: argparse.Namespace) -> int:
@@ -323,6 +273,7 @@ def _doctor(given: argparse.Namespace) -> int:
 def _laid_out(
     titles: tuple[str, ...], rows: tuple[tuple[str, ...], ...], notes: tuple[str | None, ...]
 ) -> str:
-    from page_primer.cli.tables import Table, render  # re, textwrap: as above
+    from page_primer.cli.tables import Column, Table, render  # re, textwrap: as above
 
-    return render(Table(titles, rows, left=(0, 1, 2), wraps=True, notes=notes))
+    columns = tuple(Column(title, left=True, wraps=title == titles[-1]) for title in titles)
+    return render(Table(columns, rows, notes))
