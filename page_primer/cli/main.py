@@ -25,6 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        if "_ARGCOMPLETE" in os.environ:
+            from page_primer.cli import completion  # of a shell's question alone
+
+            return completion.run(_parser())
         if words[:1] == ["warm"]:
             return _warm(words[1:])
         if words[:1] == ["bench"]:
@@ -75,7 +79,13 @@ def _plainly_run(words: Sequence[str]) -> Sequence[str]:
 def _parse_and_run(words: Sequence[str]) -> int:
     import io  # for the commands that are not in the way of a start
 
-    given = _parser().parse_args(words)
+    parser = _parser()
+    if not words:
+        parser.print_help(sys.stderr)
+        return 2
+    given, unknown = parser.parse_known_args(words)
+    if unknown:  # of which argparse would tell in the words of the whole command
+        given.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names are bytes
     try:
@@ -129,6 +139,9 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser(
         "warm", help="bring aligned files into memory on huge pages", add_help=False
     )
+    for command in commands.choices.values():
+        command.set_defaults(parser=command)  # whose words tell what is wrong
+        command.allow_abbrev = False  # an error names the option as it was written
     return parser
 
 
@@ -136,10 +149,12 @@ def _add_run(commands: Commands) -> None:
     run = commands.add_parser(
         "run", help="start a command, and prime every Python process it leads to",
         usage="page-primer run [options] [--] COMMAND ...",
+        description="Execute COMMAND, which may be any program: each Python that it is, or starts, "
+        "primes itself as it starts. Options set the variables that are named with them.",
     )  # fmt: skip
     for option in TABLE:
         text = f"{option.help} (default: {option.default}; {option.variable})".replace("%", "%%")
-        run.add_argument(option.flag, metavar="VALUE", help=text)
+        run.add_argument(option.flag, metavar=option.value, help=text)
     late = run.add_mutually_exclusive_group()
     late.add_argument("--late", action="store_const", const="1", dest="late",
                       help="prime libraries that are imported later as well: the default, and "
