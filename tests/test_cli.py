@@ -191,20 +191,22 @@ def test_bars_are_of_one_length_and_show_what_there_is():
 
 def test_doctor_on_a_terminal_and_in_a_pipe():
     plain = output("doctor", env={**os.environ, "COLUMNS": "80"}).stdout
-    fancy = on_terminal("doctor", columns=80)
+    fancy = on_terminal("doctor", columns=80, statuses=(0, 1, 2))
     assert "\x1b[1m" in fancy, "a bold heading"
+    assert "\x1b[32mok" in fancy
     assert "\x1b" not in plain
+    assert "\x1b" not in on_terminal("doctor", statuses=(0, 1, 2), NO_COLOR="1")
     for text in (plain, fancy):
         assert "Linux" in text
         assert text.splitlines()[-1].count(",") == 2
-        notes = [line for line in text.splitlines() if line.lstrip().startswith("fix: ")]
+        notes = [line for line in text.splitlines() if line.lstrip().startswith(("fix: ", "try: "))]
         assert len({len(line) - len(line.lstrip()) for line in notes}) <= 1
     fixes = [
         [
             line.strip()
             for line in text.splitlines()
             # Of servers that come and go on this machine.
-            if "fix: " in line and "PAGE_PRIMER_FREEZE" not in line
+            if ("fix: " in line or "try: " in line) and "PAGE_PRIMER_FREEZE" not in line
         ]
         for text in (plain, fancy)
     ]

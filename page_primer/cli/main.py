@@ -10,7 +10,7 @@ import sys
 
 import page_primer
 from page_primer._lean import suppress
-from page_primer.options import TABLE, Options
+from page_primer.options import TABLE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -112,10 +112,16 @@ def _parser() -> argparse.ArgumentParser:
     _add_status(commands)
 
     doctor = commands.add_parser(
-        "doctor", help="what will work here, what will not, and the line that fixes it"
-    )
+        "doctor", help="what will work here, what will not, and the line that fixes it",
+        description="Examine this machine, this user and this interpreter, changing nothing. Exit "
+        "status: 0 all is fine; 1 something falls short; 2 something that is needed, or was asked "
+        "for, cannot be had here (or the command line is wrong).",
+    )  # fmt: skip
     doctor.add_argument("--user", metavar="USER", help="as that user sees it (root only)")
-    doctor.add_argument("--json", action="store_true", help="as JSON, sizes in bytes")
+    what = doctor.add_mutually_exclusive_group()
+    what.add_argument("--fix", action="store_true",
+                      help="print the lines that mend what falls short, alone")  # fmt: skip
+    what.add_argument("--json", action="store_true", help="as JSON, sizes in bytes")
     doctor.set_defaults(run=_doctor)
 
     # As argparse: a plain `run` does not come here.
@@ -268,27 +274,6 @@ def _build(words: Sequence[str]) -> int:
 
 
 def _doctor(given: argparse.Namespace) -> int:
-    import json  # of this command alone, as the next one
+    from page_primer.cli import doctor  # all that page-primer has
 
-    from page_primer import doctor  # all that page-primer has
-
-    if given.user is not None:
-        from page_primer.cli.user import run_as  # pwd, of this option alone
-
-        return run_as(given.user, ["doctor", *(["--json"] if given.json else [])])
-    options = Options.load()
-    checks, layout = doctor.examine(options), doctor.interpreter(options)
-    if given.json:
-        print(json.dumps(doctor.as_dict(checks, layout), indent=2))
-    else:
-        print(doctor.render(checks, layout, _laid_out))
-    return 0
-
-
-def _laid_out(
-    titles: tuple[str, ...], rows: tuple[tuple[str, ...], ...], notes: tuple[str | None, ...]
-) -> str:
-    from page_primer.cli.tables import Column, Table, render  # re, textwrap: as above
-
-    columns = tuple(Column(title, left=True, wraps=title == titles[-1]) for title in titles)
-    return render(Table(columns, rows, notes))
+    return doctor.run(given)

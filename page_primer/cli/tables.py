@@ -39,6 +39,7 @@ class Table(Record):
     columns: tuple[Column, ...]
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str | None, ...] = ()  # of each row
+    headings: tuple[str | None, ...] = ()  # above each row
 
     def sizes(self) -> list[int]:
         titles = tuple(column.title for column in self.columns)
@@ -50,7 +51,7 @@ class Table(Record):
             return cells[:number] + cells[number + 1 :]
 
         columns = self.columns[:number] + self.columns[number + 1 :]
-        return Table(columns, tuple(map(less, self.rows)), self.notes)
+        return Table(columns, tuple(map(less, self.rows)), self.notes, self.headings)
 
 
 def show_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -118,8 +119,10 @@ def _shrink(table: Table, sizes: list[int], excess: int, least: int, *, wraps: b
 def _lines(table: Table, sizes: Sequence[int]) -> list[str]:
     start = len(_GAP) * len(sizes) + sum(sizes[:-1])  # of the last column
     titles = [terminal.styled(column.title, terminal.BOLD) for column in table.columns]
-    lines = [_line(table.columns, titles, sizes)]
+    lines = [_line(table.columns, titles, sizes)] if any(titles) else []
     for number, cells in enumerate(table.rows):
+        if table.headings and (heading := table.headings[number]):
+            lines += [*([""] if lines else []), terminal.styled(heading, terminal.BOLD)]
         folded = _fold(cells[-1], sizes[-1]) if table.columns[-1].wraps else [cells[-1]]
         lines.append(_line(table.columns, (*cells[:-1], folded[0]), sizes))
         lines += [" " * start + line for line in folded[1:]]
