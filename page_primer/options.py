@@ -237,6 +237,11 @@ class Option(Record):
     help: str
 
     @property
+    def value(self) -> str:
+        """What its value is, for a command line's help."""
+        return _VALUES.get(self.parse) or self.name.upper()
+
+    @property
     def variable(self) -> str:
         return f"{SWITCH}_{self.name.upper()}"
 
@@ -244,6 +249,11 @@ class Option(Record):
     def flag(self) -> str:
         return f"--{self.name.replace('_', '-')}"
 
+
+_VALUES: dict[Any, str] = {  # in help, by what parses it
+    flag: "on|off", _mlock: "all|code|off", _backing: "BACKING", _patterns: "PATTERNS",
+    _bytes: "SIZE", _share: "SHARE", _directory: "DIRECTORY", _heap: "auto|arenas|all|off",
+}  # fmt: skip
 
 TABLE = (
     Option("remap", flag, "on", "move code onto huge pages"),
@@ -298,7 +308,7 @@ TABLE = (
         "to 1",
     ),
     Option(
-        "image_dir", _directory, "see below",
+        "image_dir", _directory, "automatic",
         "absolute path of the directory for images; by default the first that gives huge pages",
     ),
     Option(

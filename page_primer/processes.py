@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -24,11 +25,14 @@ from page_primer.kernel.thp import page_size, pmd_size
 from page_primer.verify import measure
 from page_primer.words import memlock_remedy, mib
 
+# A path's end, as in python3.13t, libpython3.11.so.1.0, libpython3.so.
+_PYTHON = re.compile(rb"/(lib)?(python|pypy)[0-9.]*[a-z]?(-c)?(\.so[.0-9]*)?( \(deleted\))?$")
 CAP_IPC_LOCK = 14  # linux/capability.h
 SUMS = (  # of all objects, in a process's as_dict()
     "code_bytes", "code_huge_bytes", "copied_bytes", "copied_shared_bytes",
     "copied_private_bytes", "shared_bytes", "pss_bytes",
 )  # fmt: skip
+NO_PROCESS = "no such process"
 # More than any real file has of program headers, and than a process has of copies of one (dlmopen
 # knows 16 namespaces).
 _MOST_HEADERS, _MOST_COPIES = 512, 64
@@ -49,6 +53,9 @@ class ObjectStatus:
     copied_private_bytes: int  # of them resident in this process alone
     shared_bytes: int  # resident, of the read-only span, and mapped by other processes too
     pss_bytes: int  # resident, of the read-only span, divided by the processes that map it
+    huge_bytes: int = 0  # of all of its memory, on huge pages
+    huge_private_bytes: int = 0  # of them resident in this process alone
+    small_locked_bytes: int = 0  # locked, and not on huge pages
 
 
 @dataclass(frozen=True)
@@ -128,30 +135,70 @@ class _Loaded:
 
 def family(pid: int) -> list[int]:
     """A process and its descendants, in the order of their ids; empty if there is no such one."""
-    parents: dict[int, int] = {}
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            with contextlib.suppress(OSError, IndexError):
-                parents[int(name)] = _parent(int(name))
+    parents = _parents()
     found = {pid} & parents.keys()
     while more := {child for child, parent in parents.items() if parent in found} - found:
         found |= more
     return sorted(found, key=lambda member: (member != pid, member))
 
 
+def _parents() -> dict[int, int]:
+    """Each process's parent."""
+    parents: dict[int, int] = {}
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            with contextlib.suppress(OSError, IndexError):
+                parents[int(name)] = _parent(int(name))
+    return parents
+
+
+def is_python(pid: int) -> bool:
+    """Whether a process is a Python interpreter, or has one in it: by its files' names, or, where
+    we may not look at these, by its command's."""
+    with contextlib.suppress(OSError):
+        names = _read(f"/proc/{pid}/maps").splitlines()
+        return any(_PYTHON.search(name) for name in names)
+    with contextlib.suppress(OSError):
+        return bool(_PYTHON.search(_read(f"/proc/{pid}/cmdline").partition(b"\0")[0]))
+    return False
+
+
+def topmost_python(pid: int) -> list[tuple[int, str]]:
+    """The Python processes below another with no Python process between, and their commands."""
+    children: dict[int, list[int]] = {}
+    for child, parent in _parents().items():
+        children.setdefault(parent, []).append(child)
+    found, waiting = [], sorted(children.get(pid, ()))
+    while waiting:
+        one = waiting.pop(0)
+        if is_python(one):
+            with contextlib.suppress(OSError):
+                found.append((one, _command(one)))
+        else:
+            waiting += sorted(children.get(one, ()))
+    return sorted(found)
+
+
+def _command(pid: int) -> str:
+    line = _read(f"/proc/{pid}/cmdline").replace(b"\0", b" ").decode(errors="replace").strip()
+    # A kernel thread has no command line, but a name.
+    return line or f"[{_read(f'/proc/{pid}/comm').decode(errors='replace').strip()}]"
+
+
 def examine(pid: int) -> ProcessStatus:
     """The status of one process, which may end meanwhile or not be ours to see."""
     try:
         parent = _parent(pid)
-        command = _read(f"/proc/{pid}/cmdline").replace(b"\0", b" ").decode(errors="replace")
-        status = ProcessStatus(pid, parent, command.strip())
+        status = ProcessStatus(pid, parent, _command(pid))
     except (OSError, IndexError):
-        return ProcessStatus(pid, 0, "", problem="no such process")
+        return ProcessStatus(pid, 0, "", problem=NO_PROCESS)
     try:
         mappings = read_smaps(pid)
         locked, limit = _locked(pid), _lock_limit(pid)
     except OSError as error:
         return replace(status, problem=f"cannot read its mappings: {error.strerror}")
+    if not mappings:
+        return replace(status, problem="nothing is mapped: it has ended, or is the kernel's")
     objects = tuple(_objects(pid, mappings))
     heap = use_of(mappings, named_by_us)
     return replace(status, objects=objects, locked_bytes=locked, lock_limit=limit, heap=heap)
@@ -187,7 +234,25 @@ def _objects(pid: int, mappings: Sequence[Mapping]) -> Iterator[ObjectStatus]:
             copied_private_bytes=total(moved, "Private_Clean") + total(moved, "Private_Dirty"),
             shared_bytes=total(span, "Shared_Clean") + total(span, "Shared_Dirty"),
             pss_bytes=total(span, "Pss"),
+            **_kinds(here, first, last),
         )
+
+
+def _kinds(mappings: Iterable[Mapping], first: int, last: int) -> dict[str, int]:
+    """What of an object's memory is huge, private, locked."""
+    huge_bytes = huge_private = small_locked = 0
+    for mapping in mappings:
+        size = min(mapping.end, last) - max(mapping.start, first)
+        huge = min(mapping.huge, size)
+        private = mapping.count("Private_Clean") + mapping.count("Private_Dirty")
+        huge_bytes += huge
+        # smaps counts per mapping: what of it is huge is as private as all of it.
+        huge_private += huge * private // max(mapping.count("Rss"), 1)
+        small_locked += (size - huge) * mapping.is_locked
+    return {
+        "huge_bytes": huge_bytes, "huge_private_bytes": huge_private,
+        "small_locked_bytes": small_locked,
+    }  # fmt: skip
 
 
 def _name_of(moved: Sequence[Mapping]) -> str | None:

@@ -115,10 +115,7 @@ class Report(Record):
             or self.reason != since.reason
             or left_out != since._left_out(OVER_LIMIT)
         ):
-            event = "nothing_done" if self.reason else "primed"
-            say(logger.info, event, self.summary(), **self._said())
-            for line in self._details():
-                say(logger.debug, "detail", line)
+            self.log_state(logger)
         elif self.pid != since.pid:
             line = f"as before, {self.milliseconds:.1f} ms"
             say(logger.debug, "unchanged", line, milliseconds=self.milliseconds)
@@ -132,6 +129,13 @@ class Report(Record):
                 is_minor = shortfall.event in ("lock_shortfall", "memory_shortfall") and not needed
                 method = logger.info if is_minor else logger.warning
                 say(method, shortfall.event, shortfall.text, **shortfall.fields)
+
+    def log_state(self, logger: AnyLogger) -> None:
+        """Write the INFO line and the DEBUG lines of log() alone."""
+        event = "nothing_done" if self.reason else "primed"
+        say(logger.info, event, self.summary(), **self._said())
+        for line in self._details():
+            say(logger.debug, "detail", line)
 
     def shortfalls(self) -> tuple[Shortfall, ...]:
         """What was asked for, or possible, and not obtained."""

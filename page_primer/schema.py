@@ -65,6 +65,7 @@ def _status() -> Schema:
 def _doctor() -> Schema:
     check = _of(findings.Check)
     check["properties"]["status"] = {"enum": list(findings.STATUSES)}
+    check["properties"]["code"] = {"enum": [*findings.CODES, None]}
     return _object({"checks": _list(check), "interpreter": _of(coverage.Interpreter | None)})
 
 

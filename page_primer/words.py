@@ -50,6 +50,21 @@ def memlock_remedy(size: int) -> str:
     )
 
 
+def memlock_lines(size: int) -> tuple[str, ...]:
+    """The same one by one, as they are to be written, with what reads each."""
+    limit = memlock_for(size)
+    if "KUBERNETES_SERVICE_HOST" in os.environ:
+        return (
+            "securityContext: {capabilities: {add: [IPC_LOCK]}}  # a container run by root",
+            f"LimitMEMLOCK={limit >> 20}M  # systemd, the node's container runtime",
+        )
+    return (
+        f"LimitMEMLOCK={limit >> 20}M  # systemd",
+        f"--ulimit memlock={limit}  # Docker",
+        f"ulimit -l {limit >> 10}  # the shell that starts it",
+    )
+
+
 def shortage(memory: Memory) -> str:
     """What is available, and where the limit is, for people."""
     return f"{mib(memory.available)} available of {mib(memory.limit)} ({memory.where})"
@@ -60,9 +75,9 @@ def mib(size: int) -> str:
     return f"{size / (1 << 20):.1f} MiB"
 
 
-def counted(number: int, noun: str) -> str:
-    """A number of things for people: "1 object", "2 objects"."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+def counted(number: int, noun: str, ending: str = "s") -> str:
+    """A number of things for people: "1 object", "2 objects", "3 processes"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}{ending}"
 
 
 def percent(part: int, whole: int) -> str:

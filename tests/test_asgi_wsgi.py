@@ -231,6 +231,7 @@ def test_other_asgi_servers(application, images, name):
         workers = serving(server)
         check(workers)
         check_late_library(workers)
+        assert "[INFO] page-primer: " in server.log(), "by the server's own logger"
 
 
 def test_a_server_without_lifespan_primes_at_the_first_request(application, images):
@@ -273,6 +274,8 @@ def test_wsgi_servers(tmp_path, images, name):
         # In a process that was forked after the application was wrapped, the locks are lost until
         # its first request.
         check(serving(server))
+        said = {"waitress": "INFO:waitress:page-primer: ", "gunicorn": "[INFO] page-primer: "}
+        assert said.get(name, "") in server.log()  # uWSGI has no logger
 
 
 def test_attributes_are_the_applications():

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +25,12 @@ from page_primer import _lean as record
 from page_primer import doctor, plan, reasons
 from page_primer.align import files
 from page_primer.cli import tables
-from page_primer.doctor import alignment, checks, coverage, directories, facts, locking
+from page_primer.doctor import alignment, checks, coverage, directories, facts, findings, locking
 from page_primer.doctor.alignment import Alignment
 from page_primer.doctor.coverage import Coverage
 from page_primer.doctor.facts import Directory, Process, Settings
 from page_primer.doctor.probes import Trial
+from page_primer.doctor.render import Row
 from page_primer.elf.file import PF_R, PF_W, PF_X
 from page_primer.elf.objects import Object, Segment
 from page_primer.kernel.mounts import Mount, mount_of
@@ -49,7 +53,7 @@ from page_primer.options import Options
 def examine(**values):
     options = Options.load(values)
     checks = doctor.examine(options)
-    doctor.render(checks, doctor.interpreter(options), lambda *table: repr(table))
+    doctor.render(checks, doctor.interpreter(options), repr)
     return doctor.as_dict(checks)["checks"]
 
 def check(name, **values):
@@ -930,8 +934,11 @@ def test_in_place_alone_where_nothing_is_aligned() -> None:
     assert coverage.judge_backing([], memory, options, (6, 1)).status == "ok"
 
 
-def lay_out(titles: Any, rows: Any, notes: Any) -> str:
-    return tables.plain(tables.Table(titles, rows, (0, 1, 2), wraps=True, notes=notes), 60)
+def lay_out(rows: Any) -> str:
+    columns = tuple(tables.Column("", left=True, wraps=last) for last in (False, False, True))
+    cells = tuple((row.status, row.name, row.found) for row in rows)
+    headings = tuple(row.section for row in rows)
+    return tables.fit(tables.Table(columns, cells, tuple(r.note for r in rows), headings), 60)
 
 
 def test_render() -> None:
@@ -946,12 +953,99 @@ def test_render() -> None:
     layout = coverage.describe(survey, plan.make(survey, Options()))
     text = doctor.render(found, layout, lay_out)
     lines = text.splitlines()
-    start = lines[0].index("found")
-    assert lines[1].startswith("  problem  a      2.0 MiB of many words 2.0 MiB")
+    start = lines[1].index("2.0 MiB")
+    assert lines[0] == "Other"
+    assert lines[1].startswith("  problem  a  2.0 MiB of many words 2.0 MiB")
     assert f"{' ' * start}fix: {fix}" in lines
     table = lines[: lines.index("")]
     assert all(len(line) <= 60 for line in table if "fix:" not in line)
     assert not [line for line in table if line.endswith("2.0")], "a number parted from its unit"
-    assert lines[-1] == "1 ok, 2 warnings, 1 problem"
+    assert lines[-1] == "Cannot do all that is asked of it: 1 ok, 2 warnings, 1 problem"
     assert "load address is 0x1000 modulo" in text
     assert json.loads(json.dumps(doctor.as_dict(found, layout)))["checks"][1]["found"] == "well"
+
+
+def test_sections_have_every_check_once() -> None:
+    names = [
+        "kernel",
+        "image directory /b",
+        "switch",
+        "locking",
+        "image directory /a",
+        "new",
+        "memfd",
+    ]
+    found = [doctor.Check(name, "ok", "well") for name in names]
+    shown: list[Row] = []
+
+    def keep(rows: Any) -> str:
+        shown.extend(rows)
+        return ""
+
+    doctor.render(found, None, keep)
+    assert [(row.section, row.name) for row in shown] == [
+        ("This machine", "kernel"), ("This process", "switch"), ("Where copies can be", "/b"),
+        (None, "/a"), (None, "memfd"), ("Memory", "locking"), ("Other", "new"),
+    ]  # fmt: skip
+
+
+def test_exit_status_and_lines_that_mend() -> None:
+    ok, info = doctor.Check("a", "ok", "well", "never"), doctor.Check("b", "info", "well", "try")
+    short = doctor.Check("c", "warning", "short", "this, or that", "x", ("this  # here", "that"))
+    pools = [doctor.Check("d", "problem", "no", f"sysctl vm.nr_hugepages={n}") for n in (2, 11, 9)]
+    for given, status, lines in (
+        ([ok, info], 0, ()),
+        ([ok, short, info, short], 1, ("this  # here", "that")),
+        ([short, *pools], 2, ("this  # here", "that", "sysctl vm.nr_hugepages=11")),
+        ([doctor.Check("e", "problem", "no")], 2, ()),
+    ):
+        assert doctor.exit_status(given) == status
+        assert doctor.fix_lines(given) == lines
+
+
+def calls_of_check() -> Iterator[tuple[str, ast.Call]]:
+    """Each place of the code that makes a Check."""
+    for path in Path(doctor.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("Check", "_check"):
+                yield f"{path.name}:{node.lineno}", node
+
+
+def test_every_finding_has_a_code_and_a_section_of_the_page() -> None:
+    used = set()
+    for where, call in calls_of_check():
+        first = 0 if getattr(call.func, "id", "") == "_check" else 1
+        named = {word.arg: word.value for word in call.keywords}
+        code = call.args[first + 3] if len(call.args) > first + 3 else named.get("code")
+        if ast.unparse(call.args[first]) == "OK" and code is None:
+            continue
+        assert code is not None, f"{where} has no code"
+        used |= {n.value for n in ast.walk(code) if isinstance(n, ast.Constant)} - {None}
+    page = Path(__file__).parent.parent / "docs" / "doctor.md"
+    sections = re.findall(r"^### (\S+)\n\n(.{20,})", page.read_text(), re.MULTILINE)
+    assert used == set(findings.CODES)
+    assert sorted(code for code, _ in sections) == sorted(findings.CODES)
+
+
+@pytest.mark.parametrize(
+    ("environ", "status"),
+    [({"PAGE_PRIMER_REMAP": "0", "PAGE_PRIMER_MLOCK": "0"}, 0), ({"PAGE_PRIMER": "0"}, 2)],
+)
+def test_the_command(environ: dict[str, str], status: int, tmp_path: Path) -> None:
+    """Its exit status; and with --fix the lines that the screen has behind "fix:", alone."""
+    command = [sys.executable, "-m", "page_primer", "doctor"]
+    given = {**os.environ, "COLUMNS": "4000", **environ}
+    said = {
+        flags: subprocess.run(
+            [*command, *flags], env=given, cwd=tmp_path, capture_output=True, text=True
+        )
+        for flags in ((), ("--fix",), ("--json",))
+    }
+    text, fix = said[()].stdout, said["--fix",].stdout.splitlines()
+    problems = [c for c in json.loads(said["--json",].stdout)["checks"] if c["status"] == "problem"]
+    if status == 0 and " warning" in text.rpartition("\n\n")[0]:
+        pytest.skip("memory is short here")
+    assert {one.returncode for one in said.values()} == {status}, text
+    assert [problem["code"] for problem in problems] == ["switched-off"] * (status == 2)
+    assert fix == ["unset PAGE_PRIMER"] * (status == 2)
+    assert [ln.strip() for ln in text.splitlines() if "fix:" in ln] == [f"fix: {ln}" for ln in fix]

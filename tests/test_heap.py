@@ -468,7 +468,7 @@ def test_the_doctor_says_what_the_heap_can_have(python, heap, status):
     done = subprocess.run(
         [python, "-m", "page_primer", "doctor", "--json"],
         env={"PAGE_PRIMER_HEAP": heap, "PAGE_PRIMER_REMAP": "0"},
-        capture_output=True, text=True, check=True,
+        capture_output=True, text=True, check=False,  # it is about the heap alone
     )  # fmt: skip
     (check,) = [c for c in json.loads(done.stdout)["checks"] if c["name"] == "heap"]
     assert check["status"] == status

@@ -220,7 +220,7 @@ def test_help_says_what_the_table_says():
     )
     said = words(done.stdout)
     for option in TABLE:
-        assert f"{option.flag} VALUE {option.help} (default: {option.default}; " in said
+        assert f"{option.flag} {option.value} {option.help} (default: {option.default}; " in said
 
 
 # ----------------------------------------------------------------------------- unknown variables

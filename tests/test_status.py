@@ -1,21 +1,32 @@
 """`page-primer status`, compared with smaps as the tests read them."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 
 import pytest
 from harness import outside
 from harness.process import Process, interpreter
+from harness.servers import wait_for
 
 MIB = 1 << 20
 
 
-def status(*arguments):
+def status(*arguments, columns=None):
+    environ = {**os.environ, "PYTHONIOENCODING": "utf-8"}
+    environ.pop("COLUMNS", None)  # pytest sets it
+    if columns:
+        environ["COLUMNS"] = str(columns)
     return subprocess.run(
         [sys.executable, "-m", "page_primer", "status", *map(str, arguments)],
-        capture_output=True, text=True,
+        capture_output=True, text=True, encoding="utf-8", env=environ,
     )  # fmt: skip
+
+
+def status_json(*arguments):
+    return json.loads(status("--json", *arguments).stdout)
 
 
 def by_path(process_status, path):
@@ -68,9 +79,12 @@ def test_children_are_shown(python, images):
             assert found[1]["parent"] == process.pid
             assert found[1]["locked_bytes"] == 0, "a fork does not inherit locks"
             text = status(process.pid).stdout
-            assert f"{child}  " in text
             assert "image in" in text
             assert "100 %" in text
+            (row,) = [line for line in text.splitlines() if line.split()[:1] == [str(child)]]
+            assert "driver.py" in row, "its command"
+            assert text.count("libc.so.6") == 1, "a table of objects for the first alone"
+            assert status("--each", process.pid).stdout.count("libc.so.6") == 2
         finally:
             process.run(f"os.kill({child}, 9); os.waitpid({child}, 0)")
 
@@ -100,8 +114,9 @@ def test_a_process_without_mappings():
     try:
         while open(f"/proc/{zombie.pid}/stat").read().split()[2] != "Z":
             pass
-        assert status(zombie.pid).returncode in (0, 1)
-        assert "Traceback" not in status(zombie.pid).stderr
+        done = status(zombie.pid)
+        assert (done.returncode, done.stderr) == (1, "")
+        assert "  nothing is mapped: it has ended" in done.stdout
     finally:
         zombie.wait()
 
@@ -129,9 +144,120 @@ def test_a_closed_pipe_and_a_full_stderr_change_no_exit_status():
 
 
 def test_command_line_errors():
-    done = status("nonsense")
-    assert done.returncode == 2
-    assert "invalid int value" in done.stderr
+    for words, message in (
+        (["nonsense"], "argument PID: invalid process id: 'nonsense'"),
+        (["1", "--watch", "often"], "argument --watch: not a number of seconds above 0: 'often'"),
+    ):
+        done = status(*words)
+        assert done.returncode == 2
+        assert done.stderr.startswith("usage: page-primer status ")
+        assert message in done.stderr
+
+
+def test_of_what_is_not_python_only_the_nearest_python_is_named(python):
+    """An init, a shell: what is below them may be all of the machine."""
+    forks = "import os, signal; os.fork(); signal.pause()"
+    shell = subprocess.Popen(
+        ["sh", "-c", f'sleep 100 & "{python}" -c "{forks}" & wait'], start_new_session=True
+    )
+    try:
+        wait_for(lambda: len(status_json("--python-only", shell.pid)) == 2, "two Pythons")
+        text = status(shell.pid).stdout
+        assert "below it 1 Python process, with more below them:" in text
+        assert text.count("signal.pause()") == 2, "the shell's own command, and the one below it"
+        assert "sleep 100\n" not in text
+        assert [one["pid"] for one in status_json(shell.pid)] == [shell.pid]
+        only = status("--python-only", shell.pid).stdout
+        assert only.count("signal.pause()") == 2
+        assert "libc.so.6" not in only
+    finally:
+        os.killpg(shell.pid, signal.SIGKILL)
+        shell.wait()
+
+
+def test_the_root_of_everything_is_one_process():
+    done = status(1)
+    assert done.returncode in (0, 1)
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("1  ")
+    everything = subprocess.run(["ps", "-eo", "pid="], capture_output=True, text=True)
+    assert len(lines) < 60, f"{len(lines)} lines for {len(everything.stdout.split())} processes"
+    assert [one["pid"] for one in status_json(1)][:1] == [1]
+
+
+def test_object_counts_are_those_of_the_log(python, images):
+    with Process(python) as process:
+        report = process.prime(image_dir=str(images))
+        (found,) = status_json(process.pid)
+        assert {obj["path"] for obj in found["objects"]} == {
+            obj["path"] for obj in report["objects"]
+        }
+        count = len(report["objects"])
+        assert f"in {count} objects; " in process.run("result = str(report)")
+        assert f"all {count} objects " in status(process.pid).stdout
+
+
+def test_bars_are_what_smaps_has(python, images):
+    """Of an image: huge and shared; of memory: huge and private."""
+    with Process(python) as process, Process(python) as other:
+        report = process.prime(image_dir=str(images))
+        again = other.prime(image_dir=str(images))
+        if interpreter(report)["backing"] != "image" or again["copied_bytes"] == 0:
+            pytest.skip("no image has huge pages here")
+        core = by_path(status_json(process.pid)[0], interpreter(report)["path"])
+        # A report counts what is a segment's, of the last page as well.
+        assert 0 <= core["huge_bytes"] - interpreter(report)["huge_bytes"] <= MIB
+        shared = interpreter(again)["where"] == interpreter(report)["where"]
+        if shared:
+            assert core["huge_private_bytes"] < core["huge_bytes"] / 10
+    with Process(python) as process:
+        report = process.prime(backing="anonymous", keep_profilers=False)
+        if interpreter(report)["backing"] != "anonymous":
+            pytest.skip("anonymous memory has no huge pages here")
+        core = by_path(status_json(process.pid)[0], interpreter(report)["path"])
+        assert core["huge_private_bytes"] == core["huge_bytes"] > 0
+        assert core["huge_bytes"] + core["small_locked_bytes"] <= core["lockable_bytes"] + (2 << 20)
+        text = status(process.pid).stdout
+        rows = [line for line in text.splitlines() if line.endswith("anonymous memory")]
+        assert rows and all("▓" in row for row in rows), text
+
+
+def test_lines_fit_the_terminal(python, images):
+    with Process(python) as process:
+        process.prime(image_dir=str(images))
+        for columns in (70, 80, 120):
+            for words in ([], ["--all"], ["--each"]):
+                text = status(*words, process.pid, columns=columns).stdout
+                wide = [line for line in text.splitlines() if len(line) > columns]
+                assert not wide, (columns, wide)
+        assert "…" in status(process.pid, columns=70).stdout.splitlines()[0], "a command line cut"
+
+
+def test_watch():
+    """Again and again, until it has ended; as JSON a line each time."""
+    sleeper = subprocess.Popen(["sleep", "100"])
+    command = [sys.executable, "-m", "page_primer", "status", "--watch", "0.1"]
+    try:
+        for more in ([], ["--json"]):
+            watch = subprocess.Popen(
+                [*command, *more, str(sleeper.pid)], stdout=subprocess.PIPE, text=True
+            )
+            assert watch.stdout is not None
+            seen = 0
+            while seen < 3:
+                line = watch.stdout.readline()
+                assert line, watch.wait()
+                seen += json.loads(line)[0]["pid"] == sleeper.pid if more else "sleep 100" in line
+            if more:
+                sleeper.kill()
+                sleeper.wait()
+            else:
+                watch.send_signal(signal.SIGINT)
+            assert watch.wait(60) == 0
+            watch.stdout.close()
+    finally:
+        sleeper.kill()
+        sleeper.wait()
 
 
 def test_what_is_not_locked_has_a_reason():

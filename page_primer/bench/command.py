@@ -38,15 +38,16 @@ printed in any case.
 """
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The command line's parser."""
+    made = argparse.ArgumentParser(
         prog="page-primer bench",
         description=_HELP,
         usage="page-primer bench --url URL [options] -- SERVER COMMAND ...\n"
         "       page-primer bench --celery-task NAME [ARGUMENT ...] [options] -- WORKER COMMAND "
         "...\n       page-primer bench --command [options] -- COMMAND ...",
     )
-    add = parser.add_argument
+    add = made.add_argument
     add("--url", action="append", default=[], dest="urls", metavar="URL",
         help="what to request from the server; may be given several times")  # fmt: skip
     add("--celery-task", nargs="+", metavar=("NAME", "ARGUMENT"),
@@ -68,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=1, metavar="N", help="of the order within rounds")
     add("--json", metavar="FILE", help="write everything that was measured")
     add("--plot", metavar="FILE", help="write a picture of the ratios")
-    return parser
+    return made
 
 
 def main(words: Sequence[str], show_table: Table) -> int:
@@ -82,7 +83,7 @@ def main(words: Sequence[str], show_table: Table) -> int:
         ValueError: the command line is wrong; the message says how.
     """
     at = words.index("--") if "--" in words else len(words)
-    given, command = _parser().parse_args(words[:at]), words[at + 1 :]
+    given, command = parser().parse_args(words[:at]), words[at + 1 :]
     listed = _check(given, command)
     try:
         with _interrupted_by_signals(), contextlib.ExitStack() as stack:

@@ -22,23 +22,26 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-def main(words: Sequence[str]) -> int:
-    """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The command line's parser."""
+    made = argparse.ArgumentParser(
         prog="page-primer build",
         description="Fill a store with the images of this interpreter and of what a server loads, "
         "for users who cannot write one, or a root file system that nobody can write to.",
     )
-    parser.add_argument(
+    made.add_argument(
         "--import", metavar="MODULE", nargs="+", action="extend", default=[], dest="modules",
         help="modules whose libraries are to be in it",
     )  # fmt: skip
-    parser.add_argument("--app", metavar="MODULE:APP", help="an application, as servers load it")
-    parser.add_argument(
-        "--dir", metavar="DIRECTORY", help=f"the store (default: {SYSTEM}, as root)"
-    )
-    parser.add_argument("--json", action="store_true", help="as JSON, sizes in bytes")
-    given = parser.parse_args(words)
+    made.add_argument("--app", metavar="MODULE:APP", help="an application, as servers load it")
+    made.add_argument("--dir", metavar="DIRECTORY", help=f"the store (default: {SYSTEM}, as root)")
+    made.add_argument("--json", action="store_true", help="as JSON, sizes in bytes")
+    return made
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the command line; returns the exit status."""
+    given = parser().parse_args(words)
     status = run(given.modules, given.app, given.dir, as_json=given.json)
     sys.stdout.flush()
     return status

@@ -10,16 +10,13 @@ import sys
 
 import page_primer
 from page_primer._lean import suppress
-from page_primer.options import TABLE, Options
-from page_primer.words import counted, image_place, mib, percent
+from page_primer.options import TABLE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from typing import TypeAlias
-
-    from page_primer.processes import ObjectStatus, ProcessStatus
 
     Commands: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]
 
@@ -28,6 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        if "_ARGCOMPLETE" in os.environ:
+            from page_primer.cli import completion  # of a shell's question alone
+
+            return completion.run(_parser())
         if words[:1] == ["warm"]:
             return _warm(words[1:])
         if words[:1] == ["bench"]:
@@ -78,7 +79,13 @@ def _plainly_run(words: Sequence[str]) -> Sequence[str]:
 def _parse_and_run(words: Sequence[str]) -> int:
     import io  # for the commands that are not in the way of a start
 
-    given = _parser().parse_args(words)
+    parser = _parser()
+    if not words:
+        parser.print_help(sys.stderr)
+        return 2
+    given, unknown = parser.parse_known_args(words)
+    if unknown:  # of which argparse would tell in the words of the whole command
+        given.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names are bytes
     try:
@@ -102,19 +109,19 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     _add_run(commands)
-    status = commands.add_parser(
-        "status", help="what a live process and its children have on huge pages, locked, shared"
-    )
-    status.add_argument("pid", type=int, metavar="PID")
-    status.add_argument("--all", action="store_true", help="every object, not only the large ones")
-    status.add_argument("--json", action="store_true", help="as JSON, sizes in bytes")
-    status.set_defaults(run=_status)
+    _add_status(commands)
 
     doctor = commands.add_parser(
-        "doctor", help="what will work here, what will not, and the line that fixes it"
-    )
+        "doctor", help="what will work here, what will not, and the line that fixes it",
+        description="Examine this machine, this user and this interpreter, changing nothing. Exit "
+        "status: 0 all is fine; 1 something falls short; 2 something that is needed, or was asked "
+        "for, cannot be had here (or the command line is wrong).",
+    )  # fmt: skip
     doctor.add_argument("--user", metavar="USER", help="as that user sees it (root only)")
-    doctor.add_argument("--json", action="store_true", help="as JSON, sizes in bytes")
+    what = doctor.add_mutually_exclusive_group()
+    what.add_argument("--fix", action="store_true",
+                      help="print the lines that mend what falls short, alone")  # fmt: skip
+    what.add_argument("--json", action="store_true", help="as JSON, sizes in bytes")
     doctor.set_defaults(run=_doctor)
 
     # As argparse: a plain `run` does not come here.
@@ -138,6 +145,9 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser(
         "warm", help="bring aligned files into memory on huge pages", add_help=False
     )
+    for command in commands.choices.values():
+        command.set_defaults(parser=command)  # whose words tell what is wrong
+        command.allow_abbrev = False  # an error names the option as it was written
     return parser
 
 
@@ -145,10 +155,12 @@ def _add_run(commands: Commands) -> None:
     run = commands.add_parser(
         "run", help="start a command, and prime every Python process it leads to",
         usage="page-primer run [options] [--] COMMAND ...",
+        description="Execute COMMAND, which may be any program: each Python that it is, or starts, "
+        "primes itself as it starts. Options set the variables that are named with them.",
     )  # fmt: skip
     for option in TABLE:
         text = f"{option.help} (default: {option.default}; {option.variable})".replace("%", "%%")
-        run.add_argument(option.flag, metavar="VALUE", help=text)
+        run.add_argument(option.flag, metavar=option.value, help=text)
     late = run.add_mutually_exclusive_group()
     late.add_argument("--late", action="store_const", const="1", dest="late",
                       help="prime libraries that are imported later as well: the default, and "
@@ -159,6 +171,21 @@ def _add_run(commands: Commands) -> None:
                      help="one line on stderr for each process")  # fmt: skip
     run.add_argument("argv", nargs="...", metavar="COMMAND ...")
     run.set_defaults(run=_run)
+
+
+def _add_status(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "status", help="what a live process and its children have on huge pages, locked, shared"
+    )
+    parser.set_defaults(run=_status)
+    try:
+        from page_primer.cli import status  # re, textwrap, dataclasses
+    except ImportError as error:  # built without its C core
+        parser.add_argument("words", nargs="*")
+        parser.set_defaults(why=str(error))
+    else:
+        status.add_arguments(parser)
+        parser.set_defaults(why="")
 
 
 def _add_images(commands: Commands) -> None:
@@ -220,68 +247,12 @@ def _status(given: argparse.Namespace) -> int:
     if sys.platform != "linux":
         _say(f"page-primer: not supported on {sys.platform}")
         return 1
-    import json  # of this command alone, as the next ones
-
-    from page_primer.cli.tables import show_table  # re, textwrap
-
-    try:
-        # dataclasses, collections
-        from page_primer.processes import examine, family
-    except ImportError as error:  # built without its C core
-        _say(f"page-primer: not available here: {error}")
+    if given.why:
+        _say(f"page-primer: not available here: {given.why}")
         return 1
+    from page_primer.cli import status  # of this command alone
 
-    processes = [examine(pid) for pid in family(given.pid)]
-    if not processes:
-        _say(f"page-primer: no process {given.pid}")
-        return 1
-    if given.json:
-        print(json.dumps([process.as_dict() for process in processes], indent=2))
-        return 0
-    for process in processes:
-        print(f"{process.pid}  {process.command}")
-        if process.problem:
-            print(f"  {process.problem}")
-            continue
-        titles = ("object", "code", "huge", "locked", "copied", "shared", "PSS", "on")
-        show_table(titles, list(_rows(process, everything=given.all)))
-        print(f"  heap: {process.heap}")
-        for line in filter(None, (process.added, process.unlocked)):
-            print(f"  {line}")
-    return 0 if any(process.problem is None for process in processes) else 1
-
-
-def _rows(process: ProcessStatus, *, everything: bool) -> Iterator[list[str]]:
-    """A row for each object, the large ones alone or all, and one for their sum."""
-    objects = [
-        obj
-        for obj in process.objects
-        if everything or obj.copied_bytes or obj.code_huge_bytes or obj.code_bytes >= 1 << 20
-    ]
-    sizes = ("locked_bytes", "copied_bytes", "shared_bytes", "pss_bytes")
-    for obj in sorted(objects, key=lambda obj: -obj.code_bytes):
-        yield [
-            os.path.basename(obj.path),
-            mib(obj.code_bytes),
-            percent(obj.code_huge_bytes, obj.code_bytes),
-            *(mib(getattr(obj, name)) for name in sizes),
-            _place(obj),
-        ]
-    others = len(process.objects) - len(objects)
-    yield [
-        f"all {counted(len(process.objects), 'object')}" if others else "all",
-        mib(process.sum("code_bytes")),
-        percent(process.sum("code_huge_bytes"), process.sum("code_bytes")),
-        *(mib(process.sum(name)) for name in sizes),
-        "",
-    ]
-
-
-def _place(obj: ObjectStatus) -> str:
-    """Where an object's read-only span lies, if not on its own file."""
-    backing = obj.backing or ""
-    same_name = os.path.basename(backing) == os.path.basename(obj.path)
-    return image_place(backing) if same_name else backing
+    return status.run(given)
 
 
 def _images(given: argparse.Namespace) -> int:
@@ -303,26 +274,6 @@ def _build(words: Sequence[str]) -> int:
 
 
 def _doctor(given: argparse.Namespace) -> int:
-    import json  # of this command alone, as the next one
+    from page_primer.cli import doctor  # all that page-primer has
 
-    from page_primer import doctor  # all that page-primer has
-
-    if given.user is not None:
-        from page_primer.cli.user import run_as  # pwd, of this option alone
-
-        return run_as(given.user, ["doctor", *(["--json"] if given.json else [])])
-    options = Options.load()
-    checks, layout = doctor.examine(options), doctor.interpreter(options)
-    if given.json:
-        print(json.dumps(doctor.as_dict(checks, layout), indent=2))
-    else:
-        print(doctor.render(checks, layout, _laid_out))
-    return 0
-
-
-def _laid_out(
-    titles: tuple[str, ...], rows: tuple[tuple[str, ...], ...], notes: tuple[str | None, ...]
-) -> str:
-    from page_primer.cli.tables import Table, render  # re, textwrap: as above
-
-    return render(Table(titles, rows, left=(0, 1, 2), wraps=True, notes=notes))
+    return doctor.run(given)

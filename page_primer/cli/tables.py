@@ -1,82 +1,143 @@
-"""One renderer of tables: by rich where the terminal and the extra `cli` allow it, plain otherwise.
+"""One renderer of tables, for a terminal of any width and for a pipe.
 
-A cell of the column that `wraps` is folded to the width; a note, printed beneath its row, never is,
-so that it can be copied.
+Where a table is too wide, first the column that wraps is folded, between words; then columns that
+may go are left out; then names are cut, with a sign that they were. A note, printed beneath its
+row, never is cut or folded, so that it can be copied.
 """
 
 from __future__ import annotations
 
 import re
-import shutil
-import sys
 import textwrap
 
 from page_primer._lean import Record
+from page_primer.cli import terminal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from rich.console import Console
-
 _GAP = "  "
 _NARROWEST = 30  # columns that a cell is folded to at least
+_SHORTEST = 12  # columns that a name is cut to at least
+_IN_A_PIPE = 100  # columns that a table with a folded column has there
+
+
+class Column(Record):
+    """How a column is shown."""
+
+    title: str
+    left: bool = False  # names stand to the left, numbers to the right
+    wraps: bool = False
+    cuts: str = ""  # "end" or "start": where it may be cut
+    goes: int = 0  # it may be left out: the highest number first; 0: never
 
 
 class Table(Record):
-    """What is to be shown. Numbers stand to the right, except in the columns named `left`."""
+    """What is to be shown."""
 
-    titles: tuple[str, ...]
+    columns: tuple[Column, ...]
     rows: tuple[tuple[str, ...], ...]
-    left: tuple[int, ...] = (0, -1)  # columns
-    wraps: bool = False  # the last column
     notes: tuple[str | None, ...] = ()  # of each row
+    headings: tuple[str | None, ...] = ()  # above each row
 
-    def is_left(self, column: int) -> bool:
-        return column in self.left or column - len(self.titles) in self.left
+    def sizes(self) -> list[int]:
+        titles = tuple(column.title for column in self.columns)
+        cells = zip(titles, *self.rows, strict=True)
+        return [max(map(terminal.length, column)) for column in cells]
 
-    def widths(self) -> list[int]:
-        return [max(map(len, column)) for column in zip(self.titles, *self.rows, strict=True)]
+    def without(self, number: int) -> Table:
+        def less(cells: tuple[str, ...]) -> tuple[str, ...]:
+            return cells[:number] + cells[number + 1 :]
 
-    def note(self, row: int) -> str | None:
-        return self.notes[row] if self.notes else None
+        columns = self.columns[:number] + self.columns[number + 1 :]
+        return Table(columns, tuple(map(less, self.rows)), self.notes, self.headings)
 
 
 def show_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print columns: the first and the last aligned to the left, numbers to the right."""
-    print(render(Table(tuple(titles), tuple(map(tuple, rows)))))
+    """Print columns: the first, which may be cut at its start, and the last, which may be folded,
+    to the left; numbers between them to the right."""
+    last = len(titles) - 1
+    columns = tuple(
+        Column(title, left=number in (0, last), cuts="" if number else "start",
+               wraps=number == last and terminal.is_terminal())
+        for number, title in enumerate(titles)
+    )  # fmt: skip
+    print(render(Table(columns, tuple(map(tuple, rows)))))
 
 
 def render(table: Table) -> str:
     """A table for stdout, whatever that is."""
-    if sys.stdout is not None and sys.stdout.isatty():  # None: closed
-        try:
-            from rich.console import Console  # the extra, and 100 ms
-        except ImportError:
-            pass
-        else:
-            return _by_rich(table, Console(highlight=False))
-    return plain(table, shutil.get_terminal_size((100, 24)).columns)
+    wide = terminal.width()
+    if wide is None and any(column.wraps for column in table.columns):
+        return fit(table, _IN_A_PIPE, cut=False)
+    return fit(table, wide)
 
 
-def plain(table: Table, width: int) -> str:
-    """A table as text; `width` is what a column that wraps is folded to."""
-    widths = table.widths()
-    start = len(_GAP) * len(widths) + sum(widths[:-1])  # of the last column
-    lines = []
-    for number, cells in enumerate((table.titles, *table.rows), -1):
-        folded = _fold(cells[-1], max(width - start, _NARROWEST)) if table.wraps else [cells[-1]]
-        padded = [
-            cell.ljust(size) if table.is_left(column) else cell.rjust(size)
-            for column, (cell, size) in enumerate(
-                zip((*cells[:-1], folded[0]), widths, strict=True)
-            )
-        ]
-        lines.append((_GAP + _GAP.join(padded)).rstrip())
+def fit(table: Table, width: int | None, *, cut: bool = True) -> str:
+    """A table as text.
+
+    Args:
+        table: what it is.
+        width: columns that it may take; None: any number.
+        cut: whether names may be cut and columns left out.
+    """
+    sizes = table.sizes()
+    while width is not None:
+        excess = sum(sizes) + len(_GAP) * len(sizes) - width
+        if excess <= 0:
+            break
+        folded = _shrink(table, sizes, excess, _NARROWEST, wraps=True)
+        if folded or not cut:
+            if not folded:
+                break
+            continue
+        droppable = [n for n, column in enumerate(table.columns) if column.goes]
+        if droppable:
+            least = max(droppable, key=lambda n: table.columns[n].goes)
+            table = table.without(least)
+            sizes = table.sizes()
+        elif not _shrink(table, sizes, excess, _SHORTEST, wraps=False):
+            break
+    return "\n".join(_lines(table, sizes))
+
+
+def _shrink(table: Table, sizes: list[int], excess: int, least: int, *, wraps: bool) -> bool:
+    """Make the longest of the columns that fold, or that may be cut, shorter; whether one was."""
+    found = [
+        number
+        for number, column in enumerate(table.columns)
+        if (column.wraps if wraps else column.cuts) and sizes[number] > least
+    ]
+    if not found:
+        return False
+    longest = max(found, key=lambda number: sizes[number])
+    sizes[longest] = max(least, sizes[longest] - excess)
+    return True
+
+
+def _lines(table: Table, sizes: Sequence[int]) -> list[str]:
+    start = len(_GAP) * len(sizes) + sum(sizes[:-1])  # of the last column
+    titles = [terminal.styled(column.title, terminal.BOLD) for column in table.columns]
+    lines = [_line(table.columns, titles, sizes)] if any(titles) else []
+    for number, cells in enumerate(table.rows):
+        if table.headings and (heading := table.headings[number]):
+            lines += [*([""] if lines else []), terminal.styled(heading, terminal.BOLD)]
+        folded = _fold(cells[-1], sizes[-1]) if table.columns[-1].wraps else [cells[-1]]
+        lines.append(_line(table.columns, (*cells[:-1], folded[0]), sizes))
         lines += [" " * start + line for line in folded[1:]]
-        if number >= 0 and (note := table.note(number)):
+        if table.notes and (note := table.notes[number]):
             lines.append(" " * start + note)
-    return "\n".join(lines)
+    return lines
+
+
+def _line(columns: Sequence[Column], cells: Sequence[str], sizes: Sequence[int]) -> str:
+    padded = []
+    for column, cell, size in zip(columns, cells, sizes, strict=True):
+        text = terminal.cut(cell, size, start=column.cuts == "start") if column.cuts else cell
+        padding = " " * (size - terminal.length(text))
+        padded.append(text + padding if column.left else padding + text)
+    return (_GAP + _GAP.join(padded)).rstrip()
 
 
 def _fold(text: str, width: int) -> list[str]:
@@ -84,36 +145,3 @@ def _fold(text: str, width: int) -> list[str]:
     text = re.sub(r"(\d) (%|MiB)", "\\1\0\\2", text)
     lines = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
     return [line.replace("\0", " ") for line in lines] or [""]
-
-
-def _by_rich(table: Table, console: Console) -> str:
-    """Long cells fold to the width of the terminal."""
-    # An extra: whoever calls this has it.
-    from rich.markup import escape
-    from rich.table import Table as Grid
-
-    widths = table.widths()
-    start = len(_GAP) * len(widths) + sum(widths[:-1])
-    fixed = widths[:-1] if table.notes else []  # where a note ends a grid, the next must match it
-
-    def grid(header: bool) -> Grid:
-        new = Grid(box=None, pad_edge=False, padding=(0, 1, 0, 1), header_style="bold",
-                   show_header=header)  # fmt: skip
-        for column, title in enumerate(table.titles):
-            new.add_column(
-                title, justify="left" if table.is_left(column) else "right", overflow="fold",
-                width=fixed[column] if column < len(fixed) else None,
-            )  # fmt: skip
-        return new
-
-    with console.capture() as captured:
-        part = grid(header=True)
-        for number, row in enumerate(table.rows):
-            part.add_row(*map(escape, row))
-            if note := table.note(number):
-                console.print(part)
-                console.print(" " * start + escape(note), soft_wrap=True)
-                part = grid(header=False)
-        if part.row_count:
-            console.print(part)
-    return captured.get().rstrip("\n")

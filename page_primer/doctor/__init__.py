@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from page_primer import _unsupported, reasons
-from page_primer.doctor.findings import PROBLEM, Check
+from page_primer.doctor.findings import PROBLEM, Check, exit_status, fix_lines
 from page_primer.doctor.render import as_dict, render
 from page_primer.options import Options
 from page_primer.reasons import Refusal
@@ -28,7 +28,9 @@ else:
 if TYPE_CHECKING:
     from page_primer.doctor.coverage import Interpreter
 
-__all__ = ["Check", "as_dict", "examine", "interpreter", "render"]
+__all__ = [
+    "Check", "as_dict", "examine", "exit_status", "fix_lines", "interpreter", "render",
+]  # fmt: skip
 
 
 def examine(options: Options) -> tuple[Check, ...]:
@@ -39,7 +41,7 @@ def examine(options: Options) -> tuple[Check, ...]:
     """
     refused = _unsupported() or (_missing and Refusal(reasons.NOT_AVAILABLE, str(_missing)))
     if refused:
-        return (Check("platform", PROBLEM, str(refused)),)
+        return (Check("platform", PROBLEM, str(refused), code="platform"),)
     # What one check cannot find out is no reason to go without the others.
     found = Examination(options)
     checks: list[Check] = []
@@ -47,7 +49,8 @@ def examine(options: Options) -> tuple[Check, ...]:
         try:
             checks += check()
         except Exception as error:
-            checks.append(Check(name, PROBLEM, f"not examined: {_words(error)}"))
+            text = f"not examined: {_words(error)}"
+            checks.append(Check(name, PROBLEM, text, code="not-examined"))
     return tuple(checks)
 
 

@@ -78,27 +78,30 @@ def judge_alignment(found: Alignment, kernel: tuple[int, int], pmd: int, share: 
     if found.huge:
         return _check(OK, f"{name} is {_how(found)}, and its pages are huge now")
     if not pmd:
-        return _check(INFO, f"{name}: there are no huge pages to align it for")
+        return _check(INFO, f"{name}: there are no huge pages to align it for", code="no-thp")
     if found.state in _ALIGNED:
         text = f"{name} is {_how(found)}, but in memory on small pages"
-        return _check(OK, text + _hints(found, kernel), "page-primer warm")
+        return _check(OK, text + _hints(found, kernel), "page-primer warm", code="small-pages")
     if found.listed:
         why = f" ({found.reason})" if found.reason else ""
         text = f"{name} is no longer aligned: an upgrade has replaced it{why}"
-        return _check(WARNING, text, "page-primer align --again")
+        return _check(WARNING, text, "page-primer align --again", code="no-longer-aligned")
     if found.state != files.CAN_BE:
-        return _check(INFO, f"{name} cannot be aligned: {found.reason or found.state}")
+        text = f"{name} cannot be aligned: {found.reason or found.state}"
+        return _check(INFO, text, code="cannot-be-aligned")
     pages = f"{counted(found.chunks, 'huge page')} of {mib(pmd)}"
     text = f"{name} is not aligned; aligned, it has {pages} with code"
     if not found.program and found.libc == "musl":
-        return _check(INFO, f"{text}, but musl's loader does not align libraries")
+        text += ", but musl's loader does not align libraries"
+        return _check(INFO, text, code="musl")
     text += ", in every process and without a copy"
     status = INFO if found.share - share < _MUCH else WARNING
-    return _check(status, text + _hints(found, kernel), _align(found.path))
+    fix = _align(found.path)
+    return _check(status, text + _hints(found, kernel), fix, code="not-aligned")
 
 
-def _check(status: str, text: str, fix: str | None = None) -> Check:
-    return Check("alignment", status, text, fix)
+def _check(status: str, text: str, fix: str | None = None, code: str | None = None) -> Check:
+    return Check("alignment", status, text, fix, code)
 
 
 def _how(found: Alignment) -> str:

@@ -9,13 +9,17 @@ from page_primer.doctor.findings import INFO, OK, PROBLEM, WARNING, Check
 from page_primer.options import Options
 from page_primer.words import mib
 
+_ALLOW_THP = "ctypes.CDLL(None).prctl(41, 0, 0, 0, 0)"
+
 
 def judge_switch(options: Options) -> Iterator[Check]:
     """What is switched off."""
     if not options.enabled:
-        yield Check("switch", PROBLEM, "switched off by PAGE_PRIMER=0", "unset PAGE_PRIMER")
+        yield Check("switch", PROBLEM, "switched off by PAGE_PRIMER=0", "unset PAGE_PRIMER",
+                    code="switched-off")  # fmt: skip
     elif not options.remap:
-        yield Check("switch", INFO, "remap is off: no code is moved", "unset PAGE_PRIMER_REMAP")
+        yield Check("switch", INFO, "remap is off: no code is moved", "unset PAGE_PRIMER_REMAP",
+                    code="remap-off")  # fmt: skip
 
 
 def judge_kernel(version: tuple[int, int]) -> Check:
@@ -38,7 +42,7 @@ def judge_kernel(version: tuple[int, int]) -> Check:
     else:
         text = "anonymous memory, and memfd with shmem_enabled=advise; images from Linux 6.1 on"
         fix = "boot Linux 6.1 or newer; 6.16 or newer for images on ext4"
-        return Check("kernel", WARNING, f"Linux {name}: {text}", fix)
+        return Check("kernel", WARNING, f"Linux {name}: {text}", fix, "old-kernel", (f"# {fix}",))
     return Check("kernel", OK, f"Linux {name}: {text}")
 
 
@@ -48,19 +52,22 @@ def judge_thp(settings: Settings) -> Check:
     if not settings.pmd:
         return Check(
             name, PROBLEM, f"none: there is no {THP}/hpage_pmd_size",
-            "boot a kernel with CONFIG_TRANSPARENT_HUGEPAGE=y",
+            "boot a kernel with CONFIG_TRANSPARENT_HUGEPAGE=y", "no-thp",
+            ("# boot a kernel with CONFIG_TRANSPARENT_HUGEPAGE=y",),
         )  # fmt: skip
     text = f"{mib(settings.pmd)} each, enabled={settings.thp or 'unknown'}"
     if settings.thp_of_size not in ("", "inherit"):
         text += f", enabled={settings.thp_of_size} for this size"
     if settings.pmd > 32 << 20:
         return Check(name, PROBLEM, f"{text}: larger than the code of any interpreter",
-                     "boot a kernel with pages of 4 KiB")  # fmt: skip
+                     "boot a kernel with pages of 4 KiB", "huge-pages-too-large",
+                     ("# boot a kernel with pages of 4 KiB",))  # fmt: skip
     if in_force(settings.thp, settings.thp_of_size) != "never":
         return Check(name, OK, text)
     if settings.kernel >= (6, 1):
         return Check(name, OK, f"{text}: does not matter to MADV_COLLAPSE and to images")
-    return Check(name, WARNING, f"{text}: no anonymous huge pages before Linux 6.1", thp_fix())
+    return Check(name, WARNING, f"{text}: no anonymous huge pages before Linux 6.1", thp_fix(),
+                 "thp-never")  # fmt: skip
 
 
 def in_force(general: str, of_size: str) -> str:
@@ -79,7 +86,8 @@ def judge_shmem(settings: Settings) -> Check:
         text += f", {settings.shmem_of_size} for this size"
     fix = shmem_fix(settings)
     if fix:
-        return Check(name, WARNING, f"{text}: no huge pages for memfd and tmpfs", fix)
+        return Check(name, WARNING, f"{text}: no huge pages for memfd and tmpfs", fix,
+                     "shmem-forbidden")  # fmt: skip
     if settings.shmem == "never":
         text += ": does not matter to MADV_COLLAPSE"
     return Check(name, OK, text)
@@ -113,12 +121,16 @@ def judge_pool(settings: Settings, options: Options, needed: int) -> Check:
         text = f"{settings.pool_free} of {settings.pool} pages of {mib(settings.pmd)} free"
         free = settings.pool_free
     if options.backing != "hugetlb":
-        return Check(name, INFO, f"{text}; used only with backing=hugetlb")
+        return Check(name, INFO, f"{text}; used only with backing=hugetlb", code="pool-unused")
     text += f", the interpreter takes {needed}"
     if settings.pool is not None and free >= needed:
         return Check(name, OK, text)
     return Check(
-        name, PROBLEM, text, f"sysctl vm.nr_hugepages={(settings.pool or 0) + needed - free}"
+        name,
+        PROBLEM,
+        text,
+        f"sysctl vm.nr_hugepages={(settings.pool or 0) + needed - free}",
+        "pool-too-small",
     )
 
 
@@ -130,8 +142,8 @@ def judge_thp_disabled(disabled: bool) -> Check:
     return Check(
         name, PROBLEM,
         "disabled by PR_SET_THP_DISABLE, which a parent process or systemd's MemoryTHP=disable set",
-        "MemoryTHP=inherit (systemd), or before prime(): "
-        "ctypes.CDLL(None).prctl(41, 0, 0, 0, 0)",
+        f"MemoryTHP=inherit (systemd), or before prime(): {_ALLOW_THP}", "thp-disabled",
+        ("MemoryTHP=inherit  # systemd", f"{_ALLOW_THP}  # before prime()"),
     )  # fmt: skip
 
 
@@ -143,7 +155,7 @@ def judge_mdwe(flags: int, options: Options) -> Check:
     text = "memory that was writable cannot become executable (MemoryDenyWriteExecute): "
     if options.backing == "anonymous":
         return Check(name, PROBLEM, f"{text}backing=anonymous is impossible",
-                     "PAGE_PRIMER_BACKING=auto")  # fmt: skip
+                     "PAGE_PRIMER_BACKING=auto", "anonymous-denied")  # fmt: skip
     return Check(name, OK, f"{text}images and memfd are not affected, anonymous memory is not used")
 
 
@@ -155,4 +167,6 @@ def judge_container(sign: str | None, root: str) -> Check:
         text += "; the root file system is overlay, which maps libraries at unaligned addresses"
     elif root:
         text += f"; the root file system is {root}"
-    return Check(name, INFO if sign or root == "overlay" else OK, text)
+    if not sign and root != "overlay":
+        return Check(name, OK, text)
+    return Check(name, INFO, text, code="container")

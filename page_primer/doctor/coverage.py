@@ -15,7 +15,7 @@ from page_primer.doctor.alignment import IN_PLACE_EVERYWHERE
 from page_primer.doctor.directories import image_fix
 from page_primer.doctor.findings import INFO, OK, PROBLEM, WARNING, Check
 from page_primer.doctor.probes import Trial
-from page_primer.doctor.remedies import REMEDIES
+from page_primer.doctor.remedies import REMEDIES, REMEDY_LINES
 from page_primer.elf.file import PF_R
 from page_primer.elf.objects import Object, Region
 from page_primer.images import inventory, trust
@@ -173,12 +173,15 @@ def judge_interpreter(found: Interpreter, options: Options) -> Check:
         text += f"; {share} of it is on huge pages of its own file already"
         return Check("interpreter", OK, text)
     if found.problem == reasons.REMAPPED:
-        return Check("interpreter", INFO, f"{text}, which has been moved already")
+        return Check("interpreter", INFO, f"{text}, which has been moved already",
+                     code="already-moved")  # fmt: skip
     if found.problem:
         text += f", which cannot be moved: {found.problem}"
-        return Check("interpreter", PROBLEM, text, REMEDIES.get(found.problem))
+        return Check("interpreter", PROBLEM, text, REMEDIES.get(found.problem), "cannot-be-moved",
+                     REMEDY_LINES.get(found.problem, ()))  # fmt: skip
     if not options.remap or set(best.left) == {reasons.EXCLUDED}:
-        return Check("interpreter", INFO, f"{text}, left alone: {', '.join(best.left)}")
+        text += f", left alone: {', '.join(best.left)}"
+        return Check("interpreter", INFO, text, code="left-alone")
     if found.aligned:
         text += "; its own pages can be huge, without a copy"
     if options.backing == IN_PLACE:
@@ -200,7 +203,7 @@ def judge_interpreter(found: Interpreter, options: Options) -> Check:
     fix = _coverage_fix(found, best, options)
     # Short of full is the nature of a small interpreter, unless something can be done about it.
     status = PROBLEM if not best.huge_bytes else WARNING if fix or found.phase else INFO
-    return Check("interpreter", status, text, fix)
+    return Check("interpreter", status, text, fix, "low-coverage")
 
 
 def _judge_in_place(text: str, found: Interpreter) -> Check:
@@ -210,7 +213,7 @@ def _judge_in_place(text: str, found: Interpreter) -> Check:
     if huge:
         return Check("interpreter", OK, text)
     why = reasons.NOT_CONGRUENT
-    return Check("interpreter", PROBLEM, f"{text}: {why}", REMEDIES[why])
+    return Check("interpreter", PROBLEM, f"{text}: {why}", REMEDIES[why], "not-congruent")
 
 
 def _coverage_fix(found: Interpreter, best: Coverage, options: Options) -> str | None:
@@ -224,19 +227,20 @@ def judge_backing(
 ) -> Check:
     """What prime() would take of what was tried."""
     if not options.remap:
-        return Check("backing", INFO, "none: remap is off")
+        return Check("backing", INFO, "none: remap is off", code="remap-off")
     if found.already:
         share = percent(found.in_place.huge_bytes, found.code_bytes)
         text = f"already: {share} of the interpreter's code is on huge pages, nothing is copied"
         return Check("backing", OK, text)
     if found.problem or set(found.image.left) == {reasons.EXCLUDED}:
-        return Check("backing", INFO, "none: the interpreter is left alone")
+        return Check("backing", INFO, "none: the interpreter is left alone", code="left-alone")
     if options.backing == IN_PLACE:
         return _judge_backing_in_place(found, kernel)
     first = "in place first, where the kernel can; then " if found.aligned else ""
     works = [trial for trial in trials if trial.works]
     if not works:
-        return Check("backing", PROBLEM, "none works here: code stays where it is")
+        return Check("backing", PROBLEM, "none works here: code stays where it is",
+                     code="no-backing")  # fmt: skip
     for trial in works:
         expected = found.image if trial.backing == "image" else found.memory
         if not expected.huge_bytes:
@@ -249,11 +253,12 @@ def judge_backing(
         if options.backing != "auto" or trial.backing == "image":
             return Check("backing", OK, text)
         text += "; profilers lose the symbols of what is moved, which an image keeps"
-        return Check("backing", WARNING, text, image_fix(kernel))
+        return Check("backing", WARNING, text, image_fix(kernel), "memory-only")
     fix = next((REMEDIES[why] for why in found.memory.left if why in REMEDIES), None)
     names = ", ".join(trial.backing for trial in works)
     why = ", ".join(found.memory.left)
-    return Check("backing", PROBLEM, f"{names} works, but there is nothing to move: {why}", fix)
+    text = f"{names} works, but there is nothing to move: {why}"
+    return Check("backing", PROBLEM, text, fix, "nothing-to-move")
 
 
 def _judge_backing_in_place(found: Interpreter, kernel: tuple[int, int]) -> Check:
@@ -261,7 +266,7 @@ def _judge_backing_in_place(found: Interpreter, kernel: tuple[int, int]) -> Chec
     if not found.in_place.huge_bytes:
         why = reasons.NOT_CONGRUENT
         text = f"in_place works for no code of the interpreter: {why}"
-        return Check("backing", PROBLEM, text, REMEDIES[why])
+        return Check("backing", PROBLEM, text, REMEDIES[why], "not-congruent")
     share = percent(found.in_place.huge_bytes, found.code_bytes)
     text = f"in_place, with up to {share} of the interpreter's code on huge pages"
     if kernel >= IN_PLACE_EVERYWHERE or (found.filesystem == "tmpfs" and kernel >= (6, 1)):
@@ -271,4 +276,4 @@ def _judge_backing_in_place(found: Interpreter, kernel: tuple[int, int]) -> Chec
         ", if the page cache has huge pages of it: Linux {}.{} makes none of small ones on {}, "
         "unless built with CONFIG_READ_ONLY_THP_FOR_FS".format(*kernel, where)
     )
-    return Check("backing", WARNING, text, "page-primer warm")
+    return Check("backing", WARNING, text, "page-primer warm", "page-cache-decides")

@@ -42,14 +42,15 @@ def judge_directory(
     if trial.refused is not None:
         why, fix = _refusal(trial, directory, needed, container)
         word = "not available" if needless else "unusable"
-        return Check(name, bad, f"{kind}, {word}: {why}", fix)
+        return Check(name, bad, f"{kind}, {word}: {why}", fix, "directory-unusable")
     huge = f"{mib(trial.huge)} of {mib(trial.wanted)} on huge pages in a trial"
     if not trial.works:
         why, fix = _not_huge(kind, settings)
-        return Check(name, bad, f"{kind}, {huge}: {why}", fix)
+        return Check(name, bad, f"{kind}, {huge}: {why}", fix, "directory-not-huge")
     if not trial.there and directory.free is not None and directory.free < needed:
         text = f"{kind}, {mib(directory.free)} free: the interpreter's image takes {mib(needed)}"
-        return Check(name, bad, text, _room_fix(directory, needed, container))
+        fix = _room_fix(directory, needed, container)
+        return Check(name, bad, text, fix, "directory-full")
     there = "the interpreter's image is there, " if trial.there else ""
     return Check(name, OK, f"{kind}, {there}{huge}")
 
@@ -57,7 +58,8 @@ def judge_directory(
 def judge_system(path: str) -> Check:
     """Of root's store, for others, when it has no image of the interpreter."""
     text = "root's store, without an image of this interpreter; others are used"
-    return Check(f"image directory {path}", INFO, text, f"{BUILD}, as root")
+    return Check(f"image directory {path}", INFO, text, f"{BUILD}, as root",
+                 "no-image-in-roots-store", (f"{BUILD}  # as root",))  # fmt: skip
 
 
 def _refusal(
@@ -144,7 +146,7 @@ def judge_memory(
         elif trial.backing == "hugetlb":
             fix = f"sysctl vm.nr_hugepages={(settings.pool or 0) + 2}"
         word = "not available" if needless else "unusable"
-        return Check(trial.backing, bad, f"{word}: {why}", fix)
+        return Check(trial.backing, bad, f"{word}: {why}", fix, "memory-unusable")
     text = f"{mib(trial.huge)} of {mib(trial.wanted)} on huge pages in a trial"
     if trial.works:
         return Check(trial.backing, OK, text)
@@ -157,4 +159,4 @@ def judge_memory(
         why, fix = "THP is never", thp_fix()
     else:
         why, fix = _fragmented()
-    return Check(trial.backing, bad, f"{text}: {why}", fix)
+    return Check(trial.backing, bad, f"{text}: {why}", fix, "memory-not-huge")

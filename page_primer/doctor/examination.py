@@ -9,15 +9,24 @@ from page_primer import budget, plan, survey
 from page_primer.backing import image as image_backing
 from page_primer.doctor import alignment, checks, coverage, directories, facts, locking, preloaded
 from page_primer.doctor.coverage import Interpreter
-from page_primer.doctor.findings import INFO, Check
+from page_primer.doctor.findings import INFO, OK, Check
 from page_primer.doctor.probes import Trial, try_directory, try_image, try_memory
-from page_primer.heap.advice import advice
+from page_primer.heap.advice import LEFT_ALONE, advice
 from page_primer.images.places import Place
 from page_primer.kernel.memlock import try_lock
 from page_primer.kernel.thp import pmd_size
 from page_primer.options import IN_PLACE, Options
 from page_primer.plan import Plan
 from page_primer.survey import Survey
+
+
+def judge_heap(options: Options, huge: int) -> Check:
+    """What `heap` can do here."""
+    status, found, fix = advice(options, huge)
+    if status == OK:
+        return Check("heap", OK, found)
+    refused = found.startswith(LEFT_ALONE)
+    return Check("heap", status, found, fix, code="heap-left-alone" if refused else "heap-off")
 
 
 class Examination:
@@ -56,7 +65,7 @@ class Examination:
             ),
             ("locking", self.locking),
             ("available memory", self.available),
-            ("heap", lambda: [Check("heap", *advice(options, settings.pmd))]),
+            ("heap", lambda: [judge_heap(options, settings.pmd)]),
             ("preloading", lambda: preloaded.judge(preloaded.find(), options)),
         ]
 
@@ -95,7 +104,8 @@ class Examination:
         for place in image_backing.directories(self.options):
             name = f"image directory {place.path}"
             if place.reason:
-                yield Check(name, INFO, f"passed over: {place.reason}")
+                text = f"passed over: {place.reason}"
+                yield Check(name, INFO, text, code="directory-passed-over")
                 continue
             directory = facts.read_directory(place.path)
             trial = self._try_image(place)
@@ -149,7 +159,7 @@ class Examination:
 
     def locking(self) -> Iterator[Check]:
         if not self.options.mlock:
-            yield Check("locking", INFO, "mlock is off")
+            yield Check("locking", INFO, "mlock is off", code="locks-off")
             return
         code, everything = locking.lock_sizes(*self.seen(), self.options)
         spare = locking.margin_of(self.process)

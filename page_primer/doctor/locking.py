@@ -11,7 +11,7 @@ from page_primer.kernel.memory import Memory
 from page_primer.options import Options
 from page_primer.plan import Plan
 from page_primer.survey import Survey
-from page_primer.words import memlock_for, memlock_remedy, mib, shortage
+from page_primer.words import memlock_for, memlock_lines, memlock_remedy, mib, shortage
 
 
 def lock_sizes(found: Survey, planned: Plan, options: Options) -> tuple[int, int]:
@@ -61,15 +61,17 @@ def judge_locking(
     need = process.locked + everything
     if process.soft is None or need + margin_of(process) <= process.soft:
         # A sandbox, then: there is no limit to raise.
-        return Check("locking", PROBLEM, f"{what}; mlock refused ({refused}) despite {limits}")
+        text = f"{what}; mlock refused ({refused}) despite {limits}"
+        return Check("locking", PROBLEM, text, code="locks-refused")
     limits += f", of which {mib(margin_of(process))} are left to the application"
     fix = memlock_remedy(need)
     if process.hard is None or memlock_for(need) <= process.hard:
         fix += ", which needs no privilege here"
     if code_refused is None:
         text = f"{what}: the code fits, everything does not: {limits}"
-        return Check("locking", WARNING, text, fix)
-    return Check("locking", PROBLEM, f"{what}: not even the code fits: {limits}", fix)
+        return Check("locking", WARNING, text, fix, "locks-exceed-limit", memlock_lines(need))
+    text = f"{what}: not even the code fits: {limits}"
+    return Check("locking", PROBLEM, text, fix, "code-exceeds-limit", memlock_lines(need))
 
 
 def judge_available(memory: Memory | None, share: float, wanted: int) -> Check:
@@ -82,7 +84,8 @@ def judge_available(memory: Memory | None, share: float, wanted: int) -> Check:
     """
     name = "available memory"
     if memory is None:
-        return Check(name, INFO, "unknown: /proc/meminfo and the memory cgroup are not readable")
+        text = "unknown: /proc/meminfo and the memory cgroup are not readable"
+        return Check(name, INFO, text, code="memory-unknown")
     text = (
         f"{shortage(memory)}; page-primer takes {100 * share:g} % of that at most, "
         f"{mib(int(share * memory.available))}, and wants {mib(wanted)}"
@@ -90,11 +93,17 @@ def judge_available(memory: Memory | None, share: float, wanted: int) -> Check:
     if wanted <= share * memory.available:
         return Check(name, OK, text)
     if memory.where == "/proc/meminfo":
-        return Check(name, WARNING, text, "give the machine more memory, or end other processes")
+        fix = "give the machine more memory, or end other processes"
+        return Check(name, WARNING, text, fix, "short-of-memory", (f"# {fix}",))
     need = memory.limit + int(wanted / share) - memory.available
     size = (-(-need >> 20)) + 4  # what is in use differs from one moment to the next
     fix = (
         f"MemoryMax={size}M (systemd), --memory={size}m (Docker), "
         f"resources: {{limits: {{memory: {size}Mi}}}} (Kubernetes)"
     )
-    return Check(name, WARNING, text, fix)
+    lines = (
+        f"MemoryMax={size}M  # systemd",
+        f"--memory={size}m  # Docker",
+        f"resources: {{limits: {{memory: {size}Mi}}}}  # Kubernetes",
+    )
+    return Check(name, WARNING, text, fix, "short-of-memory", lines)

@@ -48,7 +48,7 @@ def judge(found: Sequence[Preloaded], options: Options) -> Iterator[Check]:
         yield Check("preloading", OK, f"{_names(thawed)}: not frozen, as {_FREEZE} says")
     else:
         text = f"{_names(thawed)}: loaded before forks, not frozen"
-        yield Check("preloading", INFO, text, FREEZE_REMEDY)
+        yield Check("preloading", INFO, text, FREEZE_REMEDY, "not-frozen")
 
 
 def _names(found: Sequence[Preloaded]) -> str:

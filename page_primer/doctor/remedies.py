@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from page_primer import reasons
 
+# Those that are no line to apply.
+REMEDY_LINES = {reasons.FILE_GONE: ("# restart this process",)}
 REMEDIES = {
     reasons.FILE_GONE: "restart this process",
     reasons.NOT_CONGRUENT: "page-primer align",

@@ -3,20 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from page_primer.doctor.findings import OK, PROBLEM, WARNING, Check
+from page_primer.doctor.findings import (
+    INFO,
+    OK,
+    PROBLEM,
+    STATUSES,
+    WARNING,
+    Check,
+    exit_status,
+)
 from page_primer.words import counted, mib, percent
 
 if TYPE_CHECKING:
     from page_primer.doctor.coverage import Interpreter
 
-LayOut = Callable[
-    [tuple[str, ...], tuple[tuple[str, ...], ...], tuple["str | None", ...]],
-    str,
-]
-_COUNTED = (OK, WARNING, PROBLEM)
+IMAGES = "image directory "  # how names of checks begin
+
+# What a section's checks are called; the last has what is in no other.
+SECTIONS = (
+    ("This machine", ("platform", "kernel", "transparent huge pages", "shmem huge pages",
+                      "memfd_noexec", "hugetlb pool", "container")),
+    ("This process", ("switch", "THP of this process", "write-execute")),
+    ("The interpreter's code", ("interpreter", "alignment", "backing")),
+    ("Where copies can be", (IMAGES, "image directories", "memfd", "anonymous", "hugetlb")),
+    ("Memory", ("locking", "available memory", "heap", "preloading")),
+    ("Other", ("",)),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """One check, as it is shown."""
+
+    section: str | None  # of the first row of one
+    status: str
+    name: str
+    found: str
+    note: str | None
+
+
+LayOut = Callable[[Sequence[Row]], str]
 
 
 def as_dict(checks: Iterable[Check], layout: Interpreter | None = None) -> dict[str, Any]:
@@ -33,20 +62,35 @@ def render(checks: Sequence[Check], layout: Interpreter | None, lay_out: LayOut)
     Args:
         checks: what examine() found.
         layout: what interpreter() found.
-        lay_out: what makes a table of titles and rows, with a note beneath a row that has one.
+        lay_out: what makes a table of rows.
     """
-    table = lay_out(
-        ("", "check", "found"),
-        tuple((check.status, check.name, check.found) for check in checks),
-        tuple(f"fix: {check.fix}" if check.fix else None for check in checks),
-    )
-    counts = {status: sum(check.status == status for check in checks) for status in _COUNTED}
+    counts = {status: sum(check.status == status for check in checks) for status in STATUSES}
     words = (
-        f"{counts[OK]} ok",
+        f"{counts[OK] + counts[INFO]} ok",
         counted(counts[WARNING], WARNING),
         counted(counts[PROBLEM], PROBLEM),
     )
-    return "\n".join([table, *(["", *_draw(layout)] if layout else []), "", ", ".join(words)])
+    verdict = _VERDICTS[exit_status(checks)]
+    codes = dict.fromkeys(check.code for check in checks if check.is_shortfall and check.code)
+    about = [f"docs/doctor.md is about {', '.join(codes)}"] if codes else []
+    parts = [lay_out(list(_rows(checks))), *(["", *_draw(layout)] if layout else [])]
+    return "\n".join([*parts, "", *about, f"{verdict}: {', '.join(words)}"])
+
+
+_VERDICTS = ("Fine", "Falls short", "Cannot do all that is asked of it")
+
+
+def _rows(checks: Sequence[Check]) -> Iterator[Row]:
+    """The checks section by section, in the order of a diagnosis within each."""
+    left = list(checks)
+    for title, names in SECTIONS:
+        here = [check for check in left if check.name.startswith(names)]
+        left = [check for check in left if check not in here]
+        for number, check in enumerate(here):
+            label = "fix" if check.is_shortfall else "try"
+            note = f"{label}: {check.fix}" if check.fix else None
+            name = check.name.removeprefix(IMAGES)
+            yield Row(None if number else title, check.status, name, check.found, note)
 
 
 def _draw(layout: Interpreter) -> Iterator[str]:
@@ -55,16 +99,17 @@ def _draw(layout: Interpreter) -> Iterator[str]:
     for segment in layout.segments:
         stop = segment.address + segment.size
         inside = "  span" if start <= segment.address < end else ""
-        yield f"  {segment.address:#x}-{stop:#x}  {mib(segment.size):>9}  {segment.kind:<6}{inside}"
+        line = (
+            f"  {segment.address:#x}-{stop:#x}  {mib(segment.size):>9}  {segment.kind:<6}{inside}"
+        )
+        yield line.rstrip()
     if not layout.pmd_size:
         return
     yield (
-        f"  span {mib(end - start)} with {layout.huge_pages} whole huge pages of "
+        f"  span {mib(end - start)} with {counted(layout.huge_pages, 'whole huge page')} of "
         f"{mib(layout.pmd_size)}; load address is {layout.phase:#x} modulo that"
     )
     for name, coverage in (("image", layout.image), ("memfd, anonymous", layout.memory)):
-        left = "".join(f"; {size} bytes: {why}" for why, size in coverage.left.items())
-        yield (
-            f"  {name}: {coverage.huge_bytes} of {layout.code_bytes} bytes of code "
-            f"({percent(coverage.huge_bytes, layout.code_bytes)}) on huge pages{left}"
-        )
+        left = "".join(f"; {mib(size)}: {why}" for why, size in coverage.left.items())
+        share = percent(coverage.huge_bytes, layout.code_bytes)
+        yield f"  {name}: {share} of the code on huge pages{left}"

@@ -8,6 +8,8 @@ from page_primer.heap.driver import defrag, refusal
 from page_primer.kernel import memory
 from page_primer.options import Options
 
+LEFT_ALONE = "left alone"
+
 
 def advice(options: Options, huge: int) -> tuple[str, str, str | None]:
     """What `heap` can do in a process such as this one: a status as the doctor has it ("ok", "info"
@@ -19,7 +21,7 @@ def advice(options: Options, huge: int) -> tuple[str, str, str | None]:
     asked = replace(options, heap=options.heap or "auto")
     refused = refusal(asked, huge, list(memory.bounds()))
     if refused is not None:
-        return ("warning" if options.heap else "info", f"left alone: {refused}", None)
+        return ("warning" if options.heap else "info", f"{LEFT_ALONE}: {refused}", None)
     parts = [arenas.unavailable(huge) or "pymalloc's arenas can be on huge pages"]
     other = malloc.other_allocator()
     if other is not None:

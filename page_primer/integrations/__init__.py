@@ -73,6 +73,25 @@ def announce(report: Report, logger: Logger | logging.Logger) -> None:
     _last = report
 
 
+# Of servers whose configuration of logging has no place for other loggers.
+_OF_SERVERS = (
+    "hypercorn.error", "waitress", "_granian", "uvicorn.error", "gunicorn.error", "daphne.server",
+)  # fmt: skip
+
+
+def find_logger() -> logging.Logger:
+    """The logger "page_primer", if somebody listens to its INFO lines; else that of the server that
+    runs here."""
+    own = logging.getLogger("page_primer")
+    known = logging.root.manager.loggerDict
+    servers = [logging.getLogger(name) for name in _OF_SERVERS if name in known]
+    return next(filter(_is_heard, (own, *servers)), own)
+
+
+def _is_heard(logger: logging.Logger) -> bool:
+    return logger.isEnabledFor(logging.INFO) and logger.hasHandlers()
+
+
 class Wrapper:
     """What ASGI and WSGI middleware share: an application, the logger for the report, and in which
     process it was primed. Attributes are the application's."""
@@ -80,12 +99,25 @@ class Wrapper:
     def __init__(self, app: Any, logger: Logger | logging.Logger | None) -> None:
         Options.load()  # a setting that makes no sense stops the start
         self._app = app
-        self._logger = logger or logging.getLogger("page_primer")
+        self._logger = logger
         self._process = 0
+        self._unheard: Report | None = None  # its INFO line reached nobody: logging is not set up
 
     def _prime(self) -> None:
-        prime_and_log(self._logger)
+        if self._logger is not None:
+            prime_and_log(self._logger)
+        else:
+            found = find_logger()
+            report = prime_and_log(found)
+            self._unheard = None if _is_heard(found) else report
         self._process = os.getpid()  # a forked one is another
+
+    def _say_again(self) -> None:
+        """At a request, when servers have set up their logging: what was not heard before."""
+        report, self._unheard = self._unheard, None
+        found = find_logger()
+        if report is not None and _is_heard(found):
+            report.log_state(found)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._app, name)

@@ -34,6 +34,8 @@ class Primed(Wrapper):
             self._prime()
             if scope["type"] == "lifespan":
                 send = before_complete(send, self._prime)
+        if self._unheard is not None and scope["type"] != "lifespan":
+            self._say_again()
         await self._app(scope, receive, send)
 
 
@@ -54,7 +56,8 @@ def primed(app: Application, logger: Logger | logging.Logger | None = None) -> P
 
     Args:
         app: the application.
-        logger: where the report goes; the logger "page_primer" by default.
+        logger: where the report goes; by default the logger "page_primer", or the server's where
+            nobody listens to that.
 
     Raises:
         ValueError: a PAGE_PRIMER_* variable has a value that does not make sense.

@@ -31,6 +31,8 @@ class Primed(Wrapper):
     ) -> Iterable[bytes]:
         if self._process != os.getpid():
             self._prime()
+        if self._unheard is not None:
+            self._say_again()
         answer: Iterable[bytes] = self._app(environ, start_response)
         return answer
 
@@ -40,7 +42,8 @@ def primed(app: Application, logger: Logger | logging.Logger | None = None) -> P
 
     Args:
         app: the application.
-        logger: where the report goes; the logger "page_primer" by default.
+        logger: where the report goes; by default the logger "page_primer", or the server's where
+            nobody listens to that.
 
     Raises:
         ValueError: a PAGE_PRIMER_* variable has a value that does not make sense.

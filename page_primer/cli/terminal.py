@@ -1,0 +1,86 @@
+"""What the output is: how wide, with colours or without, and which signs it has."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+import unicodedata
+
+BOLD, DIM = "1", "2"
+RED, GREEN, YELLOW, CYAN = "31", "32", "33", "36"
+
+_SEQUENCE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
+ELLIPSIS = "…"
+
+
+def is_terminal() -> bool:
+    return sys.stdout is not None and sys.stdout.isatty()  # None: closed
+
+
+def has_colours() -> bool:
+    """A terminal that knows them, unless NO_COLOR is set (https://no-color.org)."""
+    dumb = os.environ.get("TERM", "dumb") == "dumb"
+    return is_terminal() and not dumb and not os.environ.get("NO_COLOR")
+
+
+def width() -> int | None:
+    """Columns to fit into; None where there is no such limit, as in a pipe."""
+    if is_terminal() or os.environ.get("COLUMNS", "").isdigit():
+        return shutil.get_terminal_size((80, 24)).columns
+    return None
+
+
+def height() -> int:
+    return shutil.get_terminal_size((80, 24)).lines
+
+
+def can_write(text: str) -> bool:
+    """Whether the output's encoding has these characters."""
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def styled(text: str, *codes: str) -> str:
+    """The text in colours, where there are any."""
+    return f"\x1b[{';'.join(codes)}m{text}\x1b[0m" if codes and text and has_colours() else text
+
+
+def one_line(text: str) -> str:
+    """Text of others (a command line) without what would move the cursor."""
+    return _CONTROL.sub(" ", text)
+
+
+def length(text: str) -> int:
+    """Columns that a text takes, colours aside."""
+    plain = _SEQUENCE.sub("", text)
+    if plain.isascii():
+        return len(plain)
+    return sum(_columns(character) for character in plain)
+
+
+def _columns(character: str) -> int:
+    if unicodedata.combining(character):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+
+
+def cut(text: str, columns: int | None, *, start: bool = False) -> str:
+    """Text without colours, cut to so many columns at its end, or at its start (paths, whose end
+    tells more)."""
+    if columns is None or length(text) <= columns:
+        return text
+    sign = ELLIPSIS if can_write(ELLIPSIS) else "~"
+    kept: list[str] = []
+    room = columns - 1
+    for character in reversed(text) if start else text:
+        room -= _columns(character)
+        if room < 0:
+            break
+        kept.append(character)
+    return sign + "".join(reversed(kept)) if start else "".join(kept) + sign
