@@ -228,6 +228,16 @@ def test_thousands_of_arenas_leave_nothing(python):
         assert len(outside.smaps(process.pid)) <= maps + 3
 
 
+def test_a_long_life_of_arenas_leaves_nothing(python):
+    """`make sanitize` has more of it, under AddressSanitizer."""
+    done = subprocess.run(
+        [python, "-m", "harness.heap_churn", "40000"], cwd=Path(__file__).parent,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(done.stdout.split()[0]) == 60_000
+
+
 FORK = """
 import os
 kept = fill(40)

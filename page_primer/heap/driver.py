@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 _THP = "/sys/kernel/mm/transparent_hugepage"
 
-# Collapsing may add so much to what is resident: a share of it, or a huge page.
+# All collapses together may add so much to what is resident: a share of it, or half a huge page.
+# (Another half is, on average, free in the last region.)
 _GROWTH = 0.03
 
 # How often a process moves its break to the end of a huge page: before its application is loaded
@@ -43,6 +44,7 @@ class Heap:
         self.older: list[tuple[int, int]] = []  # mappings of arenas that are not ours
         self.searched = False
         self.malloc: str | None = None  # the allocator that is not glibc's
+        self.grown = 0  # bytes that collapsing made resident
         self.aligned = (0, 0)  # the process, and how often it moved its break
 
     def is_new(self) -> bool:
@@ -161,13 +163,16 @@ class Heap:
             low, high = chunks.within(mapping, huge)
             if low < high and "hg" not in mapping.flags:
                 chunks.advise(low, high)
-        growth = max(huge, int(_GROWTH * smaps.total(mappings, "Rss")))
+        growth = max(huge // 2, int(_GROWTH * smaps.total(mappings, "Rss")))
+        growth -= self.grown
         found = chunks.candidates(wanted, huge)
         if not options.heap_unshare:
             growth = min(growth, room)
         else:
             found = [chunk for chunk in found if (room := room - chunk.shared) >= 0]
-        return chunks.collapse(found, huge, growth, unshare=options.heap_unshare)
+        done = chunks.collapse(found, huge, growth, unshare=options.heap_unshare)
+        self.grown += done.grown
+        return done
 
     def _is_arena(self) -> _IsArena:
         return _IsArena([*self.older, *_regions()])
