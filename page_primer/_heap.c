@@ -657,6 +657,55 @@ heap_mark(PyObject *module, PyObject *Py_UNUSED(ignored))
         + ((uint64_t)(64 - __builtin_clzll(heap.made | 1)) << 34));
 }
 
+/* Less than malloc's least threshold for mmap(2), 128 KiB. */
+#define BLOCK ((size_t)120 << 10)
+
+PyDoc_STRVAR(
+    heap_align_doc,
+    "heap_align(huge) -> int\n\n"
+    "Move the program break to a multiple of `huge`, the size of a huge page, so that\n"
+    "what malloc and forked children add from there on begins a huge page.  What lies\n"
+    "below it malloc has to hand out, less 256 KiB at most; one page in thirty is\n"
+    "touched.  Returns the bytes by which the break was moved; raises OSError where\n"
+    "it cannot be.  No other thread may be in malloc meanwhile.");
+
+/* A break that others move is provided for in glibc (malloc/malloc.c, sysmalloc:
+ * "foreign sbrk"): it goes on from there, and until then gives nothing back that
+ * lies below.  So the blocks can be freed after it, and become the new top. */
+static PyObject *
+heap_align(PyObject *module, PyObject *args)
+{
+    void *blocks[(4 << 20) / BLOCK];
+    const size_t room = sizeof(blocks) / sizeof(*blocks);
+    unsigned long long huge;
+    uintptr_t began, goal;
+    size_t count = 0;
+    int failed;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "K:heap_align", &huge))
+        return NULL;
+    if (huge < LEAST || (huge & (huge - 1)) || huge > (4 << 20))
+        return PyErr_Format(PyExc_ValueError, "not a huge page's size: %llu",
+                            huge);
+    began = (uintptr_t)sbrk(0);
+    goal = (began + huge - 1) & ~((uintptr_t)huge - 1);
+    /* One block may grow it by itself and by M_TOP_PAD. */
+    while (count < room && goal > (uintptr_t)sbrk(0) + 2 * BLOCK) {
+        blocks[count] = malloc(BLOCK);
+        if (blocks[count] == NULL)
+            break;
+        count++;
+    }
+    goal = ((uintptr_t)sbrk(0) + huge - 1) & ~((uintptr_t)huge - 1);
+    failed = sbrk((intptr_t)(goal - (uintptr_t)sbrk(0))) == (void *)-1;
+    while (count > 0)
+        free(blocks[--count]);
+    if (failed)
+        return PyErr_SetFromErrno(PyExc_OSError);
+    return PyLong_FromUnsignedLongLong(goal - began);
+}
+
 PyDoc_STRVAR(
     malloc_object_doc,
     "malloc_object() -> (object, libc)\n\n"
@@ -693,6 +742,7 @@ PyMethodDef page_primer_heap_methods[] = {
     {"arenas_counts", arenas_counts, METH_NOARGS, arenas_counts_doc},
     {"region_size", region_size, METH_NOARGS, region_size_doc},
     {"heap_mark", heap_mark, METH_NOARGS, heap_mark_doc},
+    {"heap_align", heap_align, METH_VARARGS, heap_align_doc},
     {"malloc_object", malloc_object, METH_NOARGS, malloc_object_doc},
     {NULL, NULL, 0, NULL},
 };

@@ -101,6 +101,80 @@ def test_what_is_there_is_collapsed_and_hardly_grows(every_python):
         assert process.run("result = chain[1], len(blocks[-1])") == [299_999, 3001]
 
 
+def end_of_heap(process):
+    """Where [heap] ends, which a fork and advice divide."""
+    return max(v.end for v in outside.smaps(process.pid) if v.path == "[heap]")
+
+
+GROW = "blocks = [bytes(3000 + i % 2) for i in range({})]\n"
+
+
+def test_the_heap_ends_where_a_huge_page_does(every_python):
+    """So a whole huge page is in one mapping, although what a child adds is in another."""
+    with Process(every_python) as process:
+        process.run(GROW.format(2000))
+        before = resident(process)
+        moved = process.run(f"from page_primer import _core\nresult = _core.heap_align({PMD})")
+        end = end_of_heap(process)
+        assert end % PMD == 0
+        assert 0 <= moved < PMD + (1 << 20)
+        assert resident(process) <= before + (1 << 20)
+        assert process.run(f"result = _core.heap_align({PMD})") == 0
+        # malloc has what lies below it.
+        process.run("more = " + GROW.format(20)[9:])
+        assert end_of_heap(process) == end or moved < 256 << 10
+        child = process.run(
+            "import os\n"
+            "read, write = os.pipe()\n"
+            "if (pid := os.fork()) == 0:\n"
+            + "    "
+            + GROW.format(3000)
+            + "    lines = [line for line in open('/proc/self/maps') if '[heap]' in line]\n"
+            "    os.write(write, ' '.join(line.split('-')[0] for line in lines).encode())\n"
+            "    os._exit(blocks[-1] != bytes(3001))\n"
+            "assert os.waitpid(pid, 0)[1] == 0\n"
+            "result = os.read(read, 1000).decode()"
+        )
+        starts = [int(start, 16) for start in child.split()]
+        assert len(starts) >= 2
+        assert all(start % PMD == 0 for start in starts[1:])
+        assert (
+            process.run("del blocks, more\n" + GROW.format(9000) + "result = len(blocks)") == 9000
+        )
+
+
+def test_the_heap_is_aligned_at_most_twice_in_a_process(python):
+    with Process(python) as process:
+        process.prime(heap="auto", **ONLY_HEAP)
+        assert end_of_heap(process) % PMD == 0
+        # `limit` makes it another call; the break is moved in between.
+        move = "import ctypes\nctypes.CDLL(None).sbrk(4096)"
+        process.run(move)
+        process.prime(heap="auto", limit=1, **ONLY_HEAP)
+        assert end_of_heap(process) % PMD == 0
+        process.run(move)
+        process.prime(heap="auto", limit=2, **ONLY_HEAP)
+        assert end_of_heap(process) % PMD == 4096
+
+
+@pytest.mark.parametrize("how", ["", "a thread", "arenas alone", "the tunable"])
+def test_where_the_break_is_left_alone(python, how):
+    env = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} if how == "the tunable" else {}
+    with Process(python, env=env) as process:
+        process.run(
+            "from page_primer import _core\n"
+            "calls, align = [], _core.heap_align\n"
+            "_core.heap_align = lambda huge: calls.append(align(huge))"
+        )
+        if how == "a thread":  # it may be in malloc, whose lock is not ours
+            process.run(
+                "import threading\nevent = threading.Event()\n"
+                "threading.Thread(target=event.wait, daemon=True).start()"
+            )
+        process.prime(heap="arenas" if how == "arenas alone" else "auto", **ONLY_HEAP)
+        assert process.run("result = len(calls)") == (0 if how else 1)
+
+
 def test_nothing_new_is_nothing_to_do(python):
     with Process(python) as process:
         process.prime(heap="all", **ONLY_HEAP)
@@ -153,6 +227,16 @@ def test_thousands_of_arenas_leave_nothing(python):
         assert made[0] <= 4
         assert made[2] <= 2 * PMD  # kept free
         assert len(outside.smaps(process.pid)) <= maps + 3
+
+
+def test_a_long_life_of_arenas_leaves_nothing(python):
+    """`make sanitize` has more of it, under AddressSanitizer."""
+    done = subprocess.run(
+        [python, "-m", "harness.heap_churn", "40000"], cwd=Path(__file__).parent,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(done.stdout.split()[0]) == 60_000
 
 
 FORK = """

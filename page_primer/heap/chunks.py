@@ -42,6 +42,7 @@ class Collapsed(Record):
     """What came of collapsing: bytes, and why not more."""
 
     bytes: int
+    grown: int  # by so much memory became resident
     notes: tuple[str, ...]
 
 
@@ -94,7 +95,7 @@ def collapse(chunks: Sequence[Chunk], huge: int, growth: int, *, unshare: bool) 
         unshare: what is shared is to be copied whatever that takes; otherwise it counts as growth.
     """
     began = time.monotonic()
-    done, failures, notes = 0, {}, []  # type: ignore[var-annotated]
+    done, grown, failures, notes = 0, 0, {}, []  # type: ignore[var-annotated]
     for chunk in sorted(chunks, key=lambda c: c.missing + (0 if unshare else c.shared)):
         cost = chunk.missing + (0 if unshare else chunk.shared)
         if cost > growth:
@@ -107,10 +108,11 @@ def collapse(chunks: Sequence[Chunk], huge: int, growth: int, *, unshare: bool) 
             failures[number] = failures.get(number, 0) + 1
         else:
             done += huge
+            grown += chunk.missing
             growth -= cost
     for number, count in failures.items():
         notes.append(f"{count} of {len(chunks)} not collapsed: {_reason(number)}")
-    return Collapsed(done, tuple(notes))
+    return Collapsed(done, grown, tuple(notes))
 
 
 def advise(start: int, end: int) -> None:

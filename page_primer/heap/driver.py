@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 
-from page_primer import _core, reasons
+from page_primer import _core, reasons, survey
+from page_primer._lean import suppress
 from page_primer.heap import arenas, chunks, malloc
 from page_primer.kernel import memory, smaps
 from page_primer.kernel.anonymous import is_anonymous, use_of
@@ -24,8 +26,13 @@ if TYPE_CHECKING:
 
 _THP = "/sys/kernel/mm/transparent_hugepage"
 
-# A collapse may add so much to what is resident: a share of it, or half a huge page.
+# All collapses together may add so much to what is resident: a share of it, or half a huge page.
+# (Another half is, on average, free in the last region.)
 _GROWTH = 0.03
+
+# How often a process moves its break to the end of a huge page: before its application is loaded
+# and after. What lies below it malloc gives back no more.
+_ALIGNMENTS = 2
 
 
 class Heap:
@@ -37,6 +44,8 @@ class Heap:
         self.older: list[tuple[int, int]] = []  # mappings of arenas that are not ours
         self.searched = False
         self.malloc: str | None = None  # the allocator that is not glibc's
+        self.grown = 0  # bytes that collapsing made resident
+        self.aligned = (0, 0)  # the process, and how often it moved its break
 
     def is_new(self) -> bool:
         """Whether there may be something to do. Takes a tenth of a microsecond."""
@@ -48,6 +57,7 @@ class Heap:
         if refusal(options, huge, list(memory.bounds())) is None:
             self._search(smaps.read_maps())
             arenas.install(huge)
+            self._align(options, huge)
 
     def _search(self, mappings: Sequence[Mapping]) -> None:
         """Once, before new arenas are ours: find those that there are."""
@@ -76,6 +86,7 @@ class Heap:
             _core.arenas_retire()
             self._done()
             return HeapReport(str(options.heap), refused.reason, refused.detail, least_memory=least)
+        self._align(options, huge)
         before = smaps.read_smaps()
         self._search(before)
         notes = [note for note in (arenas.install(huge), self._malloc_note(options)) if note]
@@ -107,6 +118,24 @@ class Heap:
         _core.arenas_retire()
         self.__init__()  # type: ignore[misc]
 
+    def _align(self, options: Options, huge: int) -> None:
+        """Have [heap] end where a huge page does, so that what is below can be collapsed, and what
+        a forked child adds, which the kernel keeps in a mapping of its own, begins with one."""
+        process, count = self.aligned
+        count = count if process == os.getpid() else 0
+        if (
+            options.heap == "arenas"
+            or huge > arenas.LARGEST
+            or count == _ALIGNMENTS
+            or malloc.other_allocator() is not None
+            or malloc.tunable_in_force()  # glibc grows it as if it began with a huge page
+            or survey.threads() > 1  # one of which may be in malloc(3), whose lock is not ours
+        ):
+            return
+        self.aligned = os.getpid(), count + 1
+        with suppress(OSError):  # a limit of the address space
+            _core.heap_align(huge)
+
     def _malloc_note(self, options: Options) -> str | None:
         if options.heap == "arenas":
             return None
@@ -135,12 +164,15 @@ class Heap:
             if low < high and "hg" not in mapping.flags:
                 chunks.advise(low, high)
         growth = max(huge // 2, int(_GROWTH * smaps.total(mappings, "Rss")))
+        growth -= self.grown
         found = chunks.candidates(wanted, huge)
         if not options.heap_unshare:
             growth = min(growth, room)
         else:
             found = [chunk for chunk in found if (room := room - chunk.shared) >= 0]
-        return chunks.collapse(found, huge, growth, unshare=options.heap_unshare)
+        done = chunks.collapse(found, huge, growth, unshare=options.heap_unshare)
+        self.grown += done.grown
+        return done
 
     def _is_arena(self) -> _IsArena:
         return _IsArena([*self.older, *_regions()])

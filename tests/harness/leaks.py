@@ -264,6 +264,12 @@ def heap_mark() -> None:
 
 
 @case
+def heap_align() -> None:
+    _core.heap_align(1 << 21)  # moves the break once: there it stays until malloc needs more
+    refused(_core.heap_align, 3)
+
+
+@case
 def malloc_object() -> None:
     _core.malloc_object()
 
