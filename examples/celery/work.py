@@ -8,6 +8,8 @@ app = Celery("work")
 app.config_from_object("celeryconfig")
 if "BROKER" in os.environ:
     app.conf.update(broker_url=os.environ["BROKER"], result_backend=os.environ["BROKER"])
+if os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
+    import monitoring  # noqa: F401 (connects its signals)
 
 
 @app.task

@@ -1,0 +1,54 @@
+"""Files for the place where the project is hosted: valid, and about commands that exist."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = {
+    ".github/workflows/ci.yml": "vendor.github-workflows",
+    ".github/ISSUE_TEMPLATE/bug.yml": "vendor.github-issue-forms",
+    ".github/ISSUE_TEMPLATE/environment.yml": "vendor.github-issue-forms",
+    ".github/ISSUE_TEMPLATE/config.yml": "vendor.github-issue-config",
+    "CITATION.cff": "vendor.citation-file-format",
+}
+
+
+def text_of(name):
+    if not (ROOT / name).exists():
+        pytest.skip(f"no {name}: an sdist has no hidden files")
+    return (ROOT / name).read_text()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_valid(name):
+    pytest.importorskip("check_jsonschema")
+    text_of(name)
+    done = subprocess.run(
+        [sys.executable, "-m", "check_jsonschema", "--builtin-schema", FILES[name], name],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("name", ["bug", "environment"])
+def test_forms_ask_for_the_doctors_output(name):
+    assert "`page-primer doctor --json`" in text_of(f".github/ISSUE_TEMPLATE/{name}.yml")
+
+
+def test_the_workflow_runs_what_there_is():
+    """Targets of the Makefile, files, and all versions that the classifiers name."""
+    workflow = text_of(".github/workflows/ci.yml")
+    makefile = (ROOT / "Makefile").read_text()
+    targets = re.findall(r"^ +- run: make (.*)$", workflow, re.MULTILINE)
+    assert targets
+    for target in " ".join(targets).split():
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    for tool in re.findall(r"\btools/[\w-]+", workflow):
+        assert (ROOT / tool).is_file(), tool
+    classified = re.findall(r":: (3\.\d+)\"", (ROOT / "pyproject.toml").read_text())
+    (tested, *_) = re.findall(r"python: \[(.*)\]", workflow)
+    assert tested == ", ".join(f'"{version}"' for version in classified)
