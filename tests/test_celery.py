@@ -89,13 +89,17 @@ def test_spawned_children(tmp_path, broker, images):
 @pytest.mark.slow
 def test_a_thousand_tasks_of_one_child_each(tmp_path, broker, images):
     options = ["-c", "4", "--max-tasks-per-child", "1"]
-    with Worker(tmp_path, broker, images, *options, env={"PAGE_PRIMER_MLOCK": "1"}) as worker:
+    # A minute for a child until it is up, not four seconds: this machine may be busy.
+    configure = BY_IMPORT + "app.conf.worker_proc_alive_timeout = 60\n"
+    env = {"PAGE_PRIMER_MLOCK": "1"}
+    with Worker(tmp_path, broker, images, *options, configure=configure, env=env) as worker:
         source = "sum(r.get(timeout=600) for r in [work.add.delay(i, 1) for i in range(1000)])"
         assert worker.call(source, timeout=3600) == sum(range(1000)) + 1000
-        # A child may end while it is looked at (an OSError, so once more): it has done its task.
-        wait_for(lambda: len(worker.pool) == 4 and check(worker.pool), "a pool to look at")
+        wait_for(lambda: len(worker.pool) == 4, "a pool to look at")
+        # The youngest may not have locked yet.
+        wait_for(lambda: all(outside.text_of(pid).locked for pid in worker.pool), "its locks")
+        check(worker.pool)
         log = worker.log()
-        # The parent allows a child four seconds until it is up.
         assert "Timed out waiting for UP message" not in log
         assert "WorkerLostError" not in log
         assert "SIGKILL" not in log
