@@ -86,11 +86,21 @@ def test_spawned_children(tmp_path, broker, images):
         assert len({v.path.rpartition("/")[2] for text in texts for v in text.span_vmas}) == 1
 
 
+# In each child, before anything is loaded there.
+LOOK = """
+def look():
+    from page_primer import _core
+    from page_primer.apply.process import process
+    os.write(2, b"its parent knows all: %d\\n" % (process.loads == _core.loads()))
+os.register_at_fork(after_in_child=look)
+"""
+
+
 @pytest.mark.slow
 def test_a_thousand_tasks_of_one_child_each(tmp_path, broker, images):
     options = ["-c", "4", "--max-tasks-per-child", "1"]
     # A minute for a child until it is up, not four seconds: this machine may be busy.
-    configure = BY_IMPORT + "app.conf.worker_proc_alive_timeout = 60\n"
+    configure = BY_IMPORT + "app.conf.worker_proc_alive_timeout = 60\n" + LOOK
     env = {"PAGE_PRIMER_MLOCK": "1"}
     with Worker(tmp_path, broker, images, *options, configure=configure, env=env) as worker:
         source = "sum(r.get(timeout=600) for r in [work.add.delay(i, 1) for i in range(1000)])"
@@ -103,6 +113,9 @@ def test_a_thousand_tasks_of_one_child_each(tmp_path, broker, images):
         assert "Timed out waiting for UP message" not in log
         assert "WorkerLostError" not in log
         assert "SIGKILL" not in log
+        # None had to look at everything again, for a library that its parent has loaded.
+        assert "its parent knows all: 0" not in log
+        assert log.count("its parent knows all: 1") >= 1000
         # Each child said that it was locked as its parent, and nothing above DEBUG.
         assert len([line for line in worker.lines("DEBUG") if "as before" in line]) >= 1000
         assert len([line for line in worker.lines("INFO") if "huge pages" in line]) == 1

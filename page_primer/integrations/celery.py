@@ -14,6 +14,7 @@ processes that send tasks. The report goes to the logger "celery.worker.page_pri
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -91,7 +92,21 @@ def _log_parent(instance: Any = None, **_: Any) -> None:
     thaw(_options)  # what was loaded since is to be frozen, too
     _prime()
     if _forks(instance):
+        _prime_before_forks()
         suggest_freeze(_LOGGER, "the pool is forked from what is loaded here", _options)
+
+
+def _prime_before_forks() -> None:
+    """Have this process primed whenever it forks a child, which takes microseconds unless it has
+    loaded a library since (Celery loads some after its last signal): otherwise each child finds it,
+    and looks at everything again."""
+    parent = os.getpid()
+
+    def prime() -> None:
+        if os.getpid() == parent:
+            _prime()
+
+    os.register_at_fork(before=prime)
 
 
 def _forks(worker: Any) -> bool:
