@@ -1,7 +1,6 @@
 """The command line itself: its version, its tables."""
 
 import os
-import pty
 import re
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from harness.terminal import on_terminal
 
 import page_primer
 from page_primer.cli import bars, tables, terminal
@@ -22,29 +22,6 @@ def output(*arguments, **options):
     return subprocess.run(
         [*COMMAND, *arguments], capture_output=True, text=True, timeout=100, **options
     )
-
-
-def on_terminal(*arguments, columns=80, statuses=(0,), **environ):
-    """What a command writes to a terminal."""
-    master, slave = pty.openpty()
-    try:
-        done = subprocess.Popen(
-            [*COMMAND, *arguments], stdout=slave, stderr=subprocess.PIPE,
-            env={**os.environ, "COLUMNS": str(columns), "TERM": "xterm", **environ},
-        )  # fmt: skip
-        os.close(slave)
-        written = b""
-        while True:
-            try:
-                part = os.read(master, 1 << 16)
-            except OSError:  # the other end is closed: a terminal's end of file
-                break
-            written += part
-        assert done.wait(100) in statuses, done.stderr.read()
-        done.stderr.close()
-        return written.decode().replace("\r\n", "\n")
-    finally:
-        os.close(master)
 
 
 def test_version():
@@ -191,11 +168,11 @@ def test_bars_are_of_one_length_and_show_what_there_is():
 
 def test_doctor_on_a_terminal_and_in_a_pipe():
     plain = output("doctor", env={**os.environ, "COLUMNS": "80"}).stdout
-    fancy = on_terminal("doctor", columns=80, statuses=(0, 1, 2))
+    fancy = on_terminal(*COMMAND, "doctor", columns=80, statuses=(0, 1, 2))
     assert "\x1b[1m" in fancy, "a bold heading"
     assert "\x1b[32mok" in fancy
     assert "\x1b" not in plain
-    assert "\x1b" not in on_terminal("doctor", statuses=(0, 1, 2), NO_COLOR="1")
+    assert "\x1b" not in on_terminal(*COMMAND, "doctor", statuses=(0, 1, 2), NO_COLOR="1")
     for text in (plain, fancy):
         assert "Linux" in text
         assert text.splitlines()[-1].count(",") == 2
@@ -214,6 +191,6 @@ def test_doctor_on_a_terminal_and_in_a_pipe():
 
 
 def test_status_on_a_terminal():
-    text = on_terminal("status", str(os.getpid()), "--all", columns=200)
+    text = on_terminal(*COMMAND, "status", str(os.getpid()), "--all", columns=200)
     assert "\x1b[1m" in text
     assert "libc.so.6" in text

@@ -10,17 +10,18 @@ import pytest
 from harness import outside
 from harness.process import Process, interpreter
 from harness.servers import wait_for
+from harness.terminal import on_terminal, without_colours
 
 MIB = 1 << 20
 
 
-def status(*arguments, columns=None):
+STATUS = [sys.executable, "-m", "page_primer", "status"]
+
+
+def status(*arguments):
     environ = {**os.environ, "PYTHONIOENCODING": "utf-8"}
-    environ.pop("COLUMNS", None)  # pytest sets it
-    if columns:
-        environ["COLUMNS"] = str(columns)
     return subprocess.run(
-        [sys.executable, "-m", "page_primer", "status", *map(str, arguments)],
+        [*STATUS, *map(str, arguments)],
         capture_output=True, text=True, encoding="utf-8", env=environ,
     )  # fmt: skip
 
@@ -227,10 +228,13 @@ def test_lines_fit_the_terminal(python, images):
         process.prime(image_dir=str(images))
         for columns in (70, 80, 120):
             for words in ([], ["--all"], ["--each"]):
-                text = status(*words, process.pid, columns=columns).stdout
+                text = on_terminal(*STATUS, *words, str(process.pid), columns=columns)
+                text = without_colours(text)
                 wide = [line for line in text.splitlines() if len(line) > columns]
                 assert not wide, (columns, wide)
-        assert "…" in status(process.pid, columns=70).stdout.splitlines()[0], "a command line cut"
+        first = on_terminal(*STATUS, str(process.pid), columns=70).splitlines()[0]
+        assert "…" in first, "a command line is cut"
+        assert "…" not in status(process.pid).stdout, "and not in a pipe"
 
 
 def test_watch():

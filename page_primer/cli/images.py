@@ -9,7 +9,7 @@ import time
 from typing import TYPE_CHECKING, TypedDict
 
 from page_primer.backing import image as image_backing
-from page_primer.cli.tables import show_table
+from page_primer.cli.tables import Column, Table, render
 from page_primer.images import inventory, names, users
 from page_primer.images.room import NO_LIMIT
 from page_primer.images.trust import Unusable
@@ -41,6 +41,12 @@ class Listing(TypedDict):
     limit: int | None
     removed: list[str]
     images: list[Image]
+
+
+_COLUMNS = (
+    Column("object", left=True, cuts="start"), Column("size"), Column("users"),
+    Column("last use"), Column("path", left=True, goes=1),
+)  # fmt: skip
 
 
 def run(action: str, directory: str | None, *, as_json: bool) -> int:
@@ -114,8 +120,8 @@ def _show(found: list[Listing]) -> None:
         limit = f" of {mib(store['limit'])}" if store["limit"] else ""
         print(f"{store['path']}: {removed}{number}, {mib(store['size'])}{limit}")
         if store["images"]:
-            rows = [_row(image) for image in store["images"]]
-            show_table(("object", "size", "users", "last use", "path"), rows)
+            rows = tuple(tuple(_row(image)) for image in store["images"])
+            print(render(Table(_COLUMNS, rows)))
     if not found:
         print("no images")
 

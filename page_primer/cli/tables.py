@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 _GAP = "  "
 _NARROWEST = 30  # columns that a cell is folded to at least
 _SHORTEST = 12  # columns that a name is cut to at least
-_IN_A_PIPE = 100  # columns that a table with a folded column has there
 
 
 class Column(Record):
@@ -70,7 +69,7 @@ def render(table: Table) -> str:
     """A table for stdout, whatever that is."""
     wide = terminal.width()
     if wide is None and any(column.wraps for column in table.columns):
-        return fit(table, _IN_A_PIPE, cut=False)
+        return fit(table, terminal.width_of_sentences(), cut=False)
     return fit(table, wide)
 
 

@@ -14,6 +14,7 @@ RED, GREEN, YELLOW, CYAN = "31", "32", "33", "36"
 _SEQUENCE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
 ELLIPSIS = "…"
+_IN_A_PIPE = 100  # columns, unless COLUMNS says something else
 
 
 def is_terminal() -> bool:
@@ -28,9 +29,12 @@ def has_colours() -> bool:
 
 def width() -> int | None:
     """Columns to fit into; None where there is no such limit, as in a pipe."""
-    if is_terminal() or os.environ.get("COLUMNS", "").isdigit():
-        return shutil.get_terminal_size((80, 24)).columns
-    return None
+    return shutil.get_terminal_size((80, 24)).columns if is_terminal() else None
+
+
+def width_of_sentences() -> int:
+    """Columns to fold sentences to, in a pipe too."""
+    return shutil.get_terminal_size((_IN_A_PIPE, 24)).columns
 
 
 def height() -> int:

@@ -94,7 +94,8 @@ def _rows(checks: Sequence[Check]) -> Iterator[Row]:
 
 
 def _draw(layout: Interpreter) -> Iterator[str]:
-    yield f"{layout.path} ({layout.kind}, on {layout.filesystem or 'an unknown file system'})"
+    yield layout.path
+    yield f"  {layout.kind}, on {layout.filesystem or 'an unknown file system'}"
     start, end = layout.span
     for segment in layout.segments:
         stop = segment.address + segment.size
@@ -105,11 +106,11 @@ def _draw(layout: Interpreter) -> Iterator[str]:
         yield line.rstrip()
     if not layout.pmd_size:
         return
-    yield (
-        f"  span {mib(end - start)} with {counted(layout.huge_pages, 'whole huge page')} of "
-        f"{mib(layout.pmd_size)}; load address is {layout.phase:#x} modulo that"
-    )
+    pages = counted(layout.huge_pages, "whole huge page")
+    yield f"  span {mib(end - start)} with {pages} of {mib(layout.pmd_size)}"
+    yield f"  load address is {layout.phase:#x} modulo that"
     for name, coverage in (("image", layout.image), ("memfd, anonymous", layout.memory)):
-        left = "".join(f"; {mib(size)}: {why}" for why, size in coverage.left.items())
         share = percent(coverage.huge_bytes, layout.code_bytes)
-        yield f"  {name}: {share} of the code on huge pages{left}"
+        yield f"  {name}: {share} of the code on huge pages"
+        for why, size in coverage.left.items():
+            yield f"    {mib(size)} left: {why}"
