@@ -5,7 +5,8 @@
 # make coverage    the suite with coverage of Python and C; build/coverage/report.md names the rest
 # make trixie  make demo and make test in a Debian 13 (root; COMMAND=... for something else)
 # make lint    formatting, lint rules, types, layers; C's format and its lint
-# make wheel   sdist and wheel in dist/, checked (PYTHON_FOR=...: a wheel for another interpreter)
+# make wheel   sdist and wheel in dist/, checked (PYTHON_FOR=...: a wheel for another interpreter,
+#              CROSS=aarch64-linux-gnu: by that compiler, for another processor)
 # make wheel-check   the wheel in a clean environment of each interpreter here, and some tests on it
 # make changelog     fold the fragments of changelog.d/ into CHANGELOG.md (DRAFT=1: only show)
 # make docs    the documentation as a site, in build/docs; a warning is an error
@@ -69,7 +70,9 @@ lint: $(VENV)/.dev
 	    -isystem "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))')"
 
 wheel: $(VENV)/.release
-	$(BIN)/python tools/wheel $(if $(PYTHON_FOR),--python "$(PYTHON_FOR)")
+	$(if $(CROSS),_PYTHON_HOST_PLATFORM=linux-$(CROSS:%-linux-gnu=%) CC=$(CROSS)-gcc \
+	    LDSHARED="$(CROSS)-gcc -shared" )$(BIN)/python tools/wheel \
+	    $(if $(PYTHON_FOR),--python "$(PYTHON_FOR)")
 
 # Of the suite, what shows that the wheel has all its parts.
 WHEEL_TESTS = tests/test_core.py tests/test_status.py \

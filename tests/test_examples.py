@@ -86,7 +86,7 @@ def test_four_workers(examples, images, name, program, start, path, content):
         assert set(answers) == set(python_children(server))
         check(answers)
         for pid, answer in answers.items():
-            assert answer["reason"] is None
+            assert answer["primed"] and answer["reason"] is None, answer
             assert answer["code_huge_bytes"] >= outside.text_of(pid).huge, server.log()
         assert json.loads(server.get(path)) == content
         assert "page-primer: " in server.log()

@@ -1,6 +1,7 @@
 """Converts temperatures."""
 
 import os
+from typing import Any
 
 import fastapi
 from pydantic import BaseModel
@@ -21,11 +22,9 @@ async def celsius(degrees: float) -> Temperature:
 
 
 @app.get("/health")
-async def health() -> dict[str, int | str | None]:
-    """The state of the worker that answers: with nothing new, prime() gives the report there is."""
-    report = page_primer.prime()
-    huge = {"code_bytes": report.code_bytes, "code_huge_bytes": report.code_huge_bytes}
-    return {"pid": os.getpid(), "reason": report.reason, **huge}
+async def health() -> dict[str, Any]:
+    """How the worker that answers is primed."""
+    return page_primer.status()
 
 
 if os.environ.get("PROMETHEUS_MULTIPROC_DIR"):

@@ -17,10 +17,8 @@ def price(_: HttpRequest, article: str) -> HttpResponse:
 
 
 def health(_: HttpRequest) -> HttpResponse:
-    """The state of the worker that answers: with nothing new, prime() gives the report there is."""
-    report = page_primer.prime()
-    huge = {"code_bytes": report.code_bytes, "code_huge_bytes": report.code_huge_bytes}
-    return JsonResponse({"pid": os.getpid(), "reason": report.reason, **huge})
+    """How the worker that answers is primed."""
+    return JsonResponse(page_primer.status())
 
 
 def metrics(_: HttpRequest) -> HttpResponse:
