@@ -39,8 +39,8 @@ def offset_of(path: str, name: str) -> int:
         return next(iter(elf.address_offsets(symbol["st_value"], 1)))
 
 
-def hit(target: Target, path: str) -> bool:
-    """Whether a uprobe on a file fires while the worker works."""
+def hit(target: Target, path: str) -> str:
+    """Whether a uprobe on a file fires while the worker works, in words."""
     if os.geteuid() != 0 or shutil.which("unshare") is None:
         raise NotHere("needs root and unshare")
     if target.shape.chroot:
@@ -53,16 +53,16 @@ def hit(target: Target, path: str) -> bool:
                    hex(offset_of(path, FUNCTION)), str(target.pid))  # fmt: skip
     if "hits" not in said:
         raise Failed(last_line(said))
-    return int(said.split("hits")[1].split()[0]) > 0
+    return "it fires" if int(said.split("hits")[1].split()[0]) else "it does not fire"
 
 
 @probe("uprobe on the interpreter's path")
-def by_path(target: Target) -> bool:
+def by_path(target: Target) -> str:
     return hit(target, target.interpreter)
 
 
 @probe("uprobe on the path in /proc/PID/maps")
-def by_mapping(target: Target) -> bool:
+def by_mapping(target: Target) -> str:
     address = json.loads(target.get("addresses"))[FUNCTION]
     path = next(v.path for v in outside.smaps(target.pid) if v.start <= address < v.end)
     if not os.path.exists(path):

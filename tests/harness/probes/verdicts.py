@@ -62,7 +62,7 @@ def difference(expected: Any, seen: Any) -> str:
             if keys
             else ""
         )
-    return f"{seen!r}"[:160]
+    return (seen if isinstance(seen, str) else f"{seen!r}")[:160]
 
 
 def hottest(names: Counter[str], total: int) -> set[str]:
