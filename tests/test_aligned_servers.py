@@ -90,9 +90,11 @@ def test_uvicorn_with_four_spawned_workers(copy, env, tmp_path):
     env = {**env, "PAGE_PRIMER_APP": "served:app", "PYTHONPATH": "."}
     with Server(tmp_path, port, *command, env=env) as server:
         wait_for(lambda: server.log().count("huge already") == 4, "four reports", 60)
-        # Beside them the parent has started the resource tracker of multiprocessing.
-        lines = re.findall(r"Started server process \[(\d+)\]", server.log())
-        workers = [int(pid) for pid in lines]
+        # Beside them the parent has started the resource tracker of multiprocessing. They say who
+        # they are after their reports.
+        started = re.compile(r"Started server process \[(\d+)\]")
+        wait_for(lambda: len(started.findall(server.log())) == 4, "four workers", 60)
+        workers = [int(pid) for pid in started.findall(server.log())]
         assert len(workers) == 4 and set(workers) <= set(children(server.pid))
         require_aligned(workers, copy, server.log(), tmp_path / "images")
 

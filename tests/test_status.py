@@ -128,6 +128,9 @@ def test_a_closed_pipe_is_quiet():
     assert done.stderr == ""
 
 
+USAGE_ERRORS = "status nonsense", "bench --unknown", "build --unknown", "warm --unknown"
+
+
 def test_a_closed_pipe_and_a_full_stderr_change_no_exit_status():
     command = f'"{sys.executable}" -m page_primer'
     for words, code in (
@@ -135,7 +138,7 @@ def test_a_closed_pipe_and_a_full_stderr_change_no_exit_status():
         ("status --all --json $$ | true", 0),
         ("doctor | true", 0),
         ("status 4194305 2> /dev/full", 1),
-        ("status nonsense 2> /dev/full", 2),
+        *((f"{words} 2> /dev/full", 2) for words in USAGE_ERRORS),
         ("status --all $$ 2> /dev/full > /dev/null", 0),
         ("status 4194305 2>&-", 1),
     ):

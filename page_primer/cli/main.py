@@ -45,8 +45,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         say(f"page-primer: {error}")
         return 2
+    except OSError as error:
+        if _is_of_usage(error):
+            return 2
+        raise
     finally:
         _settle()
+
+
+def _is_of_usage(error: OSError) -> bool:
+    """Whether stderr did not take argparse's message, of which later than 3.11.2 argparse itself
+    says nothing."""
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_globals.get("__name__") == "argparse":
+            return True
+        trace = trace.tb_next
+    return False
 
 
 def _say(line: str) -> None:
