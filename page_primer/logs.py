@@ -26,7 +26,7 @@ PREFIX = "page_primer_"  # of each field: attributes of log records have one nam
 EVENTS = (
     "primed", "nothing_done", "unchanged", "detail", "heap",
     "lock_shortfall", "memory_shortfall", "huge_shortfall", "no_longer_aligned",
-    "unknown_variables",
+    "unknown_variables", "freeze_suggested", "figures_not_exported", "small_memory_limit",
 )  # fmt: skip
 
 

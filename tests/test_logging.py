@@ -4,12 +4,15 @@ import json
 import logging
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 from harness.gunicorn_server import CONF, Gunicorn
 
-from page_primer import logs, reasons
+from page_primer import integrations, logs, reasons
 from page_primer._lean import replace
+from page_primer.integrations import celery
 from page_primer.kernel.memory import Memory
+from page_primer.options import Options
 from page_primer.outcome import HeapReport, ObjectReport, SegmentReport
 from page_primer.report import Report
 
@@ -62,7 +65,8 @@ def documented():
     return {event: fields for event, fields in found.items() if event in logs.EVENTS}
 
 
-def records_of(report, since=None):
+def recording(log):
+    """The records that a function writes to the logger that it is given."""
     found = []
 
     class Keep(logging.Handler):
@@ -71,8 +75,30 @@ def records_of(report, since=None):
 
     logger = logging.Logger("of a test")
     logger.addHandler(Keep())
-    report.log(logger, since=since)
+    log(logger)
     return found
+
+
+def records_of(report, since=None):
+    return recording(lambda logger: report.log(logger, since=since))
+
+
+def records_of_integrations(monkeypatch):
+    """What is no part of a report: a preloaded application, an export that fails, and a child of
+    Celery's that is nearly as large as it may be."""
+    monkeypatch.setattr(integrations, "on_report", [lambda: open("/dev/null/figures")])
+    monkeypatch.setattr(integrations, "_last", None)
+
+    def log(logger):
+        integrations.suggest_freeze(logger, "the application is preloaded", Options())
+        integrations.announce(PRIMED, logger)
+        monkeypatch.setattr(celery, "_LOGGER", logger)
+        monkeypatch.setattr(celery, "_most_memory", 1)  # KiB
+        monkeypatch.setattr(celery, "_prime", lambda: None)
+        monkeypatch.setattr(celery, "current_process", lambda: SimpleNamespace(index=0))
+        celery._prime_child()
+
+    return recording(log)
 
 
 def fields_of(record):
@@ -80,16 +106,16 @@ def fields_of(record):
     return {k.removeprefix(prefix): v for k, v in vars(record).items() if k.startswith(prefix)}
 
 
-def test_each_event_has_the_documented_fields():
+def test_each_event_has_the_documented_fields(monkeypatch):
     nothing = Report(1, reasons.SWITCHED_OFF, detail="PAGE_PRIMER=0")
     reports = [(PRIMED, None), (nothing, None), (replace(PRIMED, pid=2), PRIMED)]
+    records = [record for report, since in reports for record in records_of(report, since)]
     seen = {}
-    for report, since in reports:
-        for record in records_of(report, since):
-            fields = fields_of(record)
-            assert record.getMessage().startswith("page-primer: ")
-            json.dumps(fields)
-            seen.setdefault(fields.pop("event"), set()).update(fields)
+    for record in [*records, *records_of_integrations(monkeypatch)]:
+        fields = fields_of(record)
+        assert record.getMessage().startswith("page-primer: ")
+        json.dumps(fields)
+        seen.setdefault(fields.pop("event"), set()).update(fields)
     assert seen.keys() == set(logs.EVENTS)
     assert seen == documented()
 

@@ -150,7 +150,10 @@ def test_a_closed_pipe_and_a_full_stderr_change_no_exit_status():
 def test_command_line_errors():
     for words, message in (
         (["nonsense"], "argument PID: invalid process id: 'nonsense'"),
-        (["1", "--watch", "often"], "argument --watch: not a number of seconds above 0: 'often'"),
+        (
+            ["1", "--interval", "often"],
+            "argument --interval: not a number of seconds above 0: 'often'",
+        ),
     ):
         done = status(*words)
         assert done.returncode == 2
@@ -243,7 +246,7 @@ def test_lines_fit_the_terminal(python, images):
 def test_watch():
     """Again and again, until it has ended; as JSON a line each time."""
     sleeper = subprocess.Popen(["sleep", "100"])
-    command = [sys.executable, "-m", "page_primer", "status", "--watch", "0.1"]
+    command = [sys.executable, "-m", "page_primer", "status", "--watch", "--interval", "0.1"]
     try:
         for more in ([], ["--json"]):
             watch = subprocess.Popen(

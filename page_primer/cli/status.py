@@ -61,8 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--each", action="store_true", help="a table of objects for each process")
     parser.add_argument("--python-only", action="store_true",
                         help="of PID and all its descendants, those that are Python")  # fmt: skip
-    parser.add_argument("--watch", nargs="?", type=_seconds, const=2.0, metavar="SECONDS",
-                        help="again every 2 seconds, or SECONDS, until Ctrl-C")  # fmt: skip
+    parser.add_argument("--watch", action="store_true", help="again and again, until Ctrl-C")
+    parser.add_argument("--interval", type=_seconds, default=2.0, metavar="SECONDS",
+                        help="with --watch: how often (default: 2)")  # fmt: skip
     parser.add_argument("--json", action="store_true",
                         help="as JSON, sizes in bytes; with --watch a line each time")  # fmt: skip
 
@@ -85,7 +86,7 @@ def _seconds(text: str) -> float:
 
 def run(given: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
-    if given.watch is None:
+    if not given.watch:
         return _show_once(given)
     try:
         return _watch(given)
@@ -122,7 +123,7 @@ def _watch(given: argparse.Namespace) -> int:
                   flush=True)  # fmt: skip
         else:
             print("\n".join([*_screen(given, found), ""]), flush=True)
-        time.sleep(given.watch)
+        time.sleep(given.interval)
     if not seen:
         return _show_once(given)
     print(f"page-primer: {_nothing(given)} any more", file=sys.stderr)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import page_primer
 from page_primer import reasons
+from page_primer.logs import say
 from page_primer.options import Options
 from page_primer.report import Report
 from page_primer.words import FREEZE_REMEDY
@@ -56,7 +57,7 @@ def suggest_freeze(
     except ValueError:  # as above
         return
     if options.enabled and not options.freeze and "freeze" not in options.explicit:
-        logger.info("page-primer: %s: %s; =0: no such line", preloaded, FREEZE_REMEDY)
+        say(logger.info, "freeze_suggested", f"{preloaded}: {FREEZE_REMEDY}; =0: no such line")
 
 
 def announce(report: Report, logger: Logger | logging.Logger) -> None:
@@ -69,7 +70,8 @@ def announce(report: Report, logger: Logger | logging.Logger) -> None:
             try:
                 listener()
             except Exception as error:  # somebody's file system is full: the server runs on
-                logger.warning("page-primer: figures not exported: %s", error)
+                line = f"figures not exported: {error}"
+                say(logger.warning, "figures_not_exported", line, error=str(error))
     _last = report
 
 

@@ -26,6 +26,7 @@ from celery.utils.log import get_logger
 import page_primer
 from page_primer._lean import replace
 from page_primer.integrations import announce, prime_and_log, suggest_freeze, thaw, versions
+from page_primer.logs import say
 from page_primer.options import NAMES, Options
 from page_primer.report import Report
 
@@ -142,7 +143,7 @@ def _prime_child(**_: Any) -> None:
     if limit and getattr(current_process(), "index", None) == 0:
         warning = memory_warning(limit, getrusage(RUSAGE_SELF).ru_maxrss)
         if warning:
-            _LOGGER.warning("page-primer: %s", warning)
+            say(_LOGGER.warning, "small_memory_limit", warning, limit_bytes=limit << 10)
 
 
 def memory_warning(limit: int, size: int) -> str | None:
