@@ -104,7 +104,7 @@ def test_celery_demo(examples, images):
         pytest.importorskip(package)
     done = demo(examples / "celery", images)
     assert "20 tasks done" in done
-    assert re.search(r"^ +_multiarray_umath\S+ +[\d.]+ MiB +[1-9]\S* %", done, re.MULTILINE), done
+    assert re.search(r"^ +_multiarray_umath\S+ +\S+ +[\d.]+ MiB +[1-9]\S* %", done, re.MULTILINE), done
 
 
 def demo(directory, images):

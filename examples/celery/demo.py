@@ -61,8 +61,11 @@ def show(worker: subprocess.Popen, log: Path) -> None:
     results = [summary.delay(seed, 1000) for seed in range(20)]
     wait_for(lambda: all(r.ready() for r in results), "the tasks", worker, log)
     print(f"20 tasks done; the last one's result is {results[-1].get()}\n")
-    print("$ page-primer status", worker.pid, flush=True)
-    subprocess.run([sys.executable, "-m", "page_primer", "status", str(worker.pid)], check=True)
+    children = Path(f"/proc/{worker.pid}/task/{worker.pid}/children").read_text().split()
+    with_pandas = next(pid for pid in children if "pandas" in Path(f"/proc/{pid}/maps").read_text())
+    for pid in (str(worker.pid), with_pandas):
+        print("$ page-primer status", pid, flush=True)
+        subprocess.run([sys.executable, "-m", "page_primer", "status", pid], check=True)
 
 
 def main() -> int:
