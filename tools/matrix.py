@@ -204,12 +204,18 @@ def judge(name: str, expected: object, seen: object) -> Verdict:
     if isinstance(expected, probes.NotHere):
         return Verdict(ABSENT, str(expected))
     if isinstance(expected, Exception):
-        return Verdict(ABSENT, f"nor unprimed: {expected}")
+        return Verdict(ABSENT, f"nor unprimed: {in_words(expected)}")
     if isinstance(seen, probes.NotHere):
         return Verdict(ABSENT, str(seen))
     if isinstance(seen, Exception):
-        return Verdict(CANNOT, str(seen))
+        return Verdict(CANNOT, in_words(seen))
     return PROBES[name].judge(expected, seen)
+
+
+def in_words(error: Exception) -> str:
+    if isinstance(error, subprocess.TimeoutExpired):  # which would quote the whole command
+        return f"no answer within {error.timeout:g} s"
+    return str(error)
 
 
 Table = dict[str, dict[str, Verdict]]
