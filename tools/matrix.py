@@ -23,7 +23,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -204,12 +204,18 @@ def judge(name: str, expected: object, seen: object) -> Verdict:
     if isinstance(expected, probes.NotHere):
         return Verdict(ABSENT, str(expected))
     if isinstance(expected, Exception):
-        return Verdict(ABSENT, f"nor unprimed: {expected}")
+        return Verdict(ABSENT, f"nor unprimed: {in_words(expected)}")
     if isinstance(seen, probes.NotHere):
         return Verdict(ABSENT, str(seen))
     if isinstance(seen, Exception):
-        return Verdict(CANNOT, str(seen))
+        return Verdict(CANNOT, in_words(seen))
     return PROBES[name].judge(expected, seen)
+
+
+def in_words(error: Exception) -> str:
+    if isinstance(error, subprocess.TimeoutExpired):  # which would quote the whole command
+        return f"no answer within {error.timeout:g} s"
+    return str(error)
 
 
 Table = dict[str, dict[str, Verdict]]
@@ -297,9 +303,12 @@ def main() -> int:
         found = list(shapes(options.shape))
         chosen = [shape for shape in found if isinstance(shape, Shape)]
         with ThreadPoolExecutor(options.jobs) as pool:
-            done = pool.map(lambda shape: examine(shape, ways, Path(scratch), wanted), chosen)
-            for shape, table in zip(chosen, done, strict=True):
-                text = "".join(render(shape.name, table, ways_of(shape, ways)))
+            examined = {
+                pool.submit(examine, shape, ways, Path(scratch), wanted): shape for shape in chosen
+            }
+            for done in as_completed(examined):  # what is done stays when the rest is cut off
+                shape = examined[done]
+                text = "".join(render(shape.name, done.result(), ways_of(shape, ways)))
                 chapters.enter(Path(options.output), shape.name, text)
                 print(text)
     shutil.rmtree(perf.BUILD_IDS, ignore_errors=True)
