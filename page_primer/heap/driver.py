@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from page_primer.kernel.smaps import Mapping
     from page_primer.options import Options
 
-# All collapses together may add so much to what is resident: a share of it, or half a huge page.
-# (Another half is, on average, free in the last region.)
-_GROWTH = 0.03
+# All collapses together may add so much to what is resident: a share of it, or a quarter of a huge
+# page. (Half of one is, on average, free in the last region.)
+_GROWTH = 0.015
 
 # How often a process moves its break to the end of a huge page: before its application is loaded
 # and after, and when libraries arrive late. Each may cost a quarter of a megabyte of addresses.
@@ -160,7 +160,7 @@ class Heap:
             low, high = chunks.within(mapping, huge)
             if low < high and "hg" not in mapping.flags:
                 chunks.advise(low, high)
-        growth = max(huge // 2, int(_GROWTH * smaps.total(mappings, "Rss")))
+        growth = max(huge // 4, int(_GROWTH * smaps.total(mappings, "Rss")))
         growth -= self.grown
         found = chunks.candidates(wanted, huge)
         if not options.heap_unshare:
