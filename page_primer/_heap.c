@@ -643,7 +643,7 @@ PyDoc_STRVAR(
     heap_mark_doc,
     "heap_mark() -> int\n\n"
     "A number that differs when there may be something to collapse or to tell: the\n"
-    "program break moved by a huge page, a region got small pages, or regions were\n"
+    "program break moved into another huge page, a region got small pages, or regions were\n"
     "made, twice as many as at the last change.");
 
 static PyObject *
@@ -653,7 +653,8 @@ heap_mark(PyObject *module, PyObject *Py_UNUSED(ignored))
 
     (void)module;
     return PyLong_FromUnsignedLongLong(
-        (uintptr_t)sbrk(0) / huge + ((heap.small + heap.cooled) << 40)
+        ((uintptr_t)sbrk(0) + huge - 1) / huge
+        + ((heap.small + heap.cooled) << 40)
         + ((uint64_t)(64 - __builtin_clzll(heap.made | 1)) << 34));
 }
 

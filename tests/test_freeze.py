@@ -42,6 +42,11 @@ def private(pids):
     return sum(v.kb["Private_Dirty"] for v in found) * 1024 // len(pids)
 
 
+def resident(pid):
+    """Bytes, whoever else has them: what a parent has for itself changes with its children."""
+    return sum(vma.kb["Rss"] for vma in outside.smaps(pid)) * 1024
+
+
 def test_freeze_once_and_again(python):
     with Process(python) as process:
         first = process.prime(**ONLY_FREEZE)
@@ -117,16 +122,17 @@ def test_reforks_leave_nothing_in_gunicorns_master(python, tmp_path):
         master = server.master
         answers = [answer_of_a_new_worker(server, set()) for _ in range(3)]
         seen = {answer["pid"] for answer in answers}
-        before = private([master]), len(outside.smaps(master)), descriptors(master)
+        before = resident(master), len(outside.smaps(master)), descriptors(master)
         for _ in range(20):
             answers.append(answer_of_a_new_worker(server, seen))
             seen.add(answers[-1]["pid"])
         assert len({answer["frozen"] for answer in answers}) == 1
         assert answers[0]["frozen"] >= 250_000
-        after = private([master]), len(outside.smaps(master)), descriptors(master)
-        assert after[0] <= before[0] + MIB
-        assert after[1] <= before[1] + 2
-        assert after[2] <= before[2] + 1  # the one that a worker is watched by
+        after = resident(master), len(outside.smaps(master)), descriptors(master)
+        # The first forks take a megabyte, then it is the same to the page (benchmarks/heap.py).
+        assert after[0] <= before[0] + 3 * MIB, (before, after)
+        assert after[1] <= before[1] + 6, (before, after)
+        assert after[2] <= before[2] + 1, (before, after)  # the one that a worker is watched by
 
 
 def descriptors(pid):
@@ -184,12 +190,12 @@ def test_celerys_children_share_what_their_parent_loaded(tmp_path, broker, image
         assert size <= 20 * MIB
         assert suggested == []
         twenty = "[r.get(timeout=120) for r in [work.collect.delay() for _ in range(20)]]"
-        before = private([worker.pid])
+        before = resident(worker.pid)
         answers = worker.call(twenty)
         assert len({pid for pid, _ in answers}) == 20
         assert {frozen for _, frozen in answers} == {answers[0][1]}
         assert answers[0][1] >= 250_000
-        assert private([worker.pid]) <= before + 4 * MIB  # its own 20 tasks' messages are of it
+        assert resident(worker.pid) <= before + 4 * MIB  # its own 20 tasks' messages are of it
 
 
 def test_the_doctor_looks_for_a_preloaded_application(python, tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from page_primer._lean import replace
 from page_primer.heap import arenas, malloc
-from page_primer.heap.driver import defrag, refusal
+from page_primer.heap.refusal import defrag, refusal
 from page_primer.kernel import memory
 from page_primer.options import Options
 

@@ -6,33 +6,30 @@ import os
 import sys
 import time
 
-from page_primer import _core, reasons, survey
+from page_primer import _core, survey
 from page_primer._lean import suppress
 from page_primer.heap import arenas, chunks, malloc
+from page_primer.heap.refusal import refusal
 from page_primer.kernel import memory, smaps
 from page_primer.kernel.anonymous import is_anonymous, use_of
 from page_primer.kernel.smaps import overlapping
 from page_primer.outcome import HeapReport
-from page_primer.reasons import Refusal
 from page_primer.words import milliseconds_since
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from page_primer.kernel.memory import Memory
     from page_primer.kernel.smaps import Mapping
     from page_primer.options import Options
 
-_THP = "/sys/kernel/mm/transparent_hugepage"
-
-# All collapses together may add so much to what is resident: a share of it, or half a huge page.
-# (Another half is, on average, free in the last region.)
-_GROWTH = 0.03
+# All collapses together may add so much to what is resident: a share of it, or a quarter of a huge
+# page. (Half of one is, on average, free in the last region.)
+_GROWTH = 0.015
 
 # How often a process moves its break to the end of a huge page: before its application is loaded
-# and after. What lies below it malloc gives back no more.
-_ALIGNMENTS = 2
+# and after, and when libraries arrive late. Each may cost a quarter of a megabyte of addresses.
+_ALIGNMENTS = 8
 
 
 class Heap:
@@ -132,9 +129,9 @@ class Heap:
             or survey.threads() > 1  # one of which may be in malloc(3), whose lock is not ours
         ):
             return
-        self.aligned = os.getpid(), count + 1
         with suppress(OSError):  # a limit of the address space
-            _core.heap_align(huge)
+            moved = _core.heap_align(huge)
+            self.aligned = os.getpid(), count + bool(moved)
 
     def _malloc_note(self, options: Options) -> str | None:
         if options.heap == "arenas":
@@ -163,7 +160,7 @@ class Heap:
             low, high = chunks.within(mapping, huge)
             if low < high and "hg" not in mapping.flags:
                 chunks.advise(low, high)
-        growth = max(huge // 2, int(_GROWTH * smaps.total(mappings, "Rss")))
+        growth = max(huge // 4, int(_GROWTH * smaps.total(mappings, "Rss")))
         growth -= self.grown
         found = chunks.candidates(wanted, huge)
         if not options.heap_unshare:
@@ -192,44 +189,3 @@ def _regions() -> list[tuple[int, int]]:
     bases = _core.arenas_regions()
     size = _core.region_size()
     return [(base, base + size) for base in bases]
-
-
-def refusal(options: Options, huge: int, bounds: Sequence[Memory]) -> Refusal | None:
-    """Why the heap is to be left alone here, or None."""
-    if not huge:
-        return Refusal(reasons.NO_HUGE_PAGES)
-    if enabled(huge) == "never":
-        return Refusal(reasons.THP_OFF, f"{_THP}/enabled is never")
-    if _core.thp_disabled():
-        return Refusal(reasons.THP_DISABLED)
-    for bound in bounds:
-        if bound.limit < options.heap_min_memory:
-            limit, least = bound.limit >> 20, options.heap_min_memory >> 20
-            return Refusal(reasons.SMALL_LIMIT, f"{limit} MiB ({bound.where}) of {least} MiB")
-        if bound.available * options.memory_share < 4 * huge:
-            return Refusal(
-                reasons.TOO_LITTLE_MEMORY,
-                f"{bound.available >> 20} MiB available of {bound.limit >> 20} MiB ({bound.where})",
-            )
-    return None
-
-
-def enabled(huge: int) -> str:
-    """The setting that decides on anonymous huge pages: "always", "madvise" or "never"; empty where
-    it cannot be read."""
-    of_size = _chosen(f"{_THP}/hugepages-{huge >> 10}kB/enabled")
-    return _chosen(f"{_THP}/enabled") if of_size in ("", "inherit") else of_size
-
-
-def defrag() -> str:
-    """How far the kernel goes at a page fault for a huge page."""
-    return _chosen(f"{_THP}/defrag")
-
-
-def _chosen(path: str) -> str:
-    """What is in brackets in a file of sysfs."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            return file.read().partition("[")[2].partition("]")[0]
-    except OSError:
-        return ""

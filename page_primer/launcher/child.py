@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import sys
 
-from page_primer import on_process, prime
+from page_primer import _unsupported, on_process, prime
+from page_primer._lean import suppress
 from page_primer.options import Options, flag
 
 TYPE_CHECKING = False
@@ -32,6 +33,8 @@ def start() -> None:
     options = Options.load()
     if not options.enabled:
         return
+    if options.heap:
+        _start_arenas(options)
     report = prime(options)
     os.register_at_fork(after_in_child=_lock_in_child)
     if report.reason is None and _wants(LATE, True):
@@ -39,6 +42,19 @@ def start() -> None:
 
         late.watch(options, _tell)
     _tell(report)
+
+
+def _start_arenas(options: Options) -> None:
+    """Have the modules that prime() imports, and all after them, in huge arenas. Whatever is in the
+    way, prime() has to say."""
+    with suppress(ImportError, OSError):
+        from page_primer.heap import arenas  # of this option alone
+        from page_primer.heap.refusal import refusal
+        from page_primer.kernel import memory, thp
+
+        huge = thp.pmd_size()
+        if _unsupported() is None and refusal(options, huge, list(memory.bounds())) is None:
+            arenas.install(huge)
 
 
 def _tell(report: Report) -> None:
