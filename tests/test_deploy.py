@@ -277,7 +277,7 @@ def test_systemd_with_a_cache_directory(public, public_python):
             check_sandbox(master, 256 << 20)
             check_interpreter([master, *workers])
             for pid in (master, *workers):
-                assert images(pid, "/var/cache/private/shop/page-primer/")
+                assert images(pid, "/var/cache/private/shop/page-primer/"), said(systemd)
             lines = said(systemd)
             assert "image in /var/cache/shop/page-primer" in lines[0], lines
             assert not [line for line in lines if "[INFO]" not in line], lines
@@ -306,7 +306,9 @@ def test_systemd_with_a_store_that_root_has_filled(public, public_python):
             assert found
             if min(vma.start for vma in crypto) % outside.PMD == 0:
                 assert any("libcrypto" in vma.path and vma.huge for vma in found), found
-        (line,) = said(systemd)
+        lines = said(systemd)
+        assert len(lines) == 1, lines
+        (line,) = lines
         assert "[INFO]" in line and "not locked (over RLIMIT_MEMLOCK)" in line
         locked = {get(shop.port, "/lock").decode() for _ in range(12)}
         assert locked <= {str(own_number(pid)) for pid in workers}, locked

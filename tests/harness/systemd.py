@@ -39,6 +39,7 @@ for d in etc var; do
     mkdir -p "$home/$d/u" "$home/$d/w"
     mount -t overlay overlay -o "lowerdir=/$d,upperdir=$home/$d/u,workdir=$home/$d/w" "/$d"
 done
+rm -rf /var/cache/page-primer  # in the overlay: the machine's own has no part in this
 mount -t tmpfs -o mode=755 tmpfs /run
 mount -t proc proc /proc
 mount --bind /proc/sys /proc/sys
