@@ -108,7 +108,8 @@ def fields_of(record):
 
 def test_each_event_has_the_documented_fields(monkeypatch):
     nothing = Report(1, reasons.SWITCHED_OFF, detail="PAGE_PRIMER=0")
-    reports = [(PRIMED, None), (nothing, None), (replace(PRIMED, pid=2), PRIMED)]
+    asked = replace(PRIMED, warn=(*PRIMED.warn, "mlock"))  # for shortfalls to be lines of their own
+    reports = [(asked, None), (nothing, None), (replace(asked, pid=2), asked)]
     records = [record for report, since in reports for record in records_of(report, since)]
     seen = {}
     for record in [*records, *records_of_integrations(monkeypatch)]:
@@ -118,6 +119,16 @@ def test_each_event_has_the_documented_fields(monkeypatch):
         seen.setdefault(fields.pop("event"), set()).update(fields)
     assert seen.keys() == set(logs.EVENTS)
     assert seen == documented()
+
+
+def test_what_nobody_asked_for_by_name_is_in_the_one_line():
+    primed, *others = [r for r in records_of(PRIMED, None) if r.levelname == "INFO"]
+    assert "not locked" in primed.getMessage()
+    fields = fields_of(primed)
+    assert fields["event"] == "primed"
+    assert fields["lock_refused_bytes"] == PRIMED.lock_refused_bytes > 0
+    assert fields["lock_withheld_bytes"] == PRIMED.lock_withheld_bytes > 0
+    assert {fields_of(one)["event"] for one in others} <= {"heap"}
 
 
 def test_a_logger_without_fields_gets_the_text():
