@@ -83,6 +83,9 @@ def records_of(report, since=None):
     return recording(lambda logger: report.log(logger, since=since))
 
 
+ASKED = replace(PRIMED, warn=(*PRIMED.warn, "mlock"))  # for shortfalls to be lines of their own
+
+
 def records_of_integrations(monkeypatch):
     """What is no part of a report: a preloaded application, an export that fails, and a child of
     Celery's that is nearly as large as it may be."""
@@ -91,7 +94,7 @@ def records_of_integrations(monkeypatch):
 
     def log(logger):
         integrations.suggest_freeze(logger, "the application is preloaded", Options())
-        integrations.announce(PRIMED, logger)
+        integrations.announce(ASKED, logger)
         monkeypatch.setattr(celery, "_LOGGER", logger)
         monkeypatch.setattr(celery, "_most_memory", 1)  # KiB
         monkeypatch.setattr(celery, "_prime", lambda: None)
@@ -108,8 +111,7 @@ def fields_of(record):
 
 def test_each_event_has_the_documented_fields(monkeypatch):
     nothing = Report(1, reasons.SWITCHED_OFF, detail="PAGE_PRIMER=0")
-    asked = replace(PRIMED, warn=(*PRIMED.warn, "mlock"))  # for shortfalls to be lines of their own
-    reports = [(asked, None), (nothing, None), (replace(asked, pid=2), asked)]
+    reports = [(ASKED, None), (nothing, None), (replace(ASKED, pid=2), ASKED)]
     records = [record for report, since in reports for record in records_of(report, since)]
     seen = {}
     for record in [*records, *records_of_integrations(monkeypatch)]:
