@@ -118,10 +118,9 @@ def _measured() -> Report:
 
 
 def _look(process: Process) -> Report:
-    from page_primer.kernel import smaps  # as the driver has it
-
     before = process.resident
-    report = process.measure((), smaps.read_own(), time.perf_counter())
+    last = process.report or Report(os.getpid(), None)
+    report = process.measure_again(last, time.perf_counter())
     process.resident = before  # what has grown since is not by priming
     return replace(report, resident_bytes=before[0])
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 from page_primer._lean import Record
 from page_primer.kernel.anonymous import Use
 from page_primer.logs import say
@@ -25,6 +27,62 @@ class SegmentReport(Record):
     huge_bytes: int  # of them on huge pages
     locked_bytes: int
     left: dict[Reason, int]  # bytes left on small pages
+
+
+_KINDS = ("code", "rodata", "data")
+_FORM = struct.Struct("6Q")  # as SegmentReport has them
+_LEFT = struct.Struct("=HHQ")  # number of the segment, of the reason, bytes
+
+
+class Segments(tuple["SegmentReport", ...]):
+    """The segments of an object: a tuple, packed until they are looked at. A report stays as long
+    as its process, which has hundreds of them, and each takes half a kilobyte otherwise."""
+
+    __slots__ = ()
+
+    if not TYPE_CHECKING:  # to others it is what it derives from
+
+        def __new__(cls, segments):
+            packed, left, reasons = bytearray(), bytearray(), {}
+            for index, segment in enumerate(segments):
+                packed += _FORM.pack(
+                    segment.start, segment.end, _KINDS.index(segment.kind), segment.bytes,
+                    segment.huge_bytes, segment.locked_bytes,
+                )  # fmt: skip
+                for reason, size in segment.left.items():
+                    number = reasons.setdefault(reason, len(reasons))
+                    left += _LEFT.pack(index, number, size)
+            return tuple.__new__(cls, (bytes(packed), bytes(left), tuple(reasons)))
+
+        def __iter__(self):
+            packed, left, reasons = tuple.__iter__(self)
+            for index, (start, end, kind, *sizes) in enumerate(_FORM.iter_unpack(packed)):
+                mine = {reasons[n]: size for i, n, size in _LEFT.iter_unpack(left) if i == index}
+                yield SegmentReport(start, end, _KINDS[kind], *sizes, mine)
+
+        def __len__(self):
+            return len(tuple.__getitem__(self, 0)) // _FORM.size
+
+        def __getitem__(self, index):
+            return tuple(iter(self))[index]
+
+        def __contains__(self, one):
+            return one in tuple(iter(self))
+
+        def __eq__(self, other):
+            return tuple(iter(self)) == tuple(iter(other)) if isinstance(other, tuple) else False
+
+        def __ne__(self, other):
+            return not self == other
+
+        def __hash__(self):
+            return tuple.__hash__((len(self), tuple.__getitem__(self, 0)))
+
+        def __repr__(self):
+            return repr(tuple(iter(self)))
+
+        def __getnewargs__(self):
+            return (tuple(iter(self)),)
 
 
 class ObjectReport(Record):

@@ -11,6 +11,7 @@ from page_primer.words import counted, memlock_remedy, mib, percent, shortage
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from typing import Any
 
     from page_primer.kernel.memory import Memory
@@ -108,32 +109,34 @@ class Report(Record):
             since: an earlier report, of this process or of the one it was forked from. Then only
                 what differs is worth a line above DEBUG.
         """
-        left_out = self._left_out(OVER_LIMIT)
-        if (
-            since is None
-            or self.moved
-            or self.reason != since.reason
-            or left_out != since._left_out(OVER_LIMIT)
-        ):
-            self.log_state(logger)
-        elif self.pid != since.pid:
+        said = {shortfall.text for shortfall in since.shortfalls()} if since else set()
+        fresh = [shortfall for shortfall in self.shortfalls() if shortfall.text not in said]
+        core = self.interpreter
+        needed = "mlock" in self.warn or (core is not None and not core.locked_bytes)
+        minor = [s for s in fresh if s.event in ("lock_shortfall", "memory_shortfall")]
+        minor = [] if needed else minor  # what was tried, and was nobody's wish: no line of its own
+        if self._is_news(since):
+            self.log_state(logger, minor)
+        elif minor:
+            for shortfall in minor:
+                say(logger.info, shortfall.event, shortfall.text, **shortfall.fields)
+        elif since is not None and self.pid != since.pid:
             line = f"as before, {self.milliseconds:.1f} ms"
             say(logger.debug, "unchanged", line, milliseconds=self.milliseconds)
         if self.heap is not None:
             self.heap.log(logger, since.heap if since else None, named="heap" in self.warn)
-        core = self.interpreter
-        needed = "mlock" in self.warn or (core is not None and not core.locked_bytes)
-        said = {shortfall.text for shortfall in since.shortfalls()} if since else set()
-        for shortfall in self.shortfalls():
-            if shortfall.text not in said:
-                is_minor = shortfall.event in ("lock_shortfall", "memory_shortfall") and not needed
-                method = logger.info if is_minor else logger.warning
-                say(method, shortfall.event, shortfall.text, **shortfall.fields)
+        for shortfall in fresh:
+            if shortfall not in minor:
+                say(logger.warning, shortfall.event, shortfall.text, **shortfall.fields)
 
-    def log_state(self, logger: AnyLogger) -> None:
-        """Write the INFO line and the DEBUG lines of log() alone."""
-        event = "nothing_done" if self.reason else "primed"
-        say(logger.info, event, self.summary(), **self._said())
+    def log_state(self, logger: AnyLogger, minor: Iterable[Shortfall] = ()) -> None:
+        """Write the INFO line, with what could not be locked or moved, and the DEBUG lines
+        of log() alone."""
+        event, fields = "nothing_done" if self.reason else "primed", self._said()
+        for shortfall in minor:
+            fields |= shortfall.fields
+        line = "; ".join([self.summary(), *(shortfall.text for shortfall in minor)])
+        say(logger.info, event, line, **fields)
         for line in self._details():
             say(logger.debug, "detail", line)
 
@@ -158,8 +161,17 @@ class Report(Record):
             "milliseconds": self.milliseconds,
         }
 
+    def _is_news(self, since: Report | None) -> bool:
+        """Whether the summary is worth a line, after that of an earlier report."""
+        return (
+            since is None
+            or bool(self.moved)
+            or self.reason != since.reason
+            or self._left_out(OVER_LIMIT) != since._left_out(OVER_LIMIT)
+        )
+
     def summary(self) -> str:
-        """The one line that log() writes at INFO."""
+        """The line that log() writes at INFO."""
         if self.reason is not None:
             return f"nothing done: {Refusal(self.reason, self.detail)}"
         parts = []

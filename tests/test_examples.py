@@ -104,7 +104,8 @@ def test_celery_demo(examples, images):
         pytest.importorskip(package)
     done = demo(examples / "celery", images)
     assert "20 tasks done" in done
-    assert re.search(r"^ +_multiarray_umath\S+ +\S+ +[\d.]+ MiB +[1-9]\S* %", done, re.MULTILINE), done
+    row = r"^ +_multiarray_umath\S+ +\S+ +[\d.]+ MiB +[1-9]\S* %"
+    assert re.search(row, done, re.MULTILINE), done
 
 
 def demo(directory, images):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from harness import outside
 from harness.container import container
+from harness.container_runs import restart
 from harness.kernel import filesystem
 from harness.libraries import build_library
 from harness.privileges import needs_root
@@ -185,8 +186,8 @@ def test_a_trial_is_remembered(python, images, monkeypatch):
     images.mkdir(mode=0o755)
     fd = os.open(images, DIRECTORY)
     try:
-        # Each trial that says no was made twice.
-        answers = iter([0, 0, 0, 2 * MIB, 0, 0])
+        none = [0] * trial._TRIES
+        answers = iter([*none, 4 * MIB, *none])
         monkeypatch.setattr(trial, "measure", lambda *_: next(answers))
         assert not trial.gives_huge_pages(fd, 2 * MIB)
         assert not trial.gives_huge_pages(fd, 2 * MIB)  # remembered
@@ -293,6 +294,22 @@ def test_a_container_with_a_read_only_root_and_nothing_built(tmp_path):
             assert process.run("import os; result = os.listdir('/dev/shm')") == []
     finally:
         shutil.rmtree(upper)
+
+
+@needs_root
+def test_restarts_leave_nothing_more(tmp_path):
+    """At random load addresses no image is used again; every fifth service is killed.
+    tools/container_check does it 500 times."""
+    upper = Path(tempfile.mkdtemp(prefix="page-primer-test-", dir="/srv"))
+    try:
+        seen = list(restart(15, container(upper)))
+    finally:
+        shutil.rmtree(upper)
+    assert {one.backing for one in seen} == {"image"}
+    assert seen[2].images  # after it was killed, until another one writes
+    for one in (seen[4], seen[-1]):
+        assert one.size - one.recurring < MIB // 8, seen
+        assert one.images <= 2, seen
 
 
 # ------------------------------------------------------------------------------------------ command

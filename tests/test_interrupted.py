@@ -142,6 +142,8 @@ def test_what_was_unloaded_is_forgotten(python, images, tmp_path):
         before = len(os.listdir(f"/proc/{process.pid}/fd"))
         report = process.prime(image_dir=str(images))
         assert str(library) in report["moved"]
+        mine = next(obj for obj in report["objects"] if obj["path"] == str(library))
+        locked = [one["start"] for one in mine["segments"] if one["locked_bytes"]]
         process.run(
             "dl = ctypes.CDLL(None); dl.dlclose.argtypes = [ctypes.c_void_p]\n"
             "dl.dlclose(lib._handle)"
@@ -151,12 +153,7 @@ def test_what_was_unloaded_is_forgotten(python, images, tmp_path):
             textwrap.dedent(
                 f"""
                 import mmap
-                from page_primer.apply.process import process
-                at = min(
-                    lock.start
-                    for lock in process.mlocks.made.values()
-                    if lock.object.path == {str(library)!r}
-                )
+                at = {min(locked)}
                 dl.mmap.restype = ctypes.c_void_p
                 dl.mmap.argtypes = [
                     ctypes.c_void_p, ctypes.c_size_t, *3 * [ctypes.c_int], ctypes.c_long

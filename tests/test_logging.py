@@ -83,6 +83,9 @@ def records_of(report, since=None):
     return recording(lambda logger: report.log(logger, since=since))
 
 
+ASKED = replace(PRIMED, warn=(*PRIMED.warn, "mlock"))  # for shortfalls to be lines of their own
+
+
 def records_of_integrations(monkeypatch):
     """What is no part of a report: a preloaded application, an export that fails, and a child of
     Celery's that is nearly as large as it may be."""
@@ -91,7 +94,7 @@ def records_of_integrations(monkeypatch):
 
     def log(logger):
         integrations.suggest_freeze(logger, "the application is preloaded", Options())
-        integrations.announce(PRIMED, logger)
+        integrations.announce(ASKED, logger)
         monkeypatch.setattr(celery, "_LOGGER", logger)
         monkeypatch.setattr(celery, "_most_memory", 1)  # KiB
         monkeypatch.setattr(celery, "_prime", lambda: None)
@@ -108,7 +111,7 @@ def fields_of(record):
 
 def test_each_event_has_the_documented_fields(monkeypatch):
     nothing = Report(1, reasons.SWITCHED_OFF, detail="PAGE_PRIMER=0")
-    reports = [(PRIMED, None), (nothing, None), (replace(PRIMED, pid=2), PRIMED)]
+    reports = [(ASKED, None), (nothing, None), (replace(ASKED, pid=2), ASKED)]
     records = [record for report, since in reports for record in records_of(report, since)]
     seen = {}
     for record in [*records, *records_of_integrations(monkeypatch)]:
@@ -118,6 +121,16 @@ def test_each_event_has_the_documented_fields(monkeypatch):
         seen.setdefault(fields.pop("event"), set()).update(fields)
     assert seen.keys() == set(logs.EVENTS)
     assert seen == documented()
+
+
+def test_what_nobody_asked_for_by_name_is_in_the_one_line():
+    primed, *others = [r for r in records_of(PRIMED, None) if r.levelname == "INFO"]
+    assert "not locked" in primed.getMessage()
+    fields = fields_of(primed)
+    assert fields["event"] == "primed"
+    assert fields["lock_refused_bytes"] == PRIMED.lock_refused_bytes > 0
+    assert fields["lock_withheld_bytes"] == PRIMED.lock_withheld_bytes > 0
+    assert {fields_of(one)["event"] for one in others} <= {"heap"}
 
 
 def test_a_logger_without_fields_gets_the_text():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import struct
 
 from page_primer import _core
 from page_primer._lean import suppress
 from page_primer.apply.swap import Key, key_of
 from page_primer.backing.pieces import reason_of
+from page_primer.budget import disjoint
 from page_primer.elf.objects import Object, Range, Region
 from page_primer.kernel import memlock
 from page_primer.kernel.smaps import overlapping
@@ -16,38 +18,47 @@ from page_primer.survey import Survey
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Callable, Collection, Iterable, Iterator
+
+
+# Address, bytes, flags, and whose memory it is (_owner): so packed, what hundreds of locks take of
+# memory, in this process and in each child that looks at them, is a few pages.
+_FORM = struct.Struct("4Q")
 
 
 class Mlocks:
     """The locks of this process. A fork does not inherit them."""
 
     def __init__(self) -> None:
-        self.made: dict[Range, Lock] = {}
-        self.refused: dict[Range, tuple[Lock, str]] = {}  # with the reason
-        self.withheld: list[Lock] = []  # not asked for, to leave memory to others
+        self._made = bytearray()
+        self._refused = bytearray()
+        self.refusal: str | None = None  # why the first of those that were refused was
+        self.withheld = 0  # bytes that were not asked for, to leave memory to others
         self._host: list[Range] = []  # made by the host, not by us
-        # (address, bytes, flags) of all that is in `made`; empty: to be worked out again. A forked
-        # child goes by these, for each record that it looks at is a page that it copies.
-        self._plain: tuple[tuple[int, int, int], ...] = ()
         self._process = (0, 0)  # whose they are: PID, forks since the first
         self._whole = True  # whether that one locked all that its parent had locked
 
+    @property
+    def made(self) -> Iterator[Range]:
+        """What is locked."""
+        for start, length, _, _ in _FORM.iter_unpack(self._made):
+            yield Range(start, start + length)
+
     def forget(self) -> None:
         """In a forked child, none is in force but those that it made."""
-        if self._process == _this():
-            return
-        self._plain = ()
-        self.made.clear()
-        self._host.clear()
+        if self._process != _this():
+            self._made = bytearray()
+            self._host.clear()
 
     def note_host(self, found: Survey) -> None:
         """What the host has locked of its own, it keeps: over the swap, and over restore()."""
-        for where in [*self.made]:  # unloaded meanwhile, or loaded again: its lock went with it
-            if not any(m.is_locked for m in overlapping(found.mappings, where.start, where.end)):
-                del self.made[where]
-                self._plain = ()
-        known = [*self._host, *self.made]
+
+        def is_there(start: int, length: int) -> bool:
+            return any(m.is_locked for m in overlapping(found.mappings, start, start + length))
+
+        # Of what was unloaded meanwhile, or unloaded and loaded again, the lock is gone.
+        self._keep(lambda start, length, _: is_there(start, length))
+        known = disjoint([*self._host, *self.made])
         for obj in found.objects:
             whole = Range(obj.start, obj.end)
             for mapping in overlapping(found.mappings, obj.start, obj.end):
@@ -55,36 +66,50 @@ class Mlocks:
                 if mapping.is_locked and not any(part.overlaps(other) for other in known):
                     self._host.append(part)
 
+    def _keep(self, wanted: Callable[[int, int, int], bool]) -> None:
+        """Forget the locks of which that is not true: of address, bytes, and whose memory."""
+        made = _FORM.iter_unpack(self._made)
+        kept = (_FORM.pack(*one) for one in made if wanted(one[0], one[1], one[3]))
+        self._made = bytearray().join(kept)
+
     @property
     def sizes(self) -> tuple[int, int]:
         """Bytes that are locked, and bytes that were refused."""
-        made, refused = (sum(one.length for one in of) for of in (self.made, self.refused))
+        made, refused = (
+            sum(length for _, length, _, _ in _FORM.iter_unpack(of))
+            for of in (self._made, self._refused)
+        )
         return made, refused
-
-    @property
-    def refusal(self) -> str | None:
-        """Why the first of those that were refused was."""
-        return next((reason for _, reason in self.refused.values()), None)
 
     def make(self, wanted: Iterable[Lock]) -> None:
         """Lock what is not locked yet; what the limit does not allow beside the host's part of it,
         or the kernel refuses, is noted."""
-        self.refused.clear()
-        wanted = [lock for lock in wanted if lock.range not in self.made]
-        room = memlock.room() if wanted else None
-        for lock in wanted:
-            cost = lock.range.length - sum(lock.range.clip(part).length for part in self._host)
-            if room is not None and cost > room:
-                self.refused[lock.range] = lock, memlock.OVER
-                continue
-            try:
-                _core.lock(lock.start, lock.range.length, _flags(lock))
-            except OSError as error:
-                self.refused[lock.range] = lock, reason_of(error)
-            else:
-                self.made[lock.range] = lock
-                room = None if room is None else room - cost
-        self._plain = tuple((m.start, m.range.length, _flags(m)) for m in self.made.values())
+        known = {one[:2] for one in _FORM.iter_unpack(self._made)}
+        numbers = ((w.start, w.end - w.start, _flags(w), _owner(key_of(w.object))) for w in wanted)
+        self._make(one for one in numbers if one[:2] not in known)
+
+    def _make(self, wanted: Iterable[tuple[int, ...]]) -> None:
+        self._refused = bytearray()
+        self.refusal = None
+        room, asked = None, False
+        for start, length, flags, owner in wanted:
+            if not asked:
+                room, asked = memlock.room(), True
+            whole, packed = Range(start, start + length), _FORM.pack(start, length, flags, owner)
+            cost = length - sum(whole.clip(part).length for part in self._host)
+            why = memlock.OVER if room is not None and cost > room else None
+            if why is None:
+                self._made += packed  # before: an exception of the host's may come at any moment
+                try:
+                    _core.lock(start, length, flags)
+                except OSError as error:
+                    why = reason_of(error)
+                    del self._made[-_FORM.size :]
+            if why is not None:
+                self._refused += packed
+                self.refusal = self.refusal or why
+            elif room is not None:
+                room -= cost
         self._process = _this()
 
     def make_again(self) -> bool:
@@ -96,21 +121,19 @@ class Mlocks:
         return self._whole
 
     def _lock_plain(self) -> bool:
-        if self._plain and not self.refused:
+        if self._made and not self._refused:
             room = memlock.room()
-            if room is None or sum(length for _, length, _ in self._plain) <= room:
+            if room is None or self.sizes[0] <= room:
                 with suppress(OSError):
-                    for address, length, flags in self._plain:
+                    for address, length, flags, _ in _FORM.iter_unpack(self._made):
                         _core.lock(address, length, flags)
                     return True
         return False
 
     def _lock_each(self) -> bool:
-        before = set(self.made)
-        wanted = [*self.made.values(), *(lock for lock, _ in self.refused.values())]
-        self.made.clear()
-        self.make(wanted)
-        return before == set(self.made)
+        before, self._made = self._made, bytearray()
+        self._make(_FORM.iter_unpack(before + self._refused))
+        return {*_FORM.iter_unpack(before)} == {*_FORM.iter_unpack(self._made)}
 
     def relock_for_host(self, regions: Iterable[Region]) -> None:
         """Mapping something else over a range loses its lock. Whole regions: a lock of a part would
@@ -122,12 +145,12 @@ class Mlocks:
     def put_back(self, obj: Object) -> None:
         """After an object was put back, whose mappings are new: the host's locks on it, and none of
         ours on what had stayed on its file."""
-        self._plain = ()
         whole = Range(obj.start, obj.end)
-        for where in [where for where in self.made if where.overlaps(whole)]:
-            with suppress(OSError):
-                _core.unlock(where.start, where.length)
-            del self.made[where]
+        for where in self.made:
+            if where.overlaps(whole):
+                with suppress(OSError):
+                    _core.unlock(where.start, where.length)
+        self._keep(lambda start, length, _: not Range(start, start + length).overlaps(whole))
         for where in self._host:
             if where.overlaps(whole):
                 _lock(where)
@@ -135,14 +158,14 @@ class Mlocks:
     def unlock(self, loaded: Collection[Key]) -> None:
         """Unlock what was locked here of objects that are still loaded: where another was, there
         may be the host's memory by now, with a lock of its own."""
-        for where, lock in self.made.items():
-            if key_of(lock.object) in loaded:
+        owners = {_owner(key) for key in loaded}
+        for start, length, _, owner in _FORM.iter_unpack(self._made):
+            if owner in owners:
                 with suppress(OSError):
-                    _core.unlock(where.start, where.length)
-        self._plain = ()
-        self.made.clear()
-        self.refused.clear()
-        self.withheld.clear()
+                    _core.unlock(start, length)
+        self._made, self._refused = bytearray(), bytearray()
+        self.refusal = None
+        self.withheld = 0
 
     def give_back_to_host(self) -> None:
         """Lock what the host had locked, and forget about it."""
@@ -153,6 +176,10 @@ class Mlocks:
 
 def _this() -> tuple[int, int]:
     return os.getpid(), _core.forks()
+
+
+def _owner(key: Key) -> int:
+    return hash(key) & (1 << 64) - 1
 
 
 def _flags(lock: Lock) -> int:

@@ -8,6 +8,7 @@ import time
 from page_primer import _core, budget, mlock_plan, plan, reasons, survey
 from page_primer._lean import is_ours, replace, suppress
 from page_primer.apply.heap import HeapState
+from page_primer.apply.measured import measured
 from page_primer.apply.mlocks import Mlocks
 from page_primer.apply.registry import Registry
 from page_primer.apply.swap import Key, NotMoved, carry_out, key_of
@@ -16,11 +17,10 @@ from page_primer.backing import in_place
 from page_primer.backing.pieces import reason_of
 from page_primer.elf.objects import Object, Range
 from page_primer.images.places import Place
-from page_primer.kernel import memlock, memory, smaps
-from page_primer.kernel.limits import soft_limit
+from page_primer.kernel import memory, smaps
 from page_primer.kernel.memory import Memory
 from page_primer.kernel.smaps import Mapping
-from page_primer.options import IN_PLACE, Options, unknown_variables
+from page_primer.options import IN_PLACE, Options
 from page_primer.plan import Move
 from page_primer.report import Report
 from page_primer.words import milliseconds_since
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from page_primer.apply.perfmap import PerfMap
+    from page_primer.outcome import ObjectReport
 
 
 class Process:
@@ -59,7 +60,7 @@ class Process:
         if last is not None and self.options == options and self.loads == _core.loads():
             if child:
                 self.resident = 0, memory.resident()
-                last = last if self._inherit() else self.measure((), smaps.read_own(), began)
+                last = last if self._inherit() else self.measure_again(last, began)
                 last = replace(last, objects=self.registry.inherited(last.objects))
             if child or last.moved:
                 last = replace(
@@ -72,7 +73,7 @@ class Process:
         self.resident = 0 if child else self.resident[0], memory.resident()
         self.report = None  # should this not come to its end
         # By the parent too, so that locking it here takes no memory.
-        held = [*self.registry.ranges(), *self.mlocks.made]
+        held = budget.disjoint([*self.registry.ranges(), *self.mlocks.made])
         if child:
             self.mlocks.forget()
             self.registry.fault_in()
@@ -85,7 +86,8 @@ class Process:
                 mappings = self._lock_and_look(moved, options, held)
         self.registry.enter_files(moved, mappings)
         self._write_perf_map()
-        report = self.measure(moved, mappings, began)
+        report = self._measure(moved, mappings, began)
+        self._let_go()
         self.report = self.heap.prime(report, options, self.registry.pmd)
         return self.report
 
@@ -113,9 +115,11 @@ class Process:
         self.registry.put_back_all(loaded)
         self.mlocks.give_back_to_host()
         self.heap.restore()
-        self.objects = tuple(obj for obj in self.objects if key_of(obj) in loaded)
-        self.options = None
-        self.report = self.measure((), smaps.read_own(), began)
+        before = Report(os.getpid(), None)
+        surveyed, self.options = self.options is not None or self.report is not None, None
+        self.report = (
+            self.measure_again(before, began) if surveyed else self._measure((), (), began)
+        )
         return self.report
 
     def lock_in_child(self) -> Report:
@@ -265,15 +269,18 @@ class Process:
         came of both. What was `held` before takes no more memory."""
         primed = self.registry.primed
         loaded = _core.loads() != self.loads
-        mappings = self._survey_again(moved) if loaded else smaps.read_maps()
         self.mlocks.relock_for_host(r for key in moved for r in primed[key].regions)
+        mappings = self._survey_again(moved) if loaded else smaps.read_maps()
         wanted = mlock_plan.locks(self.objects, mappings, options)
+        del mappings
         room = budget.memory_room(self.memory, options, held)
         copies = [primed[key] for key in moved]
         room -= sum(budget.size_of(copy.object, copy.regions) for copy in copies)
         paid = [*held, *(Range(s.start, s.end) for copy in copies for s in copy.object.segments)]
-        allowed, self.mlocks.withheld = mlock_plan.affordable(wanted, room, paid)
+        allowed, withheld = mlock_plan.affordable(wanted, room, paid)
+        self.mlocks.withheld = sum(lock.end - lock.start for lock in withheld)
         self.mlocks.make(allowed)
+        del wanted, allowed, withheld  # before the mappings are read once more
         return smaps.read_own()
 
     def _survey_again(self, moved: dict[Key, Move]) -> Sequence[Mapping]:
@@ -287,32 +294,42 @@ class Process:
             del moved[key]
         return found.mappings
 
-    def measure(self, moved: Iterable[Key], mappings: Sequence[Mapping], began: float) -> Report:
+    def _let_go(self) -> None:
+        """Forget what a survey found and a plan said: the report has it, in a form that takes less
+        of this process's memory for the rest of its life."""
+        self.objects = ()
+        self.registry.forget_reasons()
+
+    def measure_again(self, last: Report, began: float) -> Report:
+        """Measure what was moved before; an earlier report has the reasons for the rest."""
+        found = survey.take()
+        self.objects = self.registry.as_moved(found.objects)
+        reported = {obj.segments[0].start: obj for obj in last.objects if obj.segments}
+        report = self._measure((), found.mappings, began, reported)
+        self._let_go()
+        return report
+
+    def _measure(
+        self,
+        moved: Iterable[Key],
+        mappings: Sequence[Mapping],
+        began: float,
+        reported: dict[int, ObjectReport] | None = None,
+    ) -> Report:
         self.huge = self.registry.huge(mappings)
-        refusal = self.mlocks.refusal
-        made, refused = self.mlocks.sizes
-        withheld = sum(lock.range.length for lock in self.mlocks.withheld)
-        options = self.options
-        return Report(
+        objects = (
+            self.registry.describe(obj, mappings, (reported or {}).get(obj.start))
+            for obj in self.objects
+        )
+        return replace(
+            measured(self.options, self.mlocks),
             pid=self.identity[0],
-            reason=None,
-            objects=tuple(self.registry.describe(obj, mappings) for obj in self.objects),
+            objects=tuple(objects),
             moved=tuple(self.registry.primed[key].object.path for key in moved),
-            lock_wanted_bytes=refused + withheld + made,
-            lock_refused_bytes=refused,
-            lock_withheld_bytes=withheld,
-            lock_refusal=refusal,
-            lock_limit=soft_limit(_core.RLIMIT_MEMLOCK) if refusal == memlock.OVER else None,
             perf_map=self._perf_map_outcome(),
             memory=self.memory,
-            memory_share=options.memory_share if options else None,
-            warn=options.named if options else (),
-            backing=options.backing if options else "auto",
-            image_dir=options.image_dir if options else None,
             resident_bytes=self._grown(),
             milliseconds=milliseconds_since(began),
-            threads=survey.threads(),
-            unknown_variables=unknown_variables(),
         )
 
     def _write_perf_map(self) -> None:

@@ -16,7 +16,7 @@ from page_primer.backing.pieces import reason_of
 from page_primer.elf.objects import Object, Range, Region
 from page_primer.kernel.smaps import Mapping, overlapping
 from page_primer.kernel.thp import fault_in
-from page_primer.outcome import ObjectReport
+from page_primer.outcome import ObjectReport, Segments
 from page_primer.plan import Move, Plan, Remainder
 from page_primer.reasons import Reason
 from page_primer.survey import Survey
@@ -221,12 +221,34 @@ class Registry:
         """Whether other processes map the same pages, whoever their parent is."""
         return primed.prepared.backing == "image" and hot.is_shared(primed.object, self.pmd)
 
-    def describe(self, obj: Object, mappings: Sequence[Mapping]) -> ObjectReport:
-        """What became of one object, measured."""
+    def as_moved(self, objects: Iterable[Object]) -> tuple[Object, ...]:
+        """Surveyed objects, those that are moved as they were surveyed before."""
+        known = {key: primed.object for key, primed in self.primed.items()}
+        return tuple(known.get(key_of(obj), obj) for obj in objects)
+
+    def forget_reasons(self) -> None:
+        """Forget why what is not moved is not: the report has it."""
+        self._remainders, self._notes = {}, {}
+
+    def describe(
+        self, obj: Object, mappings: Sequence[Mapping], before: ObjectReport | None = None
+    ) -> ObjectReport:
+        """What became of one object, measured.
+
+        Args:
+            obj: the object.
+            mappings: those of this process.
+            before: an earlier report of it, which has the reasons that were forgotten since.
+        """
         key = key_of(obj)
         here = list(overlapping(mappings, obj.start, obj.end))
         primed, kept = self.primed.get(key), self.in_place.get(key)
         segments = measure(obj.segments, here, self.pmd, self._remainders.get(key, ()))
+        notes = primed.notes if primed else self._notes.get(key, ())
+        if before is not None:
+            left = {segment.start: segment.left for segment in before.segments}
+            segments = tuple(replace(s, left=left.get(s.start, s.left)) for s in segments)
+            notes = notes or before.notes
         code = [segment for segment in segments if segment.kind == "code"]
         sharing = None
         if primed:
@@ -243,8 +265,8 @@ class Registry:
             locked_bytes=sum(segment.locked_bytes for segment in segments),
             copied_bytes=primed.bytes if primed else 0,
             written_bytes=primed.prepared.written if primed else 0,
-            segments=segments,
-            notes=primed.notes if primed else self._notes.get(key, ()),
+            segments=Segments(segments),
+            notes=notes,
             sharing=sharing,
             attainable_bytes=self._attainable.get(key, 0),
             aligned=key in self._aligned,

@@ -53,6 +53,9 @@ def candidates(limit: int) -> list[Place]:
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     runtime = os.environ.get("XDG_RUNTIME_DIR", "")
     paths = [f"{cache}/page-primer", f"/var/tmp/page-primer-{user}"]
+    # systemd's CacheDirectory=, the only place that a unit with ProtectSystem=strict may have.
+    if given := os.environ.get("CACHE_DIRECTORY", "").partition(":")[0]:
+        paths.insert(0, f"{given}/page-primer")
     if user == credentials.ROOT:
         paths.insert(0, SYSTEM)  # every user's profiler can read it, which /root is not
     if runtime:

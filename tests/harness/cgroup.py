@@ -76,6 +76,12 @@ class Cgroup:
         return int(self.read(name))
 
     @property
+    def peak(self) -> int:
+        """The most that it ever had."""
+        name = "memory.peak" if self.version == 2 else "memory.max_usage_in_bytes"
+        return int(self.read(name))
+
+    @property
     def oom_kills(self) -> int:
         name = "memory.events" if self.version == 2 else "memory.oom_control"
         rows = dict(line.split() for line in self.read(name).splitlines())
