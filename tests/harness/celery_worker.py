@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from harness.servers import children, wait_for
+from harness.servers import children, show_after, wait_for
 
 TASKS = """
 import os, sys, time
@@ -71,7 +71,8 @@ class Worker:
         wait_for(ready, "the worker", 60)
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, *_):
+        show_after(kind, self.log())
         self.process.send_signal(signal.SIGTERM)
         try:
             self.process.wait(30)

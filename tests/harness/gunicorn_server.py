@@ -8,7 +8,14 @@ import subprocess
 import time
 from pathlib import Path
 
-from harness.servers import NO_CONTROL_SOCKET, children, free_port, get, wait_for
+from harness.servers import (
+    NO_CONTROL_SOCKET,
+    children,
+    free_port,
+    get,
+    show_after,
+    wait_for,
+)
 
 CONF = "python:page_primer.integrations.gunicorn_conf"
 
@@ -51,7 +58,8 @@ class Gunicorn:
             raise AssertionError(self.log()) from error
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, *_):
+        show_after(kind, self.log())
         # After a USR2 that a test did not see through there are two masters.
         for path in self.directory.glob("gunicorn.pid*"):
             with contextlib.suppress(OSError, ValueError):

@@ -57,6 +57,12 @@ def check(pids, locked=True):
     return texts
 
 
+def show_after(failure, log):
+    """What the server had said, for a test that failed."""
+    if failure is not None:
+        print("\n".join(line[:1000] for line in log.splitlines()[-80:]))
+
+
 def get(port, path="/", seconds=10):
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=seconds)
     try:
@@ -85,7 +91,8 @@ class Server:
         wait_for(answers, "the server")
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, *_):
+        show_after(kind, self.log())
         self.process.send_signal(signal.SIGTERM)
         try:
             self.process.wait(20)
