@@ -34,7 +34,12 @@ class Shell:
         )  # fmt: skip
         os.close(slave)
         self.seen = ""
-        self.type("bind 'set bell-style none'; bind 'set enable-bracketed-paste off'; PS1='> '\n")
+        settings = (
+            "bell-style none", "enable-bracketed-paste off", "page-completions off",
+            # One TAB shows all where there are several, as of process ids there may be.
+            "show-all-if-ambiguous on", "completion-query-items 0",
+        )  # fmt: skip
+        self.type("; ".join(f"bind 'set {setting}'" for setting in settings) + "; PS1='> '\n")
         self.type('eval "$(register-python-argcomplete page-primer)"; echo ready to "type"\n')
         self.wait_for(READY)
 
