@@ -147,6 +147,14 @@ def test_a_closed_pipe_and_a_full_stderr_change_no_exit_status():
         assert (done.returncode, done.stderr) == (code, ""), words
 
 
+@pytest.mark.parametrize("words", ["status --all $$", "status --json $$", "doctor", "images"])
+def test_a_full_disk_is_one_line(words):
+    script = f'"{sys.executable}" -m page_primer {words} > /dev/full'
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "page-primer: standard output: No space left on device\n"
+
+
 def test_command_line_errors():
     for words, message in (
         (["nonsense"], "argument PID: invalid process id: 'nonsense'"),

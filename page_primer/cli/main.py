@@ -5,6 +5,7 @@ Only what every command needs is imported here: `run` is in the way of a server'
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 
@@ -110,6 +111,12 @@ def _parse_and_run(words: Sequence[str]) -> int:
         return status
     except BrokenPipeError:
         return 0  # the reader of our output went away (`| head`): not our error
+    except OSError as error:
+        if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise
+        with suppress(OSError):
+            print(f"page-primer: standard output: {error.strerror}", file=sys.stderr)
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:
