@@ -112,17 +112,18 @@ GROW = "blocks = [bytes(3000 + i % 2) for i in range({})]\n"
 def test_the_heap_ends_where_a_huge_page_does(every_python):
     """So a whole huge page is in one mapping, although what a child adds is in another."""
     with Process(every_python) as process:
-        process.run(GROW.format(2000))
+        process.run(GROW.format(2000) + "from page_primer import _core")
         before = resident(process)
-        moved = process.run(f"from page_primer import _core\nresult = _core.heap_align({PMD})")
+        moved = process.run(f"result = _core.heap_align({PMD})")
         end = end_of_heap(process)
         assert end % PMD == 0
         assert 0 <= moved < PMD + (1 << 20)
-        assert resident(process) <= before + (1 << 20)
+        # Hardly any of it, but for an arena that Python may have made meanwhile.
+        assert resident(process) <= before + (1 << 20) + moved // 4, (before, moved)
         assert process.run(f"result = _core.heap_align({PMD})") == 0
         # malloc has what lies below it.
         process.run("more = " + GROW.format(20)[9:])
-        assert end_of_heap(process) == end or moved < 256 << 10
+        assert end_of_heap(process) == end or moved < 512 << 10, moved
         child = process.run(
             "import os\n"
             "read, write = os.pipe()\n"
