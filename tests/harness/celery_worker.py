@@ -71,7 +71,7 @@ class Worker:
         wait_for(ready, "the worker", 60)
         return self
 
-    def __exit__(self, kind, *_):
+    def __exit__(self, kind=None, *_):
         show_after(kind, self.log())
         self.process.send_signal(signal.SIGTERM)
         try:

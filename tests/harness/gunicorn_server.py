@@ -58,7 +58,7 @@ class Gunicorn:
             raise AssertionError(self.log()) from error
         return self
 
-    def __exit__(self, kind, *_):
+    def __exit__(self, kind=None, *_):
         show_after(kind, self.log())
         # After a USR2 that a test did not see through there are two masters.
         for path in self.directory.glob("gunicorn.pid*"):

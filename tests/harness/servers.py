@@ -91,7 +91,7 @@ class Server:
         wait_for(answers, "the server")
         return self
 
-    def __exit__(self, kind, *_):
+    def __exit__(self, kind=None, *_):
         show_after(kind, self.log())
         self.process.send_signal(signal.SIGTERM)
         try:
