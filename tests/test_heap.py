@@ -126,6 +126,8 @@ def test_the_heap_ends_where_a_huge_page_does(every_python):
         assert end_of_heap(process) == end or moved < 512 << 10, moved
         child = process.run(
             "import os\n"
+            "extra = []\n"  # until there is room below the break, which stays there then
+            f"while _core.heap_align({PMD}) < 1 << 19: extra.append(bytes(100_000))\n"
             "read, write = os.pipe()\n"
             "if (pid := os.fork()) == 0:\n"
             + "    "
