@@ -158,10 +158,8 @@ def test_the_heap_is_not_aligned_for_ever(python):
         process.run(RECORD + "import ctypes")
         for limit in range(1, 12):  # which makes it another call
             process.prime(heap="auto", limit=limit, **ONLY_HEAP)
-            if limit <= 8:
-                assert end_of_heap(process) % PMD == 0
             process.run("ctypes.CDLL(None).sbrk(4096)")
-        assert process.run("result = len(calls)") == 8
+        assert process.run("result = sum(map(bool, calls))") == 8
 
 
 @pytest.mark.parametrize("how", ["", "a thread", "arenas alone", "the tunable"])
