@@ -126,6 +126,8 @@ def test_the_heap_ends_where_a_huge_page_does(every_python):
         assert end_of_heap(process) == end or moved < 512 << 10, moved
         child = process.run(
             "import os\n"
+            "extra = []\n"  # until there is room below the break, which stays there then
+            f"while _core.heap_align({PMD}) < 1 << 19: extra.append(bytes(100_000))\n"
             "read, write = os.pipe()\n"
             "if (pid := os.fork()) == 0:\n"
             + "    "
@@ -156,10 +158,8 @@ def test_the_heap_is_not_aligned_for_ever(python):
         process.run(RECORD + "import ctypes")
         for limit in range(1, 12):  # which makes it another call
             process.prime(heap="auto", limit=limit, **ONLY_HEAP)
-            if limit <= 8:
-                assert end_of_heap(process) % PMD == 0
             process.run("ctypes.CDLL(None).sbrk(4096)")
-        assert process.run("result = len(calls)") == 8
+        assert process.run("result = sum(map(bool, calls))") == 8
 
 
 @pytest.mark.parametrize("how", ["", "a thread", "arenas alone", "the tunable"])
