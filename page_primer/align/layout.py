@@ -130,6 +130,8 @@ def lay_out(original: Original, span: Span, pmd: int, *, merge: bool = True) -> 
     delta = offsets[span.first] - loads[span.first].p_vaddr
     copies = _copies(loads, offsets)
     places = Places(loads, offsets, delta)
+    if not copies:
+        raise Refused("none of its segments has anything in the file")
     end = max(copy.target + copy.size for copy in copies)
     end = max(end, span.end + delta)
     blobs, end = _unloaded(original, places, end)
