@@ -14,7 +14,8 @@
 #              page walks by trace, and processor time of gunicorn, uvicorn and Celery
 # make bench-pressure    what locking buys when memory is short (root)
 # make drawing     docs/address-space.svg, of PYTHON
-# make environments    hostile ones, each tried (root); writes docs/environments.md
+# make environments    hostile ones, each tried (root); writes docs/environments.md (GUEST=7.2: and a
+#              kernel that is set to give no huge pages, in qemu)
 # make sanitize    the C core under sanitizers, and 10,000 cycles of prime() and restore()
 # make fuzz    what reads others' files and text, fuzzed (FUZZ="--seconds 600 align")
 # make tools-matrix   every tool on every interpreter and backing; writes docs/tools.md
@@ -107,7 +108,7 @@ bench-pressure: $(VENV)/.dev
 
 environments: $(VENV)/.dev
 	tools/system-packages gcc:build-essential unshare:util-linux
-	$(BIN)/python tools/environments
+	$(BIN)/python tools/environments $(if $(GUEST),--guest $(GUEST))
 
 sanitize: $(VENV)/.dev
 	tools/system-packages gcc:build-essential setarch:util-linux

@@ -329,6 +329,8 @@ IN_CROWD = "crowd({rounds})\nreport = page_primer.prime(**options)"
 
 TABLE = (
     Environment("an ordinary process", "nothing is done to it"),
+    # For tools/environments --guest: what an image gives there depends on the guest's file system.
+    Environment("in a guest", "another kernel", (PRIMED, OTHERWISE), hours=True),
     # The kernel.
     Environment(
         "no transparent huge pages", "/sys/kernel/mm/transparent_hugepage hidden by a mount",
