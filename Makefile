@@ -90,7 +90,7 @@ docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir build/docs
 
 drawing: $(VENV)/.dev
-	$(BIN)/python tools/address_space --python $(shell command -v $(PYTHON))
+	$(BIN)/python tools/address_space --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')"
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/prime_cost.py

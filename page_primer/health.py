@@ -64,7 +64,7 @@ def read(fallback: Report | None, *, measure: bool) -> Status:
         measure: read smaps anew.
     """
     process = _process()
-    report = process.report if process else None
+    report = process.shown if process else None
     measured = False
     if measure and process and report is not None and report.reason is None:
         again = _measured()
@@ -72,7 +72,7 @@ def read(fallback: Report | None, *, measure: bool) -> Status:
         report = again if measured else report
     report = report or fallback or Report(os.getpid(), None)
     pending = process is not None and _is_pending(process)
-    if pending and process and process.identity[0] != os.getpid() and not measured:
+    if process and not measured and not process.mlocks.in_force:
         # Forked since, and a fork inherits no locks.
         objects = tuple(replace(obj, locked_bytes=0) for obj in report.objects)
         report = replace(report, objects=objects)
@@ -102,7 +102,7 @@ def _code_status(core: ObjectReport) -> CodeStatus:
 
 def _process() -> Process | None:
     driver = sys.modules.get("page_primer.apply.process")
-    return driver.process if driver else None
+    return getattr(driver, "process", None)  # another thread may be importing it
 
 
 def _is_pending(process: Process) -> bool:
@@ -118,11 +118,12 @@ def _measured() -> Report:
 
 
 def _look(process: Process) -> Report:
-    before = process.resident
+    before = process.resident, process.huge
     last = process.report or Report(os.getpid(), None)
     report = process.measure_again(last, time.perf_counter())
-    process.resident = before  # what has grown since is not by priming
-    return replace(report, resident_bytes=before[0])
+    # What has grown since is not by priming; and the last report was made of what was huge then.
+    process.resident, process.huge = before
+    return replace(report, resident_bytes=process.resident[0])
 
 
 def _kernel_lines() -> list[bytes]:

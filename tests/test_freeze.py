@@ -241,3 +241,18 @@ def test_what_the_doctor_says_of_it():
     assert (status, text) == ("info", "b, b, b and 2 others: loaded before forks, not frozen")
     ((status, text),) = said([here], freeze=False)
     assert (status, text) == ("ok", "a: not frozen, as PAGE_PRIMER_FREEZE says")
+
+
+def test_a_strangers_configuration_does_the_doctor_no_harm(tmp_path):
+    """Root's doctor looks at other users' files: neither waits for them nor reads without end."""
+    from page_primer.doctor.preloaded import configured
+
+    conf = tmp_path / "gunicorn.conf.py"
+    os.mkfifo(conf)
+    assert configured(["gunicorn"], {}, str(tmp_path)) is None
+    assert configured(["gunicorn", "-c", "/dev/zero"], {}, str(tmp_path)) is None
+    conf.unlink()
+    conf.write_text("preload_app = " + "-" * 100_000 + "1\n")
+    assert configured(["gunicorn"], {}, str(tmp_path)) is None
+    conf.write_text("preload_app = True\n")
+    assert configured(["gunicorn"], {}, str(tmp_path)) == str(conf)

@@ -46,7 +46,7 @@ class Mlocks:
 
     def forget(self) -> None:
         """In a forked child, none is in force but those that it made."""
-        if self._process != _this():
+        if not self.in_force:
             self._made = bytearray()
             self._host.clear()
 
@@ -112,10 +112,16 @@ class Mlocks:
                 room -= cost
         self._process = _this()
 
+    @property
+    def in_force(self) -> bool:
+        """Whether what was locked is: in a forked child it is not, before it is locked again."""
+        return self._process == _this()
+
     def make_again(self) -> bool:
         """In a forked child: lock what the parent had locked, once. Returns whether that is all of
         it."""
-        if self._process != _this():
+        if not self.in_force:
+            self._host.clear()
             self._whole = self._lock_plain() or self._lock_each()
             self._process = _this()
         return self._whole
@@ -128,6 +134,9 @@ class Mlocks:
                     for address, length, flags, _ in _FORM.iter_unpack(self._made):
                         _core.lock(address, length, flags)
                     return True
+                for address, length, _, _ in _FORM.iter_unpack(self._made):
+                    with suppress(OSError):  # each is to be counted once
+                        _core.unlock(address, length)
         return False
 
     def _lock_each(self) -> bool:

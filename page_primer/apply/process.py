@@ -47,7 +47,8 @@ class Process:
         self.memory: Memory | None = None  # what was available when the plan was made
         self.perf_map: PerfMap | None = None
         self.huge = 0  # bytes on huge pages of what is to be, when last measured
-        self.report: Report | None = None
+        self.report: Report | None = None  # None while a call is under way
+        self.shown: Report | None = None  # the last one, for other threads
         self.heap = HeapState()
         self.resident = 0, 0  # bytes by which priming made this process grow, and had before a call
 
@@ -59,6 +60,7 @@ class Process:
         last = self.report
         if last is not None and self.options == options and self.loads == _core.loads():
             if child:
+                self.report = None  # should this not come to its end
                 self.resident = 0, memory.resident()
                 last = last if self._inherit() else self.measure_again(last, began)
                 last = replace(last, objects=self.registry.inherited(last.objects))
@@ -68,10 +70,10 @@ class Process:
                 )
                 last = replace(last, resident_bytes=self._grown() if child else self.resident[0])
             last = self.heap.prime_again(last, options, self.registry.pmd, child=child)
-            self.report = last  # from now on the same, which costs a frequent caller least
+            self.report = self.shown = last  # from now on the same, which costs a caller least
             return last
         self.resident = 0 if child else self.resident[0], memory.resident()
-        self.report = None  # should this not come to its end
+        self.report = None  # as above
         # By the parent too, so that locking it here takes no memory.
         held = budget.disjoint([*self.registry.ranges(), *self.mlocks.made])
         if child:
@@ -88,7 +90,7 @@ class Process:
         self._write_perf_map()
         report = self._measure(moved, mappings, began)
         self._let_go()
-        self.report = self.heap.prime(report, options, self.registry.pmd)
+        self.report = self.shown = self.heap.prime(report, options, self.registry.pmd)
         return self.report
 
     def _grown(self) -> int:
@@ -117,7 +119,7 @@ class Process:
         self.heap.restore()
         before = Report(os.getpid(), None)
         surveyed, self.options = self.options is not None or self.report is not None, None
-        self.report = (
+        self.report = self.shown = (
             self.measure_again(before, began) if surveyed else self._measure((), (), began)
         )
         return self.report
@@ -323,7 +325,6 @@ class Process:
         )
         return replace(
             measured(self.options, self.mlocks),
-            pid=self.identity[0],
             objects=tuple(objects),
             moved=tuple(self.registry.primed[key].object.path for key in moved),
             perf_map=self._perf_map_outcome(),

@@ -13,7 +13,7 @@ from page_primer.options import BACKINGS, HEAP_MODES, flag
 from page_primer.options import TABLE as OPTIONS
 
 # Options of the C program, which no parser of ours knows.
-_WARM = ("--help", "--python", "--libraries", "--list", "--hold", "--rewrite", "-q", "-v")
+_WARM = ("--help", "--python", "--libraries", "--hold", "--rewrite", "-q")
 _CHOICES = {
     "backing": BACKINGS,
     "mlock": ("all", "code", "off"),

@@ -30,12 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from page_primer.cli import completion  # of a shell's question alone
 
             return completion.run(_parser())
-        if words[:1] == ["warm"]:
-            return _warm(words[1:])
-        if words[:1] == ["bench"]:
-            return _bench(words[1:])
-        if words[:1] == ["build"]:
-            return _build(words[1:])
+        if words and (run := {"warm": _warm, "bench": _bench, "build": _build}.get(words[0])):
+            return run(words[1:])
         if words[:1] == ["--version"]:
             print(f"page-primer {page_primer.__version__}")
             return 0
@@ -46,10 +42,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         say(f"page-primer: {error}")
         return 2
+    except BrokenPipeError:
+        return 0  # the reader of our output went away (`| head`): not our error
     except OSError as error:
         if _is_of_usage(error):
             return 2
-        raise
+        if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise
+        with suppress(OSError):
+            print(f"page-primer: standard output: {error.strerror}", file=sys.stderr)
+        return 1
     finally:
         _settle()
 
@@ -104,19 +106,10 @@ def _parse_and_run(words: Sequence[str]) -> int:
         given.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names are bytes
-    try:
-        status = int(given.run(given))
-        if sys.stdout is not None:  # closed
-            sys.stdout.flush()  # here, where a reader that went away is caught
-        return status
-    except BrokenPipeError:
-        return 0  # the reader of our output went away (`| head`): not our error
-    except OSError as error:
-        if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
-            raise
-        with suppress(OSError):
-            print(f"page-primer: standard output: {error.strerror}", file=sys.stderr)
-        return 1
+    status = int(given.run(given))
+    if sys.stdout is not None:  # closed
+        sys.stdout.flush()  # here, where a reader that went away is caught
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import os
 import shlex
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from page_primer.words import FREEZE_REMEDY, counted
 
 _ARGUMENTS = "GUNICORN_CMD_ARGS"
 _CONF = "gunicorn.conf.py"
+_LONGEST = 1 << 20  # bytes of it that are read
 _FREEZE = "PAGE_PRIMER_FREEZE"
 
 
@@ -67,7 +69,20 @@ def configured(command: Sequence[str], environ: Mapping[str, str], directory: st
         return "--preload"
     file = _conf_of(command) or environ.get("PAGE_PRIMER_GUNICORN_CONF") or _CONF
     path = os.path.join(directory, file.removeprefix("file:"))
-    return path if sets_preload(read(path)) else None
+    return path if sets_preload(_read_file(path)) else None
+
+
+def _read_file(path: str) -> str:
+    """A configuration file. It is another user's perhaps: no FIFO is waited for, and no end of what
+    has none."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (OSError, ValueError):
+        return ""
+    with open(fd, "rb") as file:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            return ""
+        return file.read(_LONGEST).decode("utf-8", "surrogateescape")
 
 
 def _conf_of(command: Sequence[str]) -> str | None:
@@ -82,7 +97,7 @@ def sets_preload(source: str) -> bool:
     """Whether a configuration file says `preload_app = True`, or what is not plainly false."""
     try:
         tree = ast.parse(source)
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
         return False
     value = None
     for node in tree.body:

@@ -126,7 +126,7 @@ class Heap:
             or count == _ALIGNMENTS
             or malloc.other_allocator() is not None
             or malloc.tunable_in_force()  # glibc grows it as if it began with a huge page
-            or survey.threads() > 1  # one of which may be in malloc(3), whose lock is not ours
+            or survey.threads() != 1  # one of which may be in malloc(3), whose lock is not ours
         ):
             return
         with suppress(OSError):  # a limit of the address space
@@ -161,7 +161,9 @@ class Heap:
             if low < high and "hg" not in mapping.flags:
                 chunks.advise(low, high)
         growth = max(huge // 4, int(_GROWTH * smaps.total(mappings, "Rss")))
-        growth -= self.grown
+        growth = max(
+            0, growth - self.grown
+        )  # a fork has less than its parent: what is free is free
         found = chunks.candidates(wanted, huge)
         if not options.heap_unshare:
             growth = min(growth, room)

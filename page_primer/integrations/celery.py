@@ -113,9 +113,8 @@ def _prime_before_forks() -> None:
 def _forks(worker: Any) -> bool:
     """Whether a worker's pool consists of its forks."""
     pool = getattr(worker, "pool_cls", None)
-    return getattr(pool, "__module__", "") == "celery.concurrency.prefork" and current_app.conf.get(
-        "worker_pool_start_method"
-    ) in (None, "fork")
+    prefork = getattr(pool, "__module__", "") == "celery.concurrency.prefork"
+    return prefork and getattr(worker, "pool_start_method", "fork") == "fork"  # since 5.7
 
 
 def _prime(**_: Any) -> None:

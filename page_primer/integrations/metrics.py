@@ -55,7 +55,8 @@ def read() -> tuple[Metric, ...]:
 def _left() -> dict[str, int]:
     """Of the last report of this process, code by the reason for which it was left alone."""
     driver = sys.modules.get("page_primer.apply.process")
-    report = driver.process.report if driver else None
+    process = getattr(driver, "process", None)  # another thread may be importing it
+    report = process.shown if process else None
     left: Counter[str] = Counter()
     for obj in report.objects if report else ():
         for segment in obj.segments:

@@ -93,11 +93,11 @@ def _rewrite(program: str, files: Sequence[str], *, quiet: bool, command: bool) 
     from page_primer.launcher.rewrite import rewrite_held
 
     for file in files:
-        why = None
+        why, rewritten = None, False
         try:
             rewritten = rewrite_held(program, file)
-        except OSError as error:
-            why = error.strerror
+        except (OSError, ValueError) as error:  # the latter for a name that no file has
+            why = getattr(error, "strerror", None) or str(error)
         except Refused as refusal:
             why = str(refusal)
         if quiet or (why is None and (command or not rewritten)):
