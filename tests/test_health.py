@@ -61,17 +61,25 @@ def test_measured_anew(python, images):
         assert fresh["added_bytes"] == before["added_bytes"], "not what the host has grown by"
 
 
-def test_a_fork_that_nobody_primed_has_no_locks(python, images):
+def test_a_fork_has_no_locks_but_those_that_it_makes(python, images):
     with Process(python) as process:
         process.prime(image_dir=str(images))
-        found = process.run(
-            "import json, os, page_primer\nr, w = os.pipe()\nchild = os.fork()\n"
-            "if child == 0: os.write(w, json.dumps(page_primer.status()).encode()); os._exit(0)\n"
-            "os.waitpid(child, 0)\nresult = json.loads(os.read(r, 1 << 16))"
+        plain, locked = (
+            process.run(
+                "import json, os, page_primer\nr, w = os.pipe()\nchild = os.fork()\n"
+                f"if child == 0: {first}; os.write(w, json.dumps(page_primer.status()).encode()); "
+                "os._exit(0)\n"
+                "os.waitpid(child, 0)\nresult = json.loads(os.read(r, 1 << 16))"
+            )
+            # The second as the launcher does it in each child.
+            for first in ("pass", "page_primer.on_process(lambda p: p.lock_in_child())")
         )
-        SCHEMA.validate(found)
-        assert found["pending"]
-        assert (found["locked_bytes"], found["vm_locked_bytes"]) == (0, 0)
+        for found in (plain, locked):
+            SCHEMA.validate(found)
+            assert found["pending"]
+        assert (plain["locked_bytes"], plain["vm_locked_bytes"]) == (0, 0)
+        assert locked["locked_bytes"] > 0
+        assert locked["vm_locked_bytes"] > 0
 
 
 @pytest.mark.parametrize(
