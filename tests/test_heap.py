@@ -200,7 +200,8 @@ def test_churn_returns_what_it_took(python):
             process.run("for _ in range(3): [bytes(479) for _ in range(409_600)]")
             sizes.append((base, resident(process)))
     for base, after in sizes[1:]:
-        assert after <= sizes[0][1] * 1.05 + max(0, base - sizes[0][0]) + PMD
+        # An arena that lives keeps its region, and what collapsed before keeps what was added.
+        assert after <= sizes[0][1] * 1.05 + max(0, base - sizes[0][0]) + 2 * PMD, sizes
 
 
 def test_arenas_with_a_survivor_each_give_their_memory_back(python):
