@@ -9,23 +9,25 @@ from pathlib import Path
 
 import pytest
 
-__all__ = ["container"]
+__all__ = ["OVERLAID", "container"]
+
+OVERLAID = ("usr", "opt", "root", "home", "var")
 
 _SCRIPT = """
 set -e
 upper=$1 user=$2 ro=$3; shift 3
 mount --make-rprivate /
-for d in usr opt root home var; do
+for d in DIRECTORIES; do
     [ -d "/$d" ] || continue
     mkdir -p "$upper/$d/u" "$upper/$d/w"
     chmod --reference="/$d" "$upper/$d/u"
     mount -t overlay overlay -o "lowerdir=/$d,upperdir=$upper/$d/u,workdir=$upper/$d/w" "/$d"
 done
 chmod 755 /root
-[ -z "$ro" ] || for d in usr opt root home var; do mount -o remount,bind,ro "/$d"; done
+[ -z "$ro" ] || for d in DIRECTORIES; do mount -o remount,bind,ro "/$d"; done
 mount -t tmpfs -o size=64m,mode=1777,nosuid,nodev,noexec shm /dev/shm
 exec setpriv --reuid "$user" --regid "$user" --clear-groups "$@"
-"""
+""".replace("DIRECTORIES", " ".join(OVERLAID))
 
 
 def container(directory: Path, user: int = 1000, *, read_only: bool = False) -> list[str]:
