@@ -130,12 +130,14 @@ class Mlocks:
         if self._made and not self._refused:
             room = memlock.room()
             if room is None or self.sizes[0] <= room:
+                done = []
                 with suppress(OSError):
                     for address, length, flags, _ in _FORM.iter_unpack(self._made):
                         _core.lock(address, length, flags)
+                        done.append((address, length))
                     return True
-                for address, length, _, _ in _FORM.iter_unpack(self._made):
-                    with suppress(OSError):  # each is to be counted once
+                for address, length in done:  # to be counted once, one by one
+                    with suppress(OSError):
                         _core.unlock(address, length)
         return False
 

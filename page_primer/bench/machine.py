@@ -7,6 +7,8 @@ import platform
 import re
 from typing import TYPE_CHECKING, Any
 
+from page_primer.kernel.thp import chosen
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -25,7 +27,7 @@ def describe() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "virtual": "hypervisor" in _cpuinfo("flags").split(),
         "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "transparent_hugepage": _setting("/sys/kernel/mm/transparent_hugepage/enabled"),
+        "transparent_hugepage": chosen("enabled"),
         "multi_gen_lru": _read("/sys/kernel/mm/lru_gen/enabled"),
         "governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
     }
@@ -72,11 +74,6 @@ def _processor() -> str:
 
 def _cpuinfo(name: str) -> str:
     found = re.search(rf"^{name}\s*:\s*(.*)$", _read("/proc/cpuinfo"), re.MULTILINE)
-    return found[1] if found else ""
-
-
-def _setting(path: str) -> str:
-    found = re.search(r"\[(\w+)\]", _read(path))
     return found[1] if found else ""
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from page_primer.doctor.facts import THP, Settings
+from page_primer.doctor.facts import Settings
 from page_primer.doctor.findings import INFO, OK, PROBLEM, WARNING, Check
+from page_primer.kernel.thp import SETTINGS
 from page_primer.options import Options
 from page_primer.words import mib
 
@@ -51,7 +52,7 @@ def judge_thp(settings: Settings) -> Check:
     name = "transparent huge pages"
     if not settings.pmd:
         return Check(
-            name, PROBLEM, f"none: there is no {THP}/hpage_pmd_size",
+            name, PROBLEM, f"none: there is no {SETTINGS}/hpage_pmd_size",
             "boot a kernel with CONFIG_TRANSPARENT_HUGEPAGE=y", "no-thp",
             ("# boot a kernel with CONFIG_TRANSPARENT_HUGEPAGE=y",),
         )  # fmt: skip
@@ -75,7 +76,7 @@ def in_force(general: str, of_size: str) -> str:
 
 
 def thp_fix() -> str:
-    return f"echo madvise > {THP}/enabled"
+    return f"echo madvise > {SETTINGS}/enabled"
 
 
 def judge_shmem(settings: Settings) -> Check:
@@ -96,10 +97,10 @@ def judge_shmem(settings: Settings) -> Check:
 def shmem_fix(settings: Settings) -> str | None:
     """The line that allows memfd and tmpfs huge pages; None where nothing forbids them."""
     if settings.shmem == "deny" or (settings.kernel < (6, 1) and settings.shmem == "never"):
-        return f"echo advise > {THP}/shmem_enabled"
+        return f"echo advise > {SETTINGS}/shmem_enabled"
     # The setting of one size came with 6.12; from 7.2 on MADV_COLLAPSE does not ask it.
     if settings.shmem_of_size == "never" and settings.kernel < (7, 2):
-        return f"echo inherit > {THP}/hugepages-{settings.pmd >> 10}kB/shmem_enabled"
+        return f"echo inherit > {SETTINGS}/hugepages-{settings.pmd >> 10}kB/shmem_enabled"
     return None
 
 

@@ -15,9 +15,9 @@ from page_primer import _core
 from page_primer.kernel import mounts
 from page_primer.kernel.mounts import Mount, mount_of
 from page_primer.kernel.release import release
+from page_primer.kernel.thp import chosen
 from page_primer.processes import CAP_IPC_LOCK
 
-THP = "/sys/kernel/mm/transparent_hugepage"
 _HUGETLB = "/sys/kernel/mm/hugepages"
 
 
@@ -62,17 +62,17 @@ class Directory:
 
 def read_settings(pmd: int) -> Settings:
     """Read what the kernel says of itself."""
-    of_size = f"{THP}/hugepages-{pmd >> 10}kB"
+    of_size = f"hugepages-{pmd >> 10}kB"
     pool = f"{_HUGETLB}/hugepages-{pmd >> 10}kB"
     pages = _number(f"{pool}/nr_hugepages")
     free = (_number(f"{pool}/free_hugepages") or 0) - (_number(f"{pool}/resv_hugepages") or 0)
     return Settings(
         kernel=release(),
         pmd=pmd,
-        thp=_chosen(f"{THP}/enabled"),
-        thp_of_size=_chosen(f"{of_size}/enabled"),
-        shmem=_chosen(f"{THP}/shmem_enabled"),
-        shmem_of_size=_chosen(f"{of_size}/shmem_enabled"),
+        thp=chosen("enabled"),
+        thp_of_size=chosen(f"{of_size}/enabled"),
+        shmem=chosen("shmem_enabled"),
+        shmem_of_size=chosen(f"{of_size}/shmem_enabled"),
         memfd_noexec=_number("/proc/sys/vm/memfd_noexec"),
         pool=pages,
         pool_free=max(free, 0),
@@ -163,9 +163,3 @@ def read(path: str) -> str:
 def _number(path: str) -> int | None:
     text = read(path).strip()
     return int(text) if text.isascii() and text.isdigit() else None
-
-
-def _chosen(path: str) -> str:
-    """The choice in brackets, as in "always [madvise] never"."""
-    found = re.search(r"\[(\w+)\]", read(path))
-    return found[1] if found else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from page_primer import _core, reasons
+from page_primer.kernel.thp import SETTINGS, chosen
 from page_primer.reasons import Refusal
 
 TYPE_CHECKING = False
@@ -12,15 +13,13 @@ if TYPE_CHECKING:
     from page_primer.kernel.memory import Memory
     from page_primer.options import Options
 
-_THP = "/sys/kernel/mm/transparent_hugepage"
-
 
 def refusal(options: Options, huge: int, bounds: Sequence[Memory]) -> Refusal | None:
     """Why the heap is to be left alone here, or None."""
     if not huge:
         return Refusal(reasons.NO_HUGE_PAGES)
     if enabled(huge) == "never":
-        return Refusal(reasons.THP_OFF, f"{_THP}/enabled is never")
+        return Refusal(reasons.THP_OFF, f"{SETTINGS}/enabled is never")
     if _core.thp_disabled():
         return Refusal(reasons.THP_DISABLED)
     for bound in bounds:
@@ -38,19 +37,10 @@ def refusal(options: Options, huge: int, bounds: Sequence[Memory]) -> Refusal | 
 def enabled(huge: int) -> str:
     """The setting that decides on anonymous huge pages: "always", "madvise" or "never"; empty where
     it cannot be read."""
-    of_size = _chosen(f"{_THP}/hugepages-{huge >> 10}kB/enabled")
-    return _chosen(f"{_THP}/enabled") if of_size in ("", "inherit") else of_size
+    of_size = chosen(f"hugepages-{huge >> 10}kB/enabled")
+    return chosen("enabled") if of_size in ("", "inherit") else of_size
 
 
 def defrag() -> str:
     """How far the kernel goes at a page fault for a huge page."""
-    return _chosen(f"{_THP}/defrag")
-
-
-def _chosen(path: str) -> str:
-    """What is in brackets in a file of sysfs."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            return file.read().partition("[")[2].partition("]")[0]
-    except OSError:
-        return ""
+    return chosen("defrag")

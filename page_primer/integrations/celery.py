@@ -38,6 +38,7 @@ _NEAR = 0.8  # of the limit
 _options: Options | None = None
 _most_memory = 0  # that limit, KiB; 0: none
 _first: Report | None = None  # made before logging was set up
+_forking = 0  # PID of the parent of a pool of forks
 
 
 def setup(app: Any) -> None:
@@ -101,13 +102,15 @@ def _prime_before_forks() -> None:
     """Have this process primed whenever it forks a child, which takes microseconds unless it has
     loaded a library since (Celery loads some after its last signal): otherwise each child finds it,
     and looks at everything again."""
-    parent = os.getpid()
+    global _forking
+    if not _forking:  # once: nothing takes it back
+        os.register_at_fork(before=_prime_before_fork)
+    _forking = os.getpid()
 
-    def prime() -> None:
-        if os.getpid() == parent:
-            _prime()
 
-    os.register_at_fork(before=prime)
+def _prime_before_fork() -> None:
+    if os.getpid() == _forking:
+        _prime()
 
 
 def _forks(worker: Any) -> bool:

@@ -15,7 +15,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-_PMD_SIZE_FILE = "/sys/kernel/mm/transparent_hugepage/hpage_pmd_size"
+SETTINGS = "/sys/kernel/mm/transparent_hugepage"
+_PMD_SIZE_FILE = f"{SETTINGS}/hpage_pmd_size"
 
 
 def page_size() -> int:
@@ -30,6 +31,16 @@ def pmd_size() -> int:
             return int(file.read())
     except (OSError, ValueError):
         return 0
+
+
+def chosen(name: str) -> str:
+    """What is in brackets in a file of SETTINGS, as in "always [madvise] never"; empty where it
+    cannot be read."""
+    try:
+        with open(f"{SETTINGS}/{name}", encoding="utf-8") as file:
+            return file.read().partition("[")[2].partition("]")[0]
+    except OSError:
+        return ""
 
 
 def has_no_huge_pages() -> bool:
