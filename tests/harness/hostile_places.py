@@ -366,6 +366,7 @@ TABLE = (
         Environment(
             f"RLIMIT_AS, {room >> 20} MiB left", "setrlimit(2) in the process",
             (PRIMED, OTHERWISE, NOT), before=ADDRESS_SPACE.format(room=room), slow=room != 8 << 20,
+            undoes=True,
         )
         for room in (4 << 20, 8 << 20, 16 << 20, 32 << 20)  # less: the interpreter itself has none
     ),
@@ -392,7 +393,7 @@ TABLE = (
             (PRIMED, OTHERWISE, NOT),
             "failed to map segment|Cannot allocate memory|MemoryError" if left < 40 else "",
             old_map_limit, MAPPINGS.format(left=left),
-            slow=left != 12,
+            undoes=True, slow=left != 12,
         )
         # With fewer the interpreter itself has no memory for its next arena.
         for left in (12, 40, 400)
@@ -452,7 +453,7 @@ TABLE = (
     # What a process sees.
     Environment(
         "/proc not mounted", "umount", (NOT,), "No such file[^']*",
-        namespace("--mount", set_up="umount -l /proc"),
+        namespace("--mount", set_up="umount -l /proc"), undoes=True,
     ),
     Environment(
         "/proc with hidden processes", "mounted hidepid=2,subset=pid", (PRIMED, OTHERWISE), "",

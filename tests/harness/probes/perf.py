@@ -44,7 +44,7 @@ def same_samples(expected: Samples, seen: Samples) -> Verdict:
     )
     if shares[1] < 0.99 * shares[0]:
         return Verdict(CANNOT, numbers)
-    if seen.wrong > max(expected.wrong, 0.03 * seen.resolvable):
+    if seen.wrong > max(expected.wrong, 0.01 * seen.resolvable):
         return Verdict(CANNOT, f"{numbers}, {seen.wrong} wrongly")
     hot = hottest(expected.names, expected.resolvable)
     missing = hot - set(seen.names)
