@@ -12,8 +12,6 @@ from typing import Any
 from page_primer.options import BACKINGS, HEAP_MODES, flag
 from page_primer.options import TABLE as OPTIONS
 
-# Options of the C program, which no parser of ours knows.
-_WARM = ("--help", "--python", "--libraries", "--hold", "--rewrite", "-q")
 _CHOICES = {
     "backing": BACKINGS,
     "mlock": ("all", "code", "off"),
@@ -41,7 +39,10 @@ def run(parser: argparse.ArgumentParser) -> int:
 def _others() -> Iterator[tuple[str, argparse.ArgumentParser]]:
     """Parsers of the commands that have their own, as far as they can be imported."""
     try:
-        from page_primer.bench import command as bench  # of this command alone, as the next one
+        from page_primer.launcher import warm  # of this command alone, as the next ones
+
+        yield "warm", warm.parser()
+        from page_primer.bench import command as bench  # likewise
 
         yield "bench", bench.parser()
         from page_primer.cli import build  # likewise
@@ -49,11 +50,6 @@ def _others() -> Iterator[tuple[str, argparse.ArgumentParser]]:
         yield "build", build.parser()
     except ImportError:  # without the C core
         pass
-    warm = argparse.ArgumentParser(prog="page-primer warm", add_help=False)
-    for word in _WARM:
-        warm.add_argument(word, action="store_true")
-    warm.add_argument("paths", nargs="*")
-    yield "warm", warm
 
 
 def _complete(parser: argparse.ArgumentParser, completers: dict[str, Any]) -> None:

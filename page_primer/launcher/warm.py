@@ -69,7 +69,7 @@ def main(arguments: Sequence[str]) -> int:
     words = list(arguments)
     at = words.index("--") if "--" in words else len(words)
     words, command = words[:at], words[at + 1 :]
-    given = _parser().parse_args(words)
+    given = parser().parse_args(words)
     path = program()
     if path is None:
         print(f"page-primer: {PROGRAM} is not installed", file=sys.stderr)
@@ -123,7 +123,7 @@ def _execute(command: Sequence[str]) -> int:
         return 127 if isinstance(error, (FileNotFoundError, NotADirectoryError)) else 126
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     import argparse  # likewise
 
     parser = argparse.ArgumentParser(
