@@ -34,6 +34,27 @@ def test_valid(name):
     assert done.returncode == 0, done.stdout
 
 
+def test_commands_without_a_suffix_are_linted():
+    """ruff takes *.py by itself; the other Python programs are named for it, and for mypy."""
+    pytest.importorskip("ruff")
+    names = subprocess.run(["git", "ls-files", "tools"], cwd=ROOT, capture_output=True, text=True)
+    programs = {
+        name
+        for name in names.stdout.splitlines()
+        if (ROOT / name).read_text().startswith("#!/usr/bin/env python3")
+    }
+    if not programs:
+        pytest.skip("not a clone")
+    shown = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", "--show-files", "."],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    linted = {str(Path(line).relative_to(ROOT)) for line in shown.stdout.splitlines()}
+    assert programs <= linted
+    (typed,) = re.findall(r"^files = (.*)$", (ROOT / "tests/mypy.ini").read_text(), re.MULTILINE)
+    assert programs <= set(typed.split(", "))
+
+
 @pytest.mark.parametrize("name", ["bug", "environment"])
 def test_forms_ask_for_the_doctors_output(name):
     assert "`page-primer doctor --json`" in text_of(f".github/ISSUE_TEMPLATE/{name}.yml")

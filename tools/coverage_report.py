@@ -137,7 +137,7 @@ def run_tests(options: list[str]) -> int:
         "GCOV_ERROR_FILE": "/dev/null",
         "PATH": f"{HOME / 'bin'}{os.pathsep}{os.environ['PATH']}",
     }
-    command = [HOME / "bin" / "python", "-m", "pytest", "-q", "--numprocesses", "auto",
+    command = [str(HOME / "bin/python"), "-m", "pytest", "-q", "--numprocesses", "auto",
                "--maxprocesses", "8", "--dist", "loadfile", *options]  # fmt: skip
     return subprocess.run(command, cwd=TREE, env=environment, check=False).returncode
 
