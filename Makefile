@@ -3,7 +3,8 @@
 # make test    the whole test suite (TESTS=tests/test_plan.py: a part of it)
 # make test-fast    without the tests that take long
 # make coverage    the suite with coverage of Python and C; build/coverage/report.md names the rest
-# make trixie  make demo and make test in a Debian 13 (root; COMMAND=... for something else)
+# make trixie  make demo and make test in a Debian 13 (root; COMMAND=... for something else);
+#              make bookworm, make sid: in a Debian 12, in Debian unstable
 # make lint    formatting, lint rules, types, layers; C's format and its lint
 # make wheel   sdist and wheel in dist/, checked (PYTHON_FOR=...: a wheel for another interpreter,
 #              CROSS=aarch64-linux-gnu: by that compiler, for another processor)
@@ -32,7 +33,7 @@ PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 PARALLEL := $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 SOURCES := pyproject.toml setup.py $(wildcard page_primer/*.[ch] page_primer/launcher/*.[ch])
 
-.PHONY: demo demo-celery test test-fast coverage trixie lint wheel wheel-check changelog docs bench bench-pressure environments drawing sanitize fuzz tools-matrix kernels clean
+.PHONY: demo demo-celery test test-fast coverage bookworm trixie sid lint wheel wheel-check changelog docs bench bench-pressure environments drawing sanitize fuzz tools-matrix kernels clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/gunicorn/demo.py
@@ -54,9 +55,9 @@ test-fast: $(VENV)/.dev
 coverage: $(VENV)/.dev
 	$(BIN)/python tools/coverage_report.py
 
-trixie:
+bookworm trixie sid:
 	tools/system-packages debootstrap:debootstrap unshare:util-linux git:git
-	tools/trixie $(if $(COMMAND),'$(COMMAND)')
+	tools/debian $@ $(if $(COMMAND),'$(COMMAND)')
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

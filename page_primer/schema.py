@@ -17,6 +17,7 @@ from page_primer import build as build_command
 from page_primer import health, report
 from page_primer._lean import Record
 from page_primer.align import command as align
+from page_primer.bench.intervals import Ratio
 from page_primer.cli import images
 from page_primer.doctor import coverage, findings
 from page_primer.kernel.anonymous import Use
@@ -33,6 +34,7 @@ _NAMES = {
     "Use": Use,
     "Reason": Reason,
 }
+_PROBED = ("pages", "small_ns", "huge_ns", "ratio")
 _PLAIN = {str: "string", bool: "boolean", int: "integer", float: "number", type(None): "null"}
 
 Schema = dict[str, Any]
@@ -74,6 +76,34 @@ def _build() -> Schema:
     return _object({"path": _of(str), "built": _list(built), "left": _list(left)})
 
 
+def _bench() -> Schema:
+    numbers = _of(dict[str, float])  # by name, as docs/bench.md has them
+    settings = {
+        "requests": int, "connections": int, "rounds": int | None, "minutes": float | None,
+        "variants": str, "seed": int, "urls": list[str],
+    }  # fmt: skip
+    machine = {
+        "system": str, "processor": str, "cores": int, "virtual": bool, "memory": int,
+        "transparent_hugepage": str, "multi_gen_lru": str, "governor": str,
+    }  # fmt: skip
+    variant = _object({"medians": numbers, "obtained": numbers})
+    compared = {"verdict": _of(str), "ratios": _of(dict[str, Ratio])}
+    variant["properties"].update(compared)  # not of `off`, which the others are compared to
+    variant["dependentRequired"] = {"verdict": ["ratios"], "ratios": ["verdict"]}
+    plain = {
+        "page_primer": str, "command": list[str], "server": list[str], "began": str, "python": str,
+        "no_counters": str | None, "generator": str, "ended": str | None, "left_out": list[str],
+    }  # fmt: skip
+    return _object({
+        **_each(plain),
+        "settings": _object(_each(settings)),
+        "machine": _object(_each(machine)),
+        "tlb_probe": _list(_object(_each(dict.fromkeys(_PROBED, float)))),
+        "variants": {"type": "object", "additionalProperties": variant},
+        "rounds": _list({"type": "object", "additionalProperties": numbers}),
+    })  # fmt: skip
+
+
 SCHEMAS: dict[str, tuple[str, Callable[[], Schema]]] = {
     "report": ("What page_primer.prime() did for a process", _report),
     "health": ("What page_primer.status() says of its own process", lambda: _of(health.Status)),
@@ -88,6 +118,7 @@ SCHEMAS: dict[str, tuple[str, Callable[[], Schema]]] = {
         lambda: _list(_of(align.Row)),
     ),
     "build": ("What `page-primer build --json` wrote", _build),
+    "bench": ("What `page-primer bench --json FILE` measured", _bench),
 }
 
 
@@ -123,6 +154,10 @@ def _object(properties: Schema) -> Schema:
         "required": list(properties),
         "additionalProperties": False,
     }
+
+
+def _each(kinds: dict[str, Any]) -> Schema:
+    return {name: _of(kind) for name, kind in kinds.items()}
 
 
 def _with(found: Schema, more: Schema) -> Schema:

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
+from harness.schemas import validated
 from harness.servers import NO_CONTROL_SOCKET, Server, free_port, wait_for
 
 from page_primer.bench import intervals, variants
@@ -214,7 +215,7 @@ def test_a_slower_variant_is_called_slower(tmp_path):
     assert done.returncode == 0, done.stderr
     assert re.search(r"^slow: slower: \d+\.\d % more processor time a request \(95 %: ",
                      done.stdout, re.MULTILINE), done.stdout  # fmt: skip
-    result = json.loads((tmp_path / "result.json").read_text())
+    result = validated("bench", json.loads((tmp_path / "result.json").read_text()))
     assert len(result["rounds"]) == 6
     assert result["variants"]["slow"]["ratios"]["cpu_ms"]["low"] > 1
     assert {"processor", "cores", "system"} <= result["machine"].keys()
@@ -246,7 +247,7 @@ def test_gunicorn_primed(tmp_path, images):
         env={**os.environ, "PAGE_PRIMER_IMAGE_DIR": str(images)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "result.json").read_text())
+    result = validated("bench", json.loads((tmp_path / "result.json").read_text()))
     obtained = {name: found["obtained"] for name, found in result["variants"].items()}
     assert obtained["off"]["locked_mib"] == 0 < obtained["mlock"]["locked_mib"]
     assert obtained["code"]["code_huge"] > obtained["off"]["code_huge"]
@@ -328,7 +329,7 @@ def test_an_interrupted_run_prints_what_is_known(tmp_path, number):
     assert re.search(r"^mlock: no verdict: [23] of the 6 rounds", out, re.MULTILINE), out
     assert "Traceback" not in err
     assert left_over(run.port) == []
-    assert len(json.loads(run.json.read_text())["rounds"]) in (2, 3)
+    assert len(validated("bench", json.loads(run.json.read_text()))["rounds"]) in (2, 3)
 
 
 def test_an_interrupt_under_load_leaves_nothing(tmp_path):

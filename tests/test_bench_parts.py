@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from harness.interpreters import KINDS
+from harness.schemas import validated
 from harness.servers import Server, free_port, wait_for
 
 from page_primer.align import files as align
@@ -313,7 +314,7 @@ def test_a_script(tmp_path):
 
     done = bench("--rounds", "2", "--variants", "off,mlock", "--json", str(result))
     assert done.returncode == 0, done.stderr
-    found = json.loads(result.read_text())["variants"]["off"]["medians"]
+    found = validated("bench", json.loads(result.read_text()))["variants"]["off"]["medians"]
     assert found["cpu_ms"] >= 200
     assert found["wall_ms"] >= 200
     assert found["resident_mib"] > 4
@@ -347,7 +348,7 @@ def test_celery_tasks(tmp_path, broker):
     done = bench("work.add", "1", "2", **results)
     assert done.returncode == 0, done.stderr
     assert "processor ms a task" in done.stdout
-    found = json.loads(result.read_text())["variants"]["off"]["medians"]
+    found = validated("bench", json.loads(result.read_text()))["variants"]["off"]["medians"]
     assert found["cpu_ms"] > 0
     assert 0 < found["p50_ms"] <= found["max_ms"]
     assert found["workers"] >= 2

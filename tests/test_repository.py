@@ -73,3 +73,16 @@ def test_the_workflow_runs_what_there_is():
     classified = re.findall(r":: (3\.\d+)\"", (ROOT / "pyproject.toml").read_text())
     (tested, *_) = re.findall(r"python: \[(.*)\]", workflow)
     assert tested == ", ".join(f'"{version}"' for version in classified)
+
+
+def test_pre_commit_runs_what_make_lint_does():
+    """Its hooks, which need no environment of pre-commit's, are among the lines of `make lint`."""
+    hooks = re.findall(r"^ +entry: (.*)$", text_of(".pre-commit-config.yaml"), re.MULTILINE)
+    makefile = (ROOT / "Makefile").read_text()
+    (lint,) = re.findall(r"^lint:.*\n((?:\t.*\n)+)", makefile, re.MULTILINE)
+    assert len(hooks) >= 6
+    for hook in hooks:
+        command = hook.replace(".venv/bin", "$(BIN)")
+        assert f"\t{command}" in lint, hook
+        program = hook.split()[0]
+        assert program.startswith(".venv/") or (ROOT / program).is_file(), hook
