@@ -1,4 +1,4 @@
-/* page_primer._core: what the dynamic loader has mapped. */
+/* page_primer._core: what the dynamic loader has mapped, and where. */
 
 #include "_core.h"
 
@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/auxv.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 
 typedef struct {
@@ -173,6 +174,30 @@ core_loads(PyObject *module, PyObject *Py_UNUSED(ignored))
 }
 
 PyDoc_STRVAR(
+    placed_doc,
+    "placed(length, fd) -> address\n\n"
+    "Where mmap(2) maps the beginning of a file if it may choose, as the loader\n"
+    "lets it.  Nothing stays mapped.");
+
+static PyObject *
+core_placed(PyObject *module, PyObject *args)
+{
+    uint64_t length;
+    int fd;
+    void *got;
+
+    if (!PyArg_ParseTuple(args, "O&i:placed", to_uint64, &length, &fd))
+        return NULL;
+    got = mmap(NULL, length, PROT_READ, MAP_PRIVATE, fd, 0);
+    if (got == MAP_FAILED)
+        return fail(module, errno, "map", 0, length);
+    if (munmap(got, length) < 0)
+        return fail(module, errno, "unmap", (uintptr_t)got,
+                    (uintptr_t)got + length);
+    return PyLong_FromUnsignedLongLong((uintptr_t)got);
+}
+
+PyDoc_STRVAR(
     interpreter_doc,
     "interpreter_address() -> int\n\n"
     "An address inside the code of the running interpreter: that of a C-API\n"
@@ -205,6 +230,7 @@ core_threads(PyObject *module, PyObject *Py_UNUSED(ignored))
 PyMethodDef page_primer_objects_methods[] = {
     {"objects", core_objects, METH_NOARGS, objects_doc},
     {"loads", core_loads, METH_NOARGS, loads_doc},
+    {"placed", core_placed, METH_VARARGS, placed_doc},
     {"interpreter_address", core_interpreter_address, METH_NOARGS,
      interpreter_doc},
     {"threads", core_threads, METH_NOARGS, threads_doc},

@@ -124,7 +124,7 @@ def _where_loaded(obj: Object, pmd: int) -> Object:
     """The object at the address that the loader gives it on a disk, modulo a huge page: a program
     that is linked for one address has that, all else is aligned. Whole, since what of it is hot
     shows only when a server works."""
-    obj = replace(obj, touched=None)
+    obj = replace(obj, touched=None, by_chance=False)
     if obj.fixed:
         return obj
     base = obj.base - obj.start % pmd

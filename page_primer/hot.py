@@ -26,7 +26,7 @@ _ONE_IN = 8
 def is_shared(obj: Object, pmd: int) -> bool:
     """Whether the load address modulo a huge page is the same each time, so that one image serves
     every process."""
-    return obj.fixed or obj.start % pmd == 0
+    return obj.fixed or (obj.start % pmd == 0 and not obj.by_chance)
 
 
 def chunks_of(obj: Object, regions: Iterable[Region], pmd: int) -> tuple[Region, ...]:

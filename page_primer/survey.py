@@ -10,7 +10,7 @@ from page_primer.elf import file as elf
 from page_primer.elf.file import PF_R, ProgramHeader
 from page_primer.elf.objects import Object, Range, Segment, Source, segments_of
 from page_primer.kernel import memory
-from page_primer.kernel.address_space import map_new
+from page_primer.kernel.address_space import map_new, places_on
 from page_primer.kernel.memory import Memory
 from page_primer.kernel.pagemap import Pagemap
 from page_primer.kernel.smaps import Mapping, overlapping, read_maps, read_own
@@ -123,7 +123,20 @@ def _object(
         return found
     source, problem = _inspect(found, origin, here)
     touched = None if problem or found.interpreter else tuple(_touched(found, here, pmd))
-    return replace(found, source=source, problem=problem, touched=touched)
+    by_chance = problem is None and _is_by_chance(found, pmd)
+    return replace(found, source=source, problem=problem, touched=touched, by_chance=by_chance)
+
+
+def _is_by_chance(found: Object, pmd: int) -> bool:
+    """Whether it begins at a multiple of a huge page where nothing sees to that: neither its own
+    program headers, nor its file system."""
+    if found.fixed or found.start % pmd:
+        return False
+    loads = (h for h in ProgramHeader.parse_table(found.headers) if h.p_type == elf.PT_LOAD)
+    if any(load.p_align >= pmd for load in loads):
+        return False
+    # The kernel chooses a program's address at random, whatever the file system.
+    return found.main or not places_on(pmd, found.path, found.end - found.start)
 
 
 def _touched(found: Object, here: Sequence[Mapping], pmd: int) -> Iterator[tuple[int, int]]:

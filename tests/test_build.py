@@ -230,6 +230,9 @@ def test_names_of_built_images():
     assert names.as_built(names.as_libpython(name), source, b"headers") == names.as_libpython(built)
     random = names.of(source, "200000", "3000", "0x.400000r")
     assert names.is_transient(random)
+    by_chance = names.of(source, "200000", "200000", "0x.400000r")
+    assert names.is_name(by_chance) and names.is_transient(by_chance)
+    assert names.as_built(by_chance, source, b"headers") == built
     anchor = names.of(source, "3ff000", names.ANCHOR)
     assert names.is_name(anchor) and not names.is_transient(anchor)
     assert names.is_name(names.as_built(anchor, source, b"headers"))

@@ -121,6 +121,7 @@ class Object(Record):
     segments: tuple[Segment, ...]
     main: bool = False
     interpreter: bool = False
+    by_chance: bool = False  # at a multiple of a huge page, where the next process hardly has it
     source: Source | None = None
     problem: Reason | None = None
     bti: bool = False  # arm64: code is mapped PROT_BTI

@@ -161,7 +161,7 @@ def lay_out(obj: Object, regions: Sequence[Region], pmd: int) -> Layout:
     """Lay an object out so that its regions can be mapped with huge pages."""
     source = obj.source
     assert source is not None, "only objects with a file are planned"
-    name = names.of(source, f"{pmd:x}", f"{obj.start % pmd:x}", ".".join(_cuts(obj, regions)))
+    name = names.of(source, *names.placement(obj, pmd), ".".join(_cuts(obj, regions)))
     if obj.interpreter and obj.main and not obj.fixed:
         # py-spy takes what stays on the original for the whole program, but libpython as well.
         name = names.as_libpython(name)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import sys
 
-from page_primer.elf.objects import Source
+from page_primer.elf.objects import Object, Source
 
 # Part of an image's name in the store: raise it when what layout.py writes changes.
 LAYOUT_VERSION = 4
@@ -49,6 +49,8 @@ def as_built(name: str, source: Source, headers: bytes, *, whole: bool = False) 
     """
     plain = _plain(name)
     version, *numbers = plain.split("-")
+    if numbers[5] == numbers[6]:
+        numbers[6] = "0"
     content = int.from_bytes(headers, "little") % _PRIME
     rest = [*numbers[5:-1], _WHOLE] if whole else numbers[5:]
     parts = (version, _BUILT, *_seconds(source), f"{content:x}", *rest)
@@ -91,6 +93,13 @@ def belongs_to(name: str, path: str) -> bool:
     if is_built(name):
         return tuple(numbers[1:3]) == _seconds(source)
     return numbers[:5] == identity(source)
+
+
+def placement(obj: Object, pmd: int) -> tuple[str, str]:
+    """The parts of a name that are for the huge page size and the load address modulo that. Where
+    it is 0 by chance it is written as a whole huge page: the bytes are the same, their use is not.
+    """
+    return f"{pmd:x}", f"{pmd if obj.by_chance else obj.start % pmd:x}"
 
 
 def is_transient(name: str) -> bool:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
 
 from page_primer import _core
+from page_primer._lean import suppress
 
 
 def map_new(
@@ -23,6 +25,27 @@ def map_new(
             _core.unmap(address, size + guard)
         raise
     return address
+
+
+def places_on(alignment: int, path: str, size: int) -> bool:
+    """Whether mmap(2) of itself maps a file at multiples of `alignment`, as ext4, xfs and btrfs
+    have it do for a huge page's size. Where that cannot be tried, yes.
+
+    Args:
+        alignment: bytes, a power of two.
+        path: the file.
+        size: bytes that are mapped of it, as by the loader.
+    """
+    with suppress(OSError):
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            # Elsewhere a mapping ends where the last one begins: of two sizes that differ by a
+            # page, one at most is at such an address.
+            sizes = size, size + os.sysconf("SC_PAGESIZE")
+            return not any(_core.placed(each, fd) % alignment for each in sizes)
+        finally:
+            os.close(fd)
+    return True
 
 
 class Window:

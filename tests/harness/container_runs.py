@@ -46,7 +46,6 @@ class Left(NamedTuple):
     backing: str  # that its interpreter had
     size: int  # bytes
     images: int
-    recurring: int  # bytes of images at a load address that other file systems give each time
 
 
 def restart(times: int, wrapper: Sequence[str]) -> Iterator[Left]:
@@ -62,12 +61,9 @@ def restart(times: int, wrapper: Sequence[str]) -> Iterator[Left]:
         for number in range(times):
             service = _SERVICE.format(killed=number % 5 == 2)
             backing, sizes = process.run(_RESTART.format(service=service))
-            folders = {path: os.path.basename(os.path.dirname(path)) for path in sizes}
-            images = {name for name in folders.values() if names.is_name(name)}
-            # By chance an address is that one, at one start in 512.
-            kept = [size for path, size in sizes.items() if folders[path] in images
-                    and not names.is_transient(folders[path])]  # fmt: skip
-            yield Left(backing, sum(sizes.values()), len(images), sum(kept))
+            folders = {os.path.basename(os.path.dirname(path)) for path in sizes}
+            images = {name for name in folders if names.is_name(name)}
+            yield Left(backing, sum(sizes.values()), len(images))
 
 
 APPLICATIONS = {

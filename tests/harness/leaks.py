@@ -87,6 +87,13 @@ def reserve() -> None:
 
 
 @case
+def placed() -> None:
+    _core.placed(SIZE, _file)
+    refused(_core.placed, SIZE, -1)
+    refused(_core.placed, 0, _file)
+
+
+@case
 def map() -> None:
     address = _core.reserve(SIZE, PAGE, 0)
     _core.map(address, SIZE, READ_WRITE, ANONYMOUS, -1, 0)
