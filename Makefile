@@ -1,4 +1,4 @@
-# make demo    a real gunicorn application, primed, with the report shown
+# make demo    a real gunicorn application, unprimed and primed, in numbers, with the report shown
 # make demo-celery    a real Celery worker, likewise
 # make test    the whole test suite (TESTS=tests/test_plan.py: a part of it)
 # make test-fast    without the tests that take long

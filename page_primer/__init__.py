@@ -1,8 +1,9 @@
 """Put a Python server's machine code on huge pages and lock it in memory.
 
->>> import logging, page_primer
->>> report = page_primer.prime()
->>> report.log(logging.getLogger())
+Examples:
+    >>> import logging, page_primer
+    >>> report = page_primer.prime()
+    >>> report.log(logging.getLogger())
 
 Importing this package loads no framework and starts no work.
 """

@@ -150,6 +150,42 @@ def test_a_narrow_table_drops_columns_then_cuts_names_and_breaks_none(monkeypatc
     assert "…" in tables.fit(found, 50)
 
 
+def test_paths_lose_folders_before_a_column_is_left_out(monkeypatch):
+    monkeypatch.setattr(terminal, "can_write", lambda _: True)
+    rows = (("/opt/venv/lib/python3.11/site-packages/pyarrow/libarrow.so.2600", "26.8 MiB", "17"),)
+    found = table("file", "code", "chunks", rows=rows, file={"cuts": "path"}, chunks={"goes": 1})
+    wide, narrow, narrowest = (tables.fit(found, width).splitlines()[1] for width in (56, 40, 30))
+    assert wide.split() == ["…/pyarrow/libarrow.so.2600", "26.8", "MiB", "17"]
+    assert narrow.split() == ["…/pyarrow/libarrow.so.2600", "26.8", "MiB"]
+    assert narrowest.split() == ["…/libarrow.so.2600", "26.8", "MiB"]
+    assert "chunks" in tables.fit(found, 56)
+    assert "chunks" not in tables.fit(found, 40)
+
+
+@pytest.mark.parametrize(
+    ("width", "shown"),
+    [
+        (60, "/usr/lib/python3/numpy/_umath.cpython-311-x86_64.so"),
+        (50, "…/lib/python3/numpy/_umath.cpython-311-x86_64.so"),
+        (36, "…/numpy/_umath.cpython-311-x86_64.so"),
+        (35, "…/_umath.cpython-311-x86_64.so"),
+        (29, "…_umath.cpython-311-x86_64.so"),
+        (28, "_umath.cpython-311-x86_64.so"),
+        (27, "_umath.cpython-311-x86_64.…"),
+        (12, "_umath.cpyt…"),
+    ],
+)
+def test_a_path_loses_folders_and_then_the_end_of_its_name(monkeypatch, width, shown):
+    monkeypatch.setattr(terminal, "can_write", lambda _: True)
+    path = "/usr/lib/python3/numpy/_umath.cpython-311-x86_64.so"
+    assert terminal.cut_path(path, width) == shown
+    assert terminal.cut_path("processor ms a request/s", 12) == "processor m…"
+    placed = "image in /var/cache/page-primer"
+    assert terminal.cut_path(placed, 29) == "image in …/cache/page-primer"
+    assert terminal.cut_path(placed, 17) == "image in page-pr…"
+    assert terminal.cut_path(placed, 12) == "…page-primer"
+
+
 def test_wide_characters_and_control_characters():
     assert terminal.length("\x1b[31m" + "日本" + "\x1b[0m") == 4
     assert terminal.one_line("a\x1b[2Jb\nc") == "a [2Jb c"

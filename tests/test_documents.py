@@ -51,6 +51,7 @@ RUN_BY = {
         "test_heap.py::test_gunicorn_preloaded", "test_freeze.py::test_gunicorn_workers_share",
     ),
     "docs/heap.md: page-primer: heap: ": SHOWN,
+    "docs/index.md: pip install": ("make wheel", "test_documents.py::test_readme"),
     "docs/images.md: page-primer build": (
         "test_build.py::test_the_store_that_every", "test_build.py::test_an_application_as",
     ),

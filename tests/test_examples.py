@@ -95,7 +95,14 @@ def test_four_workers(examples, images, name, program, start, path, content):
 def test_gunicorn_demo(examples, images):
     done = demo(examples / "gunicorn", images)
     assert re.search(r"page-primer: [\d.]+ % of \S+ [\d.]+ MiB of code on huge pages", done)
-    assert "400 requests answered" in done
+    assert done.count("400 requests answered") == 2
+    # The unprimed server beside the primed one, in numbers.
+    rows = dict(re.findall(r"^  (executable|locked|memory)\b.*?  +(\d.*)$", done, re.MULTILINE))
+    numbers = {row: [float(n) for n in re.findall(r"\d+\.\d", rows[row])] for row in rows}
+    plain_huge, _, primed_huge, code = numbers["executable"]
+    assert plain_huge < primed_huge <= code, done
+    assert numbers["locked"][0] == 0 < numbers["locked"][1], done
+    assert len(numbers["memory"]) == 2, done
 
 
 @pytest.mark.usefixtures("broker")  # the demo starts its own; skipped where there is none

@@ -19,7 +19,7 @@ from page_primer.words import mib, percent
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    Table = Callable[[Sequence[str], Sequence[Sequence[str]]], None]
+    Table = Callable[[Sequence[str], Sequence[Sequence[str]], Sequence[str]], None]
 
 NO_LONGER = "no longer aligned"
 NOT_ALIGNED = "not aligned by page-primer"  # nothing to undo
@@ -220,7 +220,8 @@ def _show(rows: list[Row], show_table: Table) -> None:
         ]
         for row in rows
     ]
-    show_table(("file", "span", "huge pages", "code", "before", "after", ""), cells)
+    titles = ("file", "span", "huge pages", "code", "before", "after", "")
+    show_table(titles, cells, ("span", "huge pages", "code"))  # what may be left out
 
 
 def _status(given: argparse.Namespace, rows: list[Row]) -> int:

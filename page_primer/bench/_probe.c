@@ -6,6 +6,7 @@
  */
 
 #define PY_SSIZE_T_CLEAN
+#include <pyconfig.h> /* says whether this is a free-threaded build */
 #ifndef Py_GIL_DISABLED
 #define Py_LIMITED_API 0x030a0000
 #endif

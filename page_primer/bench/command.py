@@ -23,7 +23,7 @@ from page_primer.bench.tree import Adopted
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from page_primer.bench.report import Table
+    from page_primer.bench.report import Say, Table
 
 _ROUNDS = 12
 _MANY = 1_000_000  # rounds, where time is the limit
@@ -43,9 +43,9 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="page-primer bench",
         description=_HELP,
-        usage="page-primer bench --url URL [options] -- SERVER COMMAND ...\n"
-        "       page-primer bench --celery-task NAME [ARGUMENT ...] [options] -- WORKER COMMAND "
-        "...\n       page-primer bench --command [options] -- COMMAND ...",
+        usage="page-primer bench --url URL [options] -- SERVER ...\n"
+        "       page-primer bench --celery-task NAME [ARG ...] [options] -- WORKER ...\n"
+        "       page-primer bench --command [options] -- COMMAND ...",
     )
     add = made.add_argument
     add("--url", action="append", default=[], dest="urls", metavar="URL",
@@ -72,12 +72,13 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def main(words: Sequence[str], show_table: Table) -> int:
+def main(words: Sequence[str], show_table: Table, say: Say) -> int:
     """Do what the command line says; returns the exit status.
 
     Args:
         words: behind `page-primer bench`. What follows the first `--` is the user's command.
         show_table: prints columns.
+        say: prints a sentence.
 
     Raises:
         ValueError: the command line is wrong; the message says how.
@@ -89,7 +90,7 @@ def main(words: Sequence[str], show_table: Table) -> int:
         with _interrupted_by_signals(), contextlib.ExitStack() as stack:
             bench = _prepare(given, command, listed, stack)
             report = _measure(given, bench, listed)
-            return _conclude(given, report, show_table)
+            return _conclude(given, report, show_table, say)
     except (Failure, CutShort) as error:
         return _fail(str(error))
     except KeyboardInterrupt:
@@ -167,8 +168,8 @@ def _measure(
     )  # fmt: skip
 
 
-def _conclude(given: argparse.Namespace, report: Report, show_table: Table) -> int:
-    report.show(show_table)
+def _conclude(given: argparse.Namespace, report: Report, show_table: Table, say: Say) -> int:
+    report.show(show_table, say)
     if given.json:
         try:
             with open(given.json, "w", encoding="utf-8") as file:

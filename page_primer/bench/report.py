@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from page_primer.bench.rounds import Course
 
     Table = Callable[[Sequence[str], Sequence[Sequence[str]]], None]
+    Say = Callable[[str], None]
 
 
 class Metric(NamedTuple):
@@ -121,26 +122,26 @@ class Report:
             "ratios": {name: asdict(found) for name, found in ratios.items() if found},
         }
 
-    def show(self, show_table: Table) -> None:
+    def show(self, show_table: Table, say: Say) -> None:
         """Print it."""
         for line in self.course.left_out:
-            print(f"left out: {line}")
+            say(f"left out: {line}")
         if self.course.ended:
-            print(f"ended early: {self.course.ended}")
+            say(f"ended early: {self.course.ended}")
         count = len(self.course.rounds)
-        print(f"{count} round{'' if count == 1 else 's'}, every variant once in each; "
-              f"medians, and ratios to `{OFF}` (95 % interval)")  # fmt: skip
+        say(f"{count} round{'' if count == 1 else 's'}, every variant once in each; "
+            f"medians, and ratios to `{OFF}` (95 % interval)")  # fmt: skip
         if not count:
             return
         print()
         show_table(("", *self.variants), list(self._rows()))
         print()
         for name in self.variants[1:]:
-            print(f"{name}: {self.verdict(name)}")
+            say(f"{name}: {self.verdict(name)}")
         print()
-        print(machine.judge(self.probe))
+        say(machine.judge(self.probe))
         if self.counters:
-            print(self.counters)
+            say(self.counters)
 
     def _rows(self) -> list[list[str]]:
         rows = []

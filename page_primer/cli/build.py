@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from page_primer import build
 from page_primer._lean import asdict
 from page_primer.build import Built
+from page_primer.cli.tables import say
 from page_primer.images.places import SYSTEM
 from page_primer.images.store import Store
 from page_primer.images.trust import Unusable
@@ -79,11 +80,11 @@ def run(modules: Sequence[str], app: str | None, directory: str | None, *, as_js
         for one in built:
             if one.huge:
                 what = f"{mib(one.size)} written" if one.size else "is there"
-                print(f"{one.object}: {what}, {mib(one.huge)} for huge pages")
+                say(f"{one.object}: {what}, {mib(one.huge)} for huge pages")
         for other in left:
-            print(f"{other.object}: left alone, {other.reason}")
+            say(f"{other.object}: left alone, {other.reason}")
         images = sum(bool(one.huge) for one in built)
-        print(f"{path}: {counted(images, 'image')}; {_readers(built)}")
+        say(f"{path}: {counted(images, 'image')}; {_readers(built)}")
     return 0 if built else _fail("no object here has room for a huge page")
 
 

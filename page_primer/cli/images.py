@@ -44,8 +44,8 @@ class Listing(TypedDict):
 
 
 _COLUMNS = (
-    Column("object", left=True, cuts="start"), Column("size"), Column("users"),
-    Column("last use"), Column("path", left=True, goes=1),
+    Column("object", left=True, cuts="path"), Column("size"), Column("users"),
+    Column("last use", goes=1), Column("path", left=True, goes=2),
 )  # fmt: skip
 
 

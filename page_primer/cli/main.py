@@ -227,12 +227,12 @@ def _bench(words: Sequence[str]) -> int:
     try:
         # Of this command alone.
         from page_primer.bench import command
-        from page_primer.cli.tables import show_table
+        from page_primer.cli.tables import say, show_table
     except ImportError as error:
         print(f"page-primer: not available here: {error}", file=sys.stderr)
         return 1
 
-    return command.main(words, show_table)
+    return command.main(words, show_table, say)
 
 
 def _run(given: argparse.Namespace) -> int:

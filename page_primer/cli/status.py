@@ -6,12 +6,11 @@ import argparse
 import json
 import os
 import sys
-import textwrap
 import time
 from collections.abc import Iterator, Sequence
 
 from page_primer.cli import bars, terminal
-from page_primer.cli.tables import Column, Table, render
+from page_primer.cli.tables import Column, Table, folded, render
 from page_primer.processes import (
     NO_PROCESS,
     ObjectStatus,
@@ -181,22 +180,11 @@ def _titled(pid: int, command: str) -> str:
     return terminal.cut(f"{pid}  {terminal.one_line(command)}", terminal.width())
 
 
-def _folded(line: str) -> list[str]:
-    """A sentence beneath a table, in as many lines as the terminal wants."""
-    columns = terminal.width()
-    if columns is None:
-        return [f"  {line}"]
-    return textwrap.wrap(
-        line, max(columns - 1, 40), initial_indent="  ", subsequent_indent="    ",
-        break_long_words=False, break_on_hyphens=False,
-    )  # fmt: skip
-
-
 _SIZES = ("locked_bytes", "copied_bytes", "shared_bytes", "pss_bytes")
 _OBJECT = (
     Column("object", left=True, cuts="end"), Column("memory", left=True), Column("code"),
     Column("huge"), Column("locked"), Column("copied", goes=1), Column("shared", goes=3),
-    Column("PSS", goes=2), Column("on", left=True, cuts="start"),
+    Column("PSS", goes=2), Column("on", left=True, cuts="path"),
 )  # fmt: skip
 _PROCESS = (
     Column("process"), Column("memory", left=True), Column("code"), Column("huge"),
@@ -214,7 +202,7 @@ def _one(process: ProcessStatus, *, everything: bool) -> Iterator[str]:
     rows = tuple(tuple(row) for row in _object_rows(process, everything=everything))
     yield from render(Table(_OBJECT, rows)).splitlines()
     for line in filter(None, (f"heap: {process.heap}", process.added, process.unlocked)):
-        yield from _folded(line)
+        yield from folded(line, "  ")
 
 
 def _object_rows(process: ProcessStatus, *, everything: bool) -> Iterator[list[str]]:

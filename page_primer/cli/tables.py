@@ -1,8 +1,8 @@
 """One renderer of tables, for a terminal of any width and for a pipe.
 
-Where a table is too wide, first the column that wraps is folded, between words; then columns that
-may go are left out; then names are cut, with a sign that they were. A note, printed beneath its
-row, never is cut or folded, so that it can be copied.
+Where a table is too wide, first the column that wraps is folded, between words; then paths lose
+folders; then columns that may go are left out; then names are cut, with a sign that they were. A
+note, printed beneath its row, never is cut or folded, so that it can be copied.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from page_primer.cli import terminal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 _GAP = "  "
 _NARROWEST = 30  # columns that a cell is folded to at least
 _SHORTEST = 12  # columns that a name is cut to at least
+_READABLE = 32  # a path, before columns are left out: what the names of most libraries take
 
 
 class Column(Record):
@@ -28,7 +29,7 @@ class Column(Record):
     title: str
     left: bool = False  # names stand to the left, numbers to the right
     wraps: bool = False
-    cuts: str = ""  # "end" or "start": where it may be cut
+    cuts: str = ""  # where it may be cut: "end", "start", or "path" for what is a path
     goes: int = 0  # it may be left out: the highest number first; 0: never
 
 
@@ -53,16 +54,41 @@ class Table(Record):
         return Table(columns, tuple(map(less, self.rows)), self.notes, self.headings)
 
 
-def show_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print columns: the first, which may be cut at its start, and the last, which may be folded,
-    to the left; numbers between them to the right."""
+def show_table(
+    titles: Sequence[str], rows: Sequence[Sequence[str]], goes: Sequence[str] = ()
+) -> None:
+    """Print columns: the first, whose paths may be cut, and the last, which may be folded, to the
+    left; numbers between them to the right.
+
+    Args:
+        titles: of the columns.
+        rows: their cells.
+        goes: titles of columns that may be left out, the first one first.
+    """
     last = len(titles) - 1
+    ranks = {title: len(goes) - number for number, title in enumerate(goes)}
     columns = tuple(
-        Column(title, left=number in (0, last), cuts="" if number else "start",
-               wraps=number == last and terminal.is_terminal())
+        Column(title, left=number in (0, last), cuts="" if number else "path",
+               wraps=number == last and terminal.is_terminal(), goes=ranks.get(title, 0))
         for number, title in enumerate(titles)
     )  # fmt: skip
     print(render(Table(columns, tuple(map(tuple, rows)))))
+
+
+def say(line: str) -> None:
+    """Print a sentence, on a terminal in as many lines as that wants."""
+    print("\n".join(folded(line)))
+
+
+def folded(line: str, indent: str = "") -> list[str]:
+    """A sentence as lines that fit the terminal; paths stay whole, and in a pipe all of it."""
+    columns = terminal.width()
+    if columns is None:
+        return [f"{indent}{line}"]
+    return textwrap.wrap(
+        line, max(columns - 1, 40), initial_indent=indent, subsequent_indent=f"{indent}  ",
+        break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip
 
 
 def render(table: Table) -> str:
@@ -86,27 +112,31 @@ def fit(table: Table, width: int | None, *, cut: bool = True) -> str:
         excess = sum(sizes) + len(_GAP) * len(sizes) - width
         if excess <= 0:
             break
-        folded = _shrink(table, sizes, excess, _NARROWEST, wraps=True)
+        folded = _shrink(table, sizes, excess, _NARROWEST, lambda column: column.wraps)
         if folded or not cut:
             if not folded:
                 break
+            continue
+        if _shrink(table, sizes, excess, _READABLE, lambda column: column.cuts == "path"):
             continue
         droppable = [n for n, column in enumerate(table.columns) if column.goes]
         if droppable:
             least = max(droppable, key=lambda n: table.columns[n].goes)
             table = table.without(least)
             sizes = table.sizes()
-        elif not _shrink(table, sizes, excess, _SHORTEST, wraps=False):
+        elif not _shrink(table, sizes, excess, _SHORTEST, lambda column: bool(column.cuts)):
             break
     return "\n".join(_lines(table, sizes))
 
 
-def _shrink(table: Table, sizes: list[int], excess: int, least: int, *, wraps: bool) -> bool:
-    """Make the longest of the columns that fold, or that may be cut, shorter; whether one was."""
+def _shrink(
+    table: Table, sizes: list[int], excess: int, least: int, may: Callable[[Column], bool]
+) -> bool:
+    """Make the longest of the columns that may be shorter so; whether one was."""
     found = [
         number
         for number, column in enumerate(table.columns)
-        if (column.wraps if wraps else column.cuts) and sizes[number] > least
+        if may(column) and sizes[number] > least
     ]
     if not found:
         return False
@@ -133,10 +163,16 @@ def _lines(table: Table, sizes: Sequence[int]) -> list[str]:
 def _line(columns: Sequence[Column], cells: Sequence[str], sizes: Sequence[int]) -> str:
     padded = []
     for column, cell, size in zip(columns, cells, sizes, strict=True):
-        text = terminal.cut(cell, size, start=column.cuts == "start") if column.cuts else cell
+        text = _cut(cell, size, column.cuts) if column.cuts else cell
         padding = " " * (size - terminal.length(text))
         padded.append(text + padding if column.left else padding + text)
     return (_GAP + _GAP.join(padded)).rstrip()
+
+
+def _cut(cell: str, size: int, where: str) -> str:
+    if where == "path":
+        return terminal.cut_path(cell, size)
+    return terminal.cut(cell, size, start=where == "start")
 
 
 def _fold(text: str, width: int) -> list[str]:

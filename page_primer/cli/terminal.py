@@ -14,6 +14,8 @@ RED, GREEN, YELLOW, CYAN = "31", "32", "33", "36"
 _SEQUENCE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
 ELLIPSIS = "…"
+_PATHS = ("/", "./", "../")  # how they begin
+_ROOM = 8  # columns of a path behind words, at least
 _IN_A_PIPE = 100  # columns, unless COLUMNS says something else
 
 
@@ -88,3 +90,25 @@ def cut(text: str, columns: int | None, *, start: bool = False) -> str:
             break
         kept.append(character)
     return sign + "".join(reversed(kept)) if start else "".join(kept) + sign
+
+
+def cut_path(text: str, columns: int | None) -> str:
+    """A path cut to so many columns: folders go first, from its start, then the end of its name,
+    which for libraries is the interpreter's and the platform's. Words before it stay, where there
+    is room for both."""
+    if columns is None or length(text) <= columns:
+        return text
+    words, space, path = text.rpartition(" /") if not text.startswith(_PATHS) else ("", "", text)
+    if space:
+        room = columns - length(words) - 1
+        if room < _ROOM:
+            return cut(text, columns, start=True)
+        return f"{words} {cut_path('/' + path, room)}"
+    if not text.startswith(_PATHS):
+        return cut(text, columns)
+    *folders, kept = text.split("/")
+    if length(kept) + 1 > columns:
+        return cut(kept, columns)
+    while folders and length(f"{folders[-1]}/{kept}") + 2 <= columns:
+        kept = f"{folders.pop()}/{kept}"
+    return cut(f"{'/' * columns}{kept}", min(columns, length(kept) + 2), start=True)
