@@ -19,7 +19,7 @@ from page_primer._lean import is_ours
 from page_primer.options import Options, unknown_variables
 from page_primer.reasons import Reason, Refusal
 from page_primer.report import Report
-from page_primer.words import shortage
+from page_primer.words import mib, shortage
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -221,10 +221,13 @@ def _too_little_memory() -> Refusal | None:
         return None
     from page_primer.kernel import memory  # not for `import page_primer`
 
-    found = memory.read()
-    if found is None or found.available >= memory.WORKING:
+    found = memory.shortage()
+    if found is None:
         return None
-    return Refusal(reasons.TOO_LITTLE_MEMORY, shortage(found))
+    detail = shortage(found)
+    if found.available >= memory.WORKING:
+        detail += f": {memory.processes()} processes need {mib(memory.needed())}"
+    return Refusal(reasons.TOO_LITTLE_MEMORY, detail)
 
 
 def _unsupported() -> Refusal | None:

@@ -127,8 +127,8 @@ def make(  # Longer: by a line, and mostly of arguments
         elif move.image and not fits:
             shared = hot.is_shared(obj, survey.pmd_size)
             reason = reasons.OVER_LIMIT if shared else reasons.OVER_PRIVATE_LIMIT
-        elif size_of(obj, fits) > memory or 2 * size_of(obj, fits) > spare:
-            # Twice: of the object that moves there may be two copies, the best and the one tried.
+        elif _copies(obj, survey, options) * size_of(obj, fits) > min(memory, spare // 2):
+            # Half: of the object that moves there may be two copies, the best and the one tried.
             reason = reasons.OVER_MEMORY
         else:
             reason = None
@@ -147,6 +147,12 @@ def make(  # Longer: by a line, and mostly of arguments
             memory -= size
             spare -= size
     return Plan(tuple(moves), tuple(left), tuple(already))
+
+
+def _copies(obj: Object, survey: Survey, options: Options) -> int:
+    """How many processes will have a copy of their own, if this one has."""
+    image = options.backing in ("auto", "image")
+    return 1 if image and hot.is_shared(obj, survey.pmd_size) else survey.siblings
 
 
 def explain(obj: Object, regions: Sequence[Region], pmd: int) -> list[Remainder]:

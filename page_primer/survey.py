@@ -33,6 +33,7 @@ class Survey(Record, aside=("mappings",)):
     memory: Memory | None = None  # what is to be had, where known
     mappings: Sequence[Mapping] = ()
     size_unknown: bool = False  # pmd_size is 0 since it cannot be read
+    siblings: int = 1  # processes, with this one, that will each have copies of their own
 
 
 def take(read: Callable[[], Sequence[Mapping]] = read_own, known: Iterable[Object] = ()) -> Survey:
@@ -70,6 +71,7 @@ def take(read: Callable[[], Sequence[Mapping]] = read_own, known: Iterable[Objec
         None if as_known else memory.read(),
         mappings,
         not pmd and not has_no_huge_pages(),
+        memory.processes() if _core.forks() else 1,
     )
 
 

@@ -106,6 +106,25 @@ def test_version_1_in_a_container_and_without_a_limit(tmp_path):
     assert found[1:] == [Memory(16 * MIB, 32 * MIB, "/sys/fs/cgroup/memory/memory.limit_in_bytes")]
 
 
+def test_what_is_too_little_for_a_server_that_forks(tmp_path):
+    """Of its limit an eleventh at least must be enough for what each process will have of ours."""
+    files = {**proc(V2.format(root="/"), "0::/\n"), **v2("", limit=100 * MIB, current=MIB)}
+    root = tree(tmp_path, files)
+    try:
+        for processes in (1, 3):
+            memory.expect(processes)
+            assert memory.shortage(root) is None
+        memory.expect(5)
+        assert memory.shortage(root) == Memory(99 * MIB, 100 * MIB, "/sys/fs/cgroup/memory.max")
+        tree(tmp_path, v2("", limit=200 * MIB, current=150 * MIB))
+        assert memory.shortage(root) is None
+        memory.expect(1)
+        tree(tmp_path, v2("", limit=200 * MIB, current=193 * MIB))
+        assert memory.shortage(root).available == 7 * MIB
+    finally:
+        memory.expect(1)
+
+
 def test_a_real_cgroup_and_the_one_around_it(python):
     source = (
         "from page_primer.kernel import memory\n"
@@ -195,10 +214,15 @@ def test_gunicorn_serves_in_a_small_cgroup(python, images, tmp_path, limit):
             assert cgroup.oom_kills == 0
             require_no_failure(server)
             lines = [message for _, message in server.lines("INFO")]
-            withheld = [line for line in lines if "to leave memory to others" in line]
-            assert bool(withheld) == (limit == 56), lines
-            for line in withheld:
+            if limit == 56:  # too small for three of its processes, which it knows of beforehand
+                (line,) = lines
+                assert line.startswith("nothing done: too little memory"), lines
                 assert f"of {limit}.0 MiB ({cgroup.path}" in line
+                need = 11 * (3 * memory.EACH + memory.COPY) / MIB
+                assert line.endswith(f": 3 processes need {need:.1f} MiB"), line
+            else:
+                assert not [line for line in lines if "memory" in line], lines
+                assert outside.text_of(server.master).huge
 
 
 def test_a_child_locks_what_its_parent_locked_although_nothing_is_left(python, images):

@@ -612,6 +612,20 @@ def test_a_private_copy_has_a_limit_of_its_own_and_keeps_the_hottest():
     assert not hot.is_shared(private, PMD)
 
 
+def test_what_each_worker_would_copy_for_itself_counts_for_all_of_them():
+    private = touched_library((1 << 30) + 0x5000, PMD, PMD, PMD, path="/lib/t.so")
+    shared = touched_library(1 << 31, PMD, PMD, PMD, PMD, path="/lib/s.so")
+    room = Memory(160 * PMD, 1 << 30, "/proc/meminfo")
+
+    def moved(siblings, **options):
+        found = Survey((private, shared), PMD, False, 1, (1, 0), room, (), False, siblings)
+        return {m.object.path for m in plan.make(found, Options(**options)).moves}
+
+    assert moved(1) == moved(1, backing="memfd") == {"/lib/t.so", "/lib/s.so"}
+    assert moved(16) == {"/lib/s.so"}
+    assert moved(16, backing="memfd") == set()
+
+
 def test_what_a_library_takes_of_memory_is_what_it_has_touched_and_what_is_copied():
     one = touched_library(1 << 30, PMD, 0, 0, 0)
     assert budget.size_of(one, make(one).moves[0].image) == 2 * PMD

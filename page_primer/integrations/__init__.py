@@ -32,6 +32,13 @@ def prime_and_log(logger: Logger | logging.Logger, options: Options | None = Non
     return report
 
 
+def expect_forks(children: int) -> None:
+    """In a parent: say how many processes it will fork, which share what memory is to be had."""
+    from page_primer.kernel import memory  # which is Linux's own
+
+    memory.expect(1 + children)
+
+
 def thaw(options: Options | None = None) -> None:
     """In a parent that has loaded its application, before it forks: have prime_and_log() freeze all
     of it, whatever was frozen before, if that is asked for."""

@@ -25,7 +25,14 @@ from celery.utils.log import get_logger
 
 import page_primer
 from page_primer._lean import replace
-from page_primer.integrations import announce, prime_and_log, suggest_freeze, thaw, versions
+from page_primer.integrations import (
+    announce,
+    expect_forks,
+    prime_and_log,
+    suggest_freeze,
+    thaw,
+    versions,
+)
 from page_primer.logs import say
 from page_primer.options import NAMES, Options
 from page_primer.report import Report
@@ -73,16 +80,26 @@ def options_of(conf: Mapping[str, Any]) -> Options:
     return replace(options, enabled=False) if given is False else options
 
 
-def _prime_parent(conf: Any = None, **_: Any) -> None:
+def _prime_parent(conf: Any = None, options: Any = None, **_: Any) -> None:
     """Before the pool forks or starts threads."""
     global _options, _first
     try:
         versions.require("celery", __version__)
-        _options = options_of(current_app.conf if conf is None else conf)
+        conf = current_app.conf if conf is None else conf
+        _options = options_of(conf)
     except (TypeError, ValueError) as error:
         # Celery swallows exceptions of receivers; this one is to stop the worker.
         sys.exit(f"page-primer: {error}")
+    expect_forks(_pool_size(conf, options or {}))
     _first = page_primer.prime(_options)
+
+
+def _pool_size(conf: Any, options: Mapping[str, Any]) -> int:
+    """How many children a worker will fork; options are what it was started with."""
+    pool = options.get("pool_cls") or conf.get("worker_pool")
+    if "prefork" not in (pool, getattr(pool, "__module__", "").rpartition(".")[2]):
+        return 0
+    return int(options.get("concurrency") or conf.get("worker_concurrency") or os.cpu_count() or 1)
 
 
 def _log_parent(instance: Any = None, **_: Any) -> None:

@@ -19,7 +19,14 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from page_primer.integrations import asgi, prime_and_log, suggest_freeze, thaw, versions
+from page_primer.integrations import (
+    asgi,
+    expect_forks,
+    prime_and_log,
+    suggest_freeze,
+    thaw,
+    versions,
+)
 
 if TYPE_CHECKING:
     from page_primer.integrations.asgi import Message, Receive, Send
@@ -31,6 +38,7 @@ def on_starting(server: Any) -> None:
         versions.require("gunicorn", sys.modules["gunicorn"].__version__)
     except ValueError as error:
         sys.exit(f"page-primer: {error}")
+    expect_forks(server.cfg.workers)
     thaw()
     prime_and_log(server.log)
     if server.cfg.preload_app:
