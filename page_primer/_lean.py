@@ -39,16 +39,16 @@ class Record:
     Fields that are put `aside` have no part in equality, hash and repr.
     """
 
-    _fields: ClassVar[tuple[str, ...]]
-    _known: ClassVar[frozenset[str]]
-    _required: ClassVar[frozenset[str]]
+    _fields: ClassVar[tuple[str, ...]] = ()
+    _required: ClassVar[tuple[str, ...]]
     _compared: ClassVar[tuple[str, ...]]
 
     def __init_subclass__(cls, aside: tuple[str, ...] = ()) -> None:
-        cls._fields = (*getattr(cls, "_fields", ()), *cls.__annotations__)
-        cls._known = frozenset(cls._fields)
-        cls._required = frozenset(name for name in cls._fields if not hasattr(cls, name))
-        cls._compared = tuple(name for name in cls._fields if name not in aside)
+        # Tuples, and one where they are alike: a set of five names takes a kilobyte.
+        cls._fields = fields = (*cls._fields, *cls.__annotations__)
+        required = tuple(name for name in fields if not hasattr(cls, name))
+        cls._required = fields if required == fields else required
+        cls._compared = tuple(name for name in fields if name not in aside) if aside else fields
 
     def __init__(self, *values: Any, **named: Any) -> None:
         # Attributes are set one by one: then their names are the class's, and a record takes half
@@ -59,8 +59,9 @@ class Record:
             return
         given = dict(zip(self._fields, values, strict=False), **named)
         # A default stays what it is, an attribute of the class.
-        complete = len(given) == len(self._fields) or given.keys() >= self._required
-        if not complete or len(given) < len(values) + len(named) or not given.keys() <= self._known:
+        complete = len(given) == len(self._fields) or all(name in given for name in self._required)
+        known = all(name in self._fields for name in given)
+        if not complete or not known or len(given) < len(values) + len(named):
             raise TypeError(f"{type(self).__name__}() takes {', '.join(self._fields)}")
         for name in given:
             _set_attribute(self, name, given[name])
@@ -86,6 +87,12 @@ class Record:
 
 
 if not TYPE_CHECKING:
+    try:
+        from _collections import _tuplegetter as _item
+    except ImportError:  # another Python than CPython
+
+        def _item(index, doc):
+            return property(lambda self: self[index], doc=doc)
 
     class NamedTuple(tuple):
         """typing.NamedTuple without defaults: typing and collections take milliseconds."""
@@ -93,7 +100,7 @@ if not TYPE_CHECKING:
         def __init_subclass__(cls):
             cls._fields = tuple(cls.__annotations__)
             for index, name in enumerate(cls._fields):
-                setattr(cls, name, property(lambda self, index=index: self[index]))
+                setattr(cls, name, _item(index, None))
 
         def __new__(cls, *values, **named):
             if named:

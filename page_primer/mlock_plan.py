@@ -37,14 +37,13 @@ def locks(
 
     Args:
         objects: the survey's.
-        mappings: the process's mappings as they are after the moves.
+        mappings: the process's, in the order of their addresses, as they are after the moves.
         options: what the caller wants.
     """
     if not options.mlock:
         return ()
-    mappings = sorted(mappings, key=lambda mapping: mapping.start)
-    wanted: list[tuple[tuple[int, int], Lock]] = []
-    for rank, obj in enumerate(sorted(objects, key=heat)):
+    wanted: tuple[list[Lock], ...] = ([], [], [], [])  # by their worth
+    for obj in sorted(objects, key=heat):
         if not selects(options, obj.path):
             continue
         for mapping in overlapping(mappings, obj.start, obj.end):
@@ -57,13 +56,10 @@ def locks(
                 continue
             worth = {"code": 0 if obj.interpreter else 1, "rodata": 2, "data": 3}[kind]
             # A whole mapping, unless it grew beyond the object (.bss beside other memory).
-            lock = Lock(
-                obj, max(mapping.start, obj.start), min(mapping.end, obj.end),
-                kind, on_fault=mapping.writable or not obj.interpreter,
-            )  # fmt: skip
-            wanted.append(((worth, rank), lock))
-    wanted.sort(key=lambda item: item[0])
-    return tuple(lock for _, lock in wanted)
+            start, end = max(mapping.start, obj.start), min(mapping.end, obj.end)
+            on_fault = mapping.writable or not obj.interpreter
+            wanted[worth].append(Lock(obj, start, end, kind, on_fault))
+    return tuple(lock for worth in wanted for lock in worth)
 
 
 def affordable(

@@ -333,6 +333,7 @@ def test_locks_are_ordered_by_worth():
         for o in (library, python)
         for s, perms in zip(o.segments, ("r--p", "r-xp", "r--p", "rw-p"), strict=True)
     ] + [Mapping(0x1000, 0x2000, "r-xp", 0, "0:0", 0, "[vdso]")]
+    mappings.sort(key=lambda mapping: mapping.start)
     locks = mlock_plan.locks([library, python], mappings, Options())
     assert [(lock.object.path, lock.kind) for lock in locks] == [
         ("/usr/bin/python3.11", "code"), ("/lib/y.so", "code"),

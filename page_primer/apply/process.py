@@ -12,11 +12,9 @@ from page_primer.apply.measured import measured
 from page_primer.apply.mlocks import Mlocks
 from page_primer.apply.registry import Registry
 from page_primer.apply.swap import Key, NotMoved, carry_out, key_of
-from page_primer.backing import image as image_backing
-from page_primer.backing import in_place
+from page_primer.backing import directories, in_place
 from page_primer.backing.pieces import reason_of
 from page_primer.elf.objects import Object, Range
-from page_primer.images.places import Place
 from page_primer.kernel import memory, smaps
 from page_primer.kernel.memory import Memory
 from page_primer.kernel.smaps import Mapping
@@ -30,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from page_primer.apply.perfmap import PerfMap
+    from page_primer.images.places import Place
     from page_primer.outcome import ObjectReport
 
 
@@ -161,7 +160,7 @@ class Process:
         self.memory, self.objects = found.memory, found.objects
         self.options, self.loads = options, found.loads
         copies = self._bring_in_place(planned.moves, options)
-        places = image_backing.directories(options) if copies else []
+        places = directories(options) if copies else []
         moved = {
             key_of(move.object): move
             for move in copies
@@ -237,7 +236,7 @@ class Process:
             for key in moved
             if registry.huge_of(key, mappings) < registry.primed[key].prepared.wanted
         ]
-        places = image_backing.directories(options) if small else []
+        places = directories(options) if small else []
         for key in small:
             with suppress(OSError):
                 self._put_back(key)

@@ -5,15 +5,12 @@ from __future__ import annotations
 import errno
 import os
 
-from page_primer import _core, backing, reasons
+from page_primer import _core, reasons
 from page_primer._lean import Record, is_ours, suppress
 from page_primer.apply import core_files
-from page_primer.backing import memory as memory_backing
 from page_primer.backing.pieces import PROT_BTI, Attempt, Prepared, Refused, reason_of
 from page_primer.elf.file import PF_X
 from page_primer.elf.objects import Object, Region
-from page_primer.images.anchors import Anchors
-from page_primer.images.places import Place
 from page_primer.kernel.address_space import map_new
 from page_primer.kernel.thp import fault_in, page_size
 from page_primer.options import Options
@@ -23,6 +20,9 @@ from page_primer.reasons import Reason
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+
+    from page_primer.images.anchors import Anchors
+    from page_primer.images.places import Place
 
 Key = tuple[int, bytes]  # base and program headers: one loaded object
 
@@ -79,6 +79,8 @@ def carry_out(
     Raises:
         NotMoved: no backing was good enough, or the swap was refused. The object is as it was.
     """
+    from page_primer.images.anchors import Anchors  # not where nothing is copied
+
     anchors = Anchors(move.object, move.near, move.far, places)
     try:
         _carry_out(move, pmd, options, places, anchors, registry, verified)
@@ -97,6 +99,8 @@ def _carry_out(
     registry: dict[Key, Primed],
     verified: bool,
 ) -> None:
+    from page_primer import backing  # as above
+
     notes = list(move.notes)
     for fresh in (False, True):
         attempts = backing.attempts(move, pmd, options, places, anchors, fresh)
@@ -236,6 +240,8 @@ def put_back(primed: Primed) -> None:
         if primed.prepared.backing == "hugetlb":
             # Such a mapping can be cut at whole huge pages only (EINVAL): other memory takes its
             # place first, each region at once, and the file's mappings take that one's.
+            from page_primer.backing import memory as memory_backing  # loaded with that backing
+
             between = memory_backing.small(obj, primed.regions, primed.prepared.pmd)
             pieces = [piece.swap for piece in between.pieces] + originals
         _core.swap(obj.base, obj.headers, pieces, originals)
@@ -253,6 +259,8 @@ def _is_wrong(prepared: Prepared, obj: Object, error: OSError) -> bool:
     modified in memory."""
     if prepared.image is None or not isinstance(error, _core.Error):
         return False
+    from page_primer.backing import memory as memory_backing  # loaded with every backing
+
     address = error.start
     piece = next(p for p in prepared.pieces if p.region.start <= address < p.region.end)
     with suppress(OSError), open(obj.path, "rb") as original:

@@ -8,16 +8,23 @@ believed only when smaps shows the pages huge.
 from __future__ import annotations
 
 from page_primer._lean import replace
-from page_primer.backing import image, memory
-from page_primer.backing.pieces import Attempt, Prepared
-from page_primer.images import anchors
-from page_primer.images.places import Place
-from page_primer.options import Options
-from page_primer.plan import Move
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+    from page_primer.backing.pieces import Attempt
+    from page_primer.images.anchors import Anchors
+    from page_primer.images.places import Place
+    from page_primer.options import Options
+    from page_primer.plan import Move
+
+
+def directories(options: Options) -> list[Place]:
+    """The image directories to try, in order."""
+    from page_primer.backing import image  # with what it needs a quarter of our modules
+
+    return image.directories(options)
 
 
 def attempts(
@@ -25,7 +32,7 @@ def attempts(
     pmd: int,
     options: Options,
     places: Sequence[Place],
-    held: anchors.Anchors,
+    held: Anchors,
     fresh: bool = False,
 ) -> Iterator[Attempt]:
     """Try the backings that the options allow, in order. The caller takes the first that is good
@@ -39,6 +46,11 @@ def attempts(
         held: the object's anchors, mapped as far as what is prepared needs them.
         fresh: the image that is there has wrong content: write a new one.
     """
+    # Nothing of it is loaded where nothing is copied.
+    from page_primer.backing import image, memory
+    from page_primer.backing.pieces import Prepared
+    from page_primer.images import anchors
+
     wanted = ("image", "memfd", "anonymous") if options.backing == "auto" else (options.backing,)
     for name in wanted:
         if name == "image":

@@ -8,13 +8,14 @@ from page_primer import _core
 from page_primer._lean import Record, cached, is_ours, suppress
 from page_primer.elf.file import PF_X
 from page_primer.elf.objects import Object, Region
-from page_primer.images import store
 from page_primer.kernel import smaps
 from page_primer.kernel.address_space import map_new
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from page_primer.images import store
 
 _READ_EXEC = _core.PROT_READ | _core.PROT_EXEC
 READ_WRITE = _core.PROT_READ | _core.PROT_WRITE

@@ -200,7 +200,7 @@ def _wait_for_locks(process: subprocess.Popen[str]) -> None:
 
 def _maps(pid: int) -> list[Mapping]:
     try:
-        return read_maps(pid)
+        return list(read_maps(pid))
     except OSError:
         return []
 

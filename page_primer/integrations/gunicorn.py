@@ -20,7 +20,6 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from page_primer.integrations import (
-    asgi,
     expect_forks,
     prime_and_log,
     suggest_freeze,
@@ -84,6 +83,8 @@ def _prime_in_lifespan(worker: Any) -> None:
     """
     if worker.cfg.asgi_lifespan == "off":
         return
+    from page_primer.integrations import asgi  # other workers have none
+
     app = worker.asgi
 
     async def lifespan(scope: Message, receive: Receive, send: Send) -> None:

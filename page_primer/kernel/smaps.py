@@ -7,12 +7,14 @@ is mapped by a PMD entry, not what was advised (Linux, Documentation/filesystems
 from __future__ import annotations
 
 import os
+import struct
 
 from page_primer._lean import is_ours
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence, Set
+    from typing import Any
 
 HUGE = ("AnonHugePages", "ShmemPmdMapped", "FilePmdMapped", "Private_Hugetlb", "Shared_Hugetlb")
 
@@ -89,10 +91,53 @@ class Mapping:
         return " lo " in self.details[self.details.rfind("VmFlags:") :]
 
 
-def read_maps(pid: int | str = "self") -> list[Mapping]:
+if TYPE_CHECKING:
+    _Sequence = Sequence[Mapping]
+else:
+    _Sequence = object
+
+
+class Mappings(_Sequence):
+    """Mappings in the order of their addresses, packed: a process has hundreds of them, and what
+    they take for a moment stays in its heap."""
+
+    __slots__ = ("_rows", "_strings", "ends")
+
+    def __init__(self, found: Iterable[Mapping]) -> None:
+        rows, ends = bytearray(), bytearray()
+        strings: dict[str, int] = {}
+        for one in found:
+            named = (one.permissions, one.device, one.path, one.details)
+            numbers = [strings.setdefault(text, len(strings)) for text in named]
+            rows += _ROW.pack(one.start, one.end, one.offset, one.inode, *numbers)
+            ends += _END.pack(one.end)
+        self._rows, self._strings = bytes(rows), [*strings]
+        self.ends = memoryview(bytes(ends)).cast("Q")
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __iter__(self) -> Iterator[Mapping]:
+        for row in _ROW.iter_unpack(self._rows):
+            yield self._unpacked(row)
+
+    def __getitem__(self, index: Any) -> Any:
+        at = range(len(self.ends))[index] * _ROW.size
+        return self._unpacked(_ROW.unpack_from(self._rows, at))
+
+    def _unpacked(self, row: tuple[int, ...]) -> Mapping:
+        start, end, offset, inode, *numbers = row
+        permissions, device, path, details = (self._strings[number] for number in numbers)
+        return Mapping(start, end, permissions, offset, device, inode, path, details)
+
+
+_ROW, _END = struct.Struct("=4Q4I"), struct.Struct("=Q")
+
+
+def read_maps(pid: int | str = "self") -> Sequence[Mapping]:
     """The mappings of a process, without counters."""
     known: dict[str, str] = {}
-    return [_mapping(line, known) for line in _parts(f"/proc/{pid}/maps", b"\n") if line]
+    return Mappings(_mapping(line, known) for line in _parts(f"/proc/{pid}/maps", b"\n") if line)
 
 
 def read_smaps(pid: int | str = "self") -> list[Mapping]:
@@ -108,29 +153,30 @@ def read_smaps(pid: int | str = "self") -> list[Mapping]:
     ]
 
 
-def read_own() -> list[Mapping]:
+def read_own() -> Sequence[Mapping]:
     """The mappings of this process, with what is resident and huge of each (Rss, and the counters
     of HUGE), and flags: a tenth of what read_smaps() keeps."""
     known: dict[str, str] = {}
     essences: dict[bytes, str] = {}
-    return [
+    return Mappings(
         _mapping(line, known, _essence(details, essences))
         for line, details in _blocks("/proc/self/smaps")
-    ]
+    )
 
 
 def overlapping(mappings: Sequence[Mapping], start: int, end: int) -> Iterator[Mapping]:
     """Those of `mappings`, which are in the order of their addresses, that share a byte with
     [start, end)."""
+    ends = mappings.ends if isinstance(mappings, Mappings) else None
     low, high = 0, len(mappings)
     while low < high:
         middle = (low + high) // 2
-        if mappings[middle].end <= start:
+        if (mappings[middle].end if ends is None else ends[middle]) <= start:
             low = middle + 1
         else:
             high = middle
-    while low < len(mappings) and mappings[low].start < end:
-        yield mappings[low]
+    while low < len(mappings) and (mapping := mappings[low]).start < end:
+        yield mapping
         low += 1
 
 
