@@ -9,6 +9,7 @@ import sys
 from page_primer import hot
 from page_primer.elf.objects import Object, Range
 from page_primer.kernel.memory import Memory
+from page_primer.kernel.smaps import overlapping
 from page_primer.options import Options
 
 TYPE_CHECKING = False
@@ -78,6 +79,8 @@ def disjoint(ranges: Iterable[Range]) -> list[Range]:
     return found
 
 
-def outside(whole: Range, disjoint: Iterable[Range]) -> int:
-    """Bytes of a range that none of `disjoint` covers."""
-    return whole.length - sum(whole.clip(part).length for part in disjoint)
+def outside(whole: Range, disjoint: Sequence[Range]) -> int:
+    """Bytes of a range that none of `disjoint`, which disjoint() gave, covers."""
+    start, end = whole
+    here = overlapping(disjoint, start, end)  # of hundreds that a worker's parent has locked
+    return end - start - sum(min(part.end, end) - max(part.start, start) for part in here)

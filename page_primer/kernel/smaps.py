@@ -14,7 +14,15 @@ from page_primer._lean import is_ours
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence, Set
-    from typing import Any
+    from typing import Any, Protocol, TypeVar
+
+    class _Placed(Protocol):
+        @property
+        def start(self) -> int: ...
+        @property
+        def end(self) -> int: ...
+
+    One = TypeVar("One", bound=_Placed)
 
 HUGE = ("AnonHugePages", "ShmemPmdMapped", "FilePmdMapped", "Private_Hugetlb", "Shared_Hugetlb")
 
@@ -164,9 +172,9 @@ def read_own() -> Sequence[Mapping]:
     )
 
 
-def overlapping(mappings: Sequence[Mapping], start: int, end: int) -> Iterator[Mapping]:
-    """Those of `mappings`, which are in the order of their addresses, that share a byte with
-    [start, end)."""
+def overlapping(mappings: Sequence[One], start: int, end: int) -> Iterator[One]:
+    """Those of mappings or ranges, which are in the order of their addresses and do not overlap,
+    that share a byte with [start, end)."""
     ends = mappings.ends if isinstance(mappings, Mappings) else None
     low, high = 0, len(mappings)
     while low < high:
