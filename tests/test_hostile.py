@@ -109,13 +109,14 @@ def test_interrupts_at_any_moment_lose_nothing(python, images):
         interrupted = 0
         left = []
         for n in range(120):
-            signal.setitimer(signal.ITIMER_REAL, 0.0004 + n * 0.00015)
-            try:
-                page_primer.prime(image_dir={str(images)!r})
+            try:  # the alarm may come as late as it is cancelled
+                signal.setitimer(signal.ITIMER_REAL, 0.0004 + n * 0.00015)
+                try:
+                    page_primer.prime(image_dir={str(images)!r})
+                finally:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
             except Stop:
                 interrupted += 1
-            finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
             report = page_primer.restore()
             # What was being prepared may be left mapped elsewhere; nothing of it over code.
             objects = [(o.segments[0].start, o.segments[-1].end) for o in report.objects]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl  # noqa: F401  # a library that copies need: amid the moves all would be surveyed again
 import os
 
 from page_primer import _core, reasons
