@@ -179,7 +179,8 @@ def test_options_of_the_command_exist():
 
 
 def test_variables_exist():
-    text = "".join(path.read_text() for path in (ROOT / "page_primer").rglob("*.[pc]*"))
+    sources = (ROOT / "page_primer").rglob("*.[pc]*")
+    text = "".join(path.read_text() for path in sources if path.suffix in (".py", ".c"))
     for path in DOCUMENTS:
         for name in set(re.findall(r"\bPAGE_PRIMER_[A-Z_]+\b", path.read_text())):
             assert options.nearest_variable(name) == name or f'"{name}' in text, f"{path}: {name}"
