@@ -2,8 +2,10 @@
 one that the package writes, every link leads somewhere, every variable and option exists."""
 
 import ast
+import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +29,7 @@ RUN_BY = {
     "README.md: $ gunicorn -c python:": "test_documents.py::test_readme",
     "README.md: make demo ": ("make demo", "make test"),
     "README.md: git clone": "make wheel-check",
-    "README.md: RUN pip install": CONTAINER,
+    "README.md: FROM python": CONTAINER,
     "README.md: page-primer status PID": "test_documents.py::test_readme",
     "README.md: page-primer bench": "test_bench.py::test_gunicorn_primed",
     "CONTRIBUTING.md: make .venv/.dev": (
@@ -177,7 +179,8 @@ def test_options_of_the_command_exist():
 
 
 def test_variables_exist():
-    text = "".join(path.read_text() for path in (ROOT / "page_primer").rglob("*.[pc]*"))
+    sources = (ROOT / "page_primer").rglob("*.[pc]*")
+    text = "".join(path.read_text() for path in sources if path.suffix in (".py", ".c"))
     for path in DOCUMENTS:
         for name in set(re.findall(r"\bPAGE_PRIMER_[A-Z_]+\b", path.read_text())):
             assert options.nearest_variable(name) == name or f'"{name}' in text, f"{path}: {name}"
@@ -216,6 +219,20 @@ def test_figures_have_the_command_that_measures_them():
                 assert named, f"{path}: {section[:60]}"
                 pages += 1
     assert pages >= 8
+
+
+def test_the_picture_of_the_gain_says_what_the_pages_say():
+    found = runpy.run_path(str(ROOT / "benchmarks" / "gain_picture.py"))["figures"]()
+    picture = (ROOT / "docs" / "gain.png").read_bytes()
+    (described,) = re.findall(rb"tEXtDescription\0(\{.*?\}\})", picture, re.DOTALL)
+    assert json.loads(described) == found, "python benchmarks/gain_picture.py draws it again"
+    readme = (ROOT / "README.md").read_text()
+    first = found["first request"]
+    assert f"in {first['unprimed']} ms, primed in {first['page-primer']} " in readme
+    without, with_it = (8 * size for size in found["memory"].values())
+    assert f"took {without:.1f} MiB without and {with_it:.1f} with it" in readme
+    walks = found["page walks"]["page-primer, heap=auto"]
+    assert f"needs {min(walks):.2f} to {max(walks):.2f} of the page walks" in readme
 
 
 # --- what is quoted

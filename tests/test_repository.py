@@ -86,3 +86,10 @@ def test_pre_commit_runs_what_make_lint_does():
         assert f"\t{command}" in lint, hook
         program = hook.split()[0]
         assert program.startswith(".venv/") or (ROOT / program).is_file(), hook
+
+
+def test_benchmarks_print_what_was_measured_and_no_goals():
+    """Whoever runs `make bench` has none of its authors' goals."""
+    for path in (ROOT / "benchmarks").glob("*.py"):
+        printed = re.findall(r"print\((.*)", path.read_text())
+        assert not re.search(r"goal|MISSED", " ".join(printed)), path
