@@ -171,6 +171,37 @@ def test_configuration_named_by_variable(python, images, tmp_path, form):
         check([server.master, *server.workers])
 
 
+COLLECTIONS = """
+import gc, sys
+seen = []
+def note(phase, info):
+    if phase == "stop" and sys._getframe(1).f_code.co_name == "_prime_before_forks":
+        seen.append(info["generation"])
+gc.callbacks.append(note)
+"""
+SHOWS_COLLECTIONS = """
+import gc
+(note,) = (one for one in gc.callbacks if one.__name__ == "note")
+def app(environ, start_response):
+    start_response("200 OK", [])
+    return [str(note.__globals__["seen"]).encode()]
+"""
+
+
+@pytest.mark.parametrize(
+    ("preload", "env", "seen"),
+    [(False, {}, "[2]"), (True, {}, "[]"), (False, {"PAGE_PRIMER": "0"}, "[]")],
+)
+def test_the_master_collects_so_that_no_worker_has_to(python, images, tmp_path, preload, env, seen):
+    """A full collection copies what a worker has inherited. A preloaded application is for `freeze`
+    to collect; and where nothing is done, nothing is collected."""
+    (tmp_path / "gunicorn.conf.py").write_text(COLLECTIONS)
+    options = ["--preload"] if preload else []
+    env = {"PAGE_PRIMER_IMAGE_DIR": str(images), **env}
+    with Gunicorn(python, tmp_path, *options, env=env, app=SHOWS_COLLECTIONS) as server:
+        assert server.get().decode() == seen
+
+
 @pytest.mark.parametrize("name", ["gunicorn.conf.py", "other.py"])
 def test_star_import_in_the_users_own_file(python, images, tmp_path, name):
     (tmp_path / name).write_text(

@@ -16,6 +16,7 @@ the names of hooks that it does not have yet.
 
 from __future__ import annotations
 
+import gc
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -38,16 +39,24 @@ def on_starting(server: Any) -> None:
     except ValueError as error:
         sys.exit(f"page-primer: {error}")
     expect_forks(server.cfg.workers)
-    thaw()
-    prime_and_log(server.log)
+    _prime_before_forks(server)
     if server.cfg.preload_app:
         suggest_freeze(server.log, "the application is preloaded")
 
 
 def on_reload(server: Any) -> None:
     """After a HUP: prime what the reloaded configuration or preloaded application brought in."""
+    _prime_before_forks(server)
+
+
+def _prime_before_forks(server: Any) -> None:
     thaw()
-    prime_and_log(server.log)
+    report = prime_and_log(server.log)
+    # What that allocates brings the next full collection nearer. It would come in each worker, as
+    # it loads its application, and copy what the worker has inherited. Of a preloaded application
+    # a collection takes long, and `freeze` is for that.
+    if report.reason is None and not server.cfg.preload_app and gc.isenabled():
+        gc.collect()
 
 
 def post_fork(server: Any, worker: Any) -> None:
