@@ -16,12 +16,15 @@
 #include <errno.h>
 #include <pthread.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <time.h>
 
-static pthread_mutex_t guard = PTHREAD_MUTEX_INITIALIZER; /* of what follows */
+/* Of what follows.  Never held over a fork: other libraries' pthread_atfork()
+ * handlers may run Python, and call this, or wait for whoever does. */
+static pthread_mutex_t guard = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t changed;
-static bool held;
+static atomic_bool held; /* set last and cleared first: a child inherits all */
 static pthread_t holder; /* while held */
 static bool running;     /* the holder's call is under way */
 static bool by_fork;     /* taken by a fork, which may call meanwhile */
@@ -50,18 +53,6 @@ make_condition(void)
     pthread_condattr_destroy(&attributes);
 }
 
-/* Take the guard, of a thread that has the GIL: whoever holds it may be in a
- * fork, where another library's pthread_atfork() handler asks for the GIL. */
-static void
-guard_with_gil(void)
-{
-    if (pthread_mutex_trylock(&guard) == 0)
-        return;
-    Py_BEGIN_ALLOW_THREADS
-    pthread_mutex_lock(&guard);
-    Py_END_ALLOW_THREADS
-}
-
 /* The guard must be held, here and below, until the thread's own functions. */
 static bool
 is_mine(void)
@@ -72,7 +63,8 @@ is_mine(void)
 static void
 let_go(void)
 {
-    held = running = by_fork = false;
+    held = false;
+    running = by_fork = false;
     pthread_cond_broadcast(&changed);
 }
 
@@ -98,9 +90,9 @@ take(bool fork)
     forks_waiting -= fork;
     taken = is_free(fork);
     if (taken) {
-        held = true;
         holder = pthread_self();
         by_fork = fork;
+        held = true;
     } else
         pthread_cond_broadcast(&changed); /* calls waited for this fork */
     return taken;
@@ -122,18 +114,6 @@ take_in_turn(bool fork)
 
 /* ---------------------------------------------------------------- forks --- */
 
-static void
-before_any_fork(void)
-{
-    pthread_mutex_lock(&guard);
-}
-
-static void
-after_any_fork(void)
-{
-    pthread_mutex_unlock(&guard);
-}
-
 /* Whoever else held it, or waits, is not here. */
 static void
 in_any_child(void)
@@ -153,7 +133,7 @@ __attribute__((constructor)) static void
 prepare(void)
 {
     make_condition();
-    pthread_atfork(before_any_fork, after_any_fork, in_any_child);
+    pthread_atfork(NULL, NULL, in_any_child);
 }
 
 /* ------------------------------------------------------------ functions --- */
@@ -194,7 +174,7 @@ core_alone(PyObject *module, PyObject *args)
     (void)module;
     if (!PyArg_ParseTuple(args, "OO", &action, &otherwise))
         return NULL;
-    guard_with_gil();
+    pthread_mutex_lock(&guard);
     mine = is_mine();
     nested = mine && running;
     pthread_mutex_unlock(&guard);
@@ -204,7 +184,7 @@ core_alone(PyObject *module, PyObject *args)
         return PyObject_CallFunctionObjArgs(otherwise, Py_False, NULL);
     running = true; /* nobody else looks at it while this thread holds */
     result = call_deferring_signals(action);
-    guard_with_gil();
+    pthread_mutex_lock(&guard);
     running = false;
     if (is_mine() && !by_fork)
         let_go();
@@ -225,7 +205,7 @@ core_before_fork(PyObject *module, PyObject *Py_UNUSED(ignored))
     bool mine;
 
     (void)module;
-    guard_with_gil();
+    pthread_mutex_lock(&guard);
     mine = is_mine();
     pthread_mutex_unlock(&guard);
     if (!mine)
@@ -243,7 +223,7 @@ static PyObject *
 core_after_fork(PyObject *module, PyObject *Py_UNUSED(ignored))
 {
     (void)module;
-    guard_with_gil();
+    pthread_mutex_lock(&guard);
     if (is_mine() && by_fork)
         let_go();
     pthread_mutex_unlock(&guard);
