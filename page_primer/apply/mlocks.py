@@ -6,7 +6,7 @@ import os
 import struct
 
 from page_primer import _core
-from page_primer._lean import suppress
+from page_primer._lean import ours, suppress
 from page_primer.apply.swap import Key, key_of
 from page_primer.backing.pieces import reason_of
 from page_primer.budget import disjoint
@@ -102,7 +102,7 @@ class Mlocks:
                 self._made += packed  # before: an exception of the host's may come at any moment
                 try:
                     _core.lock(start, length, flags)
-                except OSError as error:
+                except ours(OSError) as error:
                     why = reason_of(error)
                     del self._made[-_FORM.size :]
             if why is not None:
