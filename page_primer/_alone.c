@@ -27,6 +27,7 @@ static pthread_cond_t changed;
 static atomic_bool held; /* set last and cleared first: a child inherits all */
 static pthread_t holder; /* while held */
 static bool running;     /* the holder's call is under way */
+static sigset_t before;  /* the signals that its thread blocked before it */
 static bool by_fork;     /* taken by a fork, which may call meanwhile */
 static unsigned forks_waiting;
 static unsigned long forks; /* between the first process and this one */
@@ -122,6 +123,8 @@ in_any_child(void)
     make_condition();
     forks_waiting = 0;
     forks++;
+    if (is_mine() && running) /* a handler's fork: a program begins in it */
+        pthread_sigmask(SIG_SETMASK, &before, NULL);
     if (!is_mine() || by_fork)
         held = running = by_fork = false;
 }
@@ -143,12 +146,13 @@ static PyObject *
 call_deferring_signals(PyObject *action)
 {
     PyObject *result = NULL;
-    sigset_t block, before;
+    sigset_t block;
 
     sigfillset(&block);
     for (size_t i = 0; i < sizeof synchronous / sizeof *synchronous; i++)
         sigdelset(&block, synchronous[i]);
     pthread_sigmask(SIG_BLOCK, &block, &before);
+    running = true; /* nobody else looks at it while this thread holds */
     /* What came until now is the caller's, and nothing is begun. */
     if (PyErr_CheckSignals() == 0)
         result = PyObject_CallNoArgs(action);
@@ -182,7 +186,6 @@ core_alone(PyObject *module, PyObject *args)
         return PyObject_CallFunctionObjArgs(otherwise, Py_True, NULL);
     if (!mine && !take_in_turn(false))
         return PyObject_CallFunctionObjArgs(otherwise, Py_False, NULL);
-    running = true; /* nobody else looks at it while this thread holds */
     result = call_deferring_signals(action);
     pthread_mutex_lock(&guard);
     running = false;

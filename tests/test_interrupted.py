@@ -122,6 +122,45 @@ def test_a_handlers_error_is_no_answer_of_the_kernels(python, images, raised):
     assert not swallowed, "".join(swallowed)
 
 
+PROGRAM_AMID = """
+    import os, signal, threading, time, page_primer
+    from page_primer import _core
+    def mask():
+        return [l.split()[1] for l in open("/proc/thread-self/status") if l.startswith("SigBlk")]
+    threading.Thread(target=threading.Event().wait, daemon=True).start()
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
+    amid = []
+    def handler(*_):
+        amid.append(mask())
+        child = os.fork()
+        if child == 0:
+            os.dup2(os.open({file!r}, os.O_WRONLY | os.O_CREAT), 1)
+            os.execvp("grep", ["grep", "SigBlk", "/proc/self/status"])  # a shell would unblock all
+        os.waitpid(child, 0)
+    signal.signal(signal.SIGALRM, handler)
+    lock = _core.lock
+    def locks(*args):
+        if not amid:
+            os.kill(os.getpid(), signal.SIGALRM)
+            until = time.monotonic() + 30
+            while time.monotonic() < until and not amid:
+                pass
+        return lock(*args)
+    _core.lock = locks
+    report = page_primer.prime(image_dir={images!r})
+    result = report.reason, mask(), amid[0], open({file!r}).read().split()[1:]
+"""
+
+
+def test_a_program_that_a_handler_forks_amid_prime_has_the_hosts_signals(python, images, tmp_path):
+    code = PROGRAM_AMID.format(images=str(images), file=str(tmp_path / "mask"))
+    with Process(python) as process:
+        reason, mask, amid, program = process.run(textwrap.dedent(code))
+    assert (reason, mask) == (None, ["0000000000000800"])
+    assert amid != mask  # the thread's other signals wait until prime() has come to its end
+    assert program == mask
+
+
 ROOMS = ["apply", "backing", "elf", "heap", "images", "kernel", "survey.py", "align/aligned.py"]
 
 
