@@ -16,14 +16,18 @@
 #include <errno.h>
 #include <pthread.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <time.h>
 
-static pthread_mutex_t guard = PTHREAD_MUTEX_INITIALIZER; /* of what follows */
+/* Of what follows.  Never held over a fork: other libraries' pthread_atfork()
+ * handlers may run Python, and call this, or wait for whoever does. */
+static pthread_mutex_t guard = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t changed;
-static bool held;
+static atomic_bool held; /* set last and cleared first: a child inherits all */
 static pthread_t holder; /* while held */
 static bool running;     /* the holder's call is under way */
+static sigset_t before;  /* the signals that its thread blocked before it */
 static bool by_fork;     /* taken by a fork, which may call meanwhile */
 static unsigned forks_waiting;
 static unsigned long forks; /* between the first process and this one */
@@ -50,18 +54,6 @@ make_condition(void)
     pthread_condattr_destroy(&attributes);
 }
 
-/* Take the guard, of a thread that has the GIL: whoever holds it may be in a
- * fork, where another library's pthread_atfork() handler asks for the GIL. */
-static void
-guard_with_gil(void)
-{
-    if (pthread_mutex_trylock(&guard) == 0)
-        return;
-    Py_BEGIN_ALLOW_THREADS
-    pthread_mutex_lock(&guard);
-    Py_END_ALLOW_THREADS
-}
-
 /* The guard must be held, here and below, until the thread's own functions. */
 static bool
 is_mine(void)
@@ -72,7 +64,8 @@ is_mine(void)
 static void
 let_go(void)
 {
-    held = running = by_fork = false;
+    held = false;
+    running = by_fork = false;
     pthread_cond_broadcast(&changed);
 }
 
@@ -98,9 +91,9 @@ take(bool fork)
     forks_waiting -= fork;
     taken = is_free(fork);
     if (taken) {
-        held = true;
         holder = pthread_self();
         by_fork = fork;
+        held = true;
     } else
         pthread_cond_broadcast(&changed); /* calls waited for this fork */
     return taken;
@@ -122,18 +115,6 @@ take_in_turn(bool fork)
 
 /* ---------------------------------------------------------------- forks --- */
 
-static void
-before_any_fork(void)
-{
-    pthread_mutex_lock(&guard);
-}
-
-static void
-after_any_fork(void)
-{
-    pthread_mutex_unlock(&guard);
-}
-
 /* Whoever else held it, or waits, is not here. */
 static void
 in_any_child(void)
@@ -142,6 +123,8 @@ in_any_child(void)
     make_condition();
     forks_waiting = 0;
     forks++;
+    if (is_mine() && running) /* a handler's fork: a program begins in it */
+        pthread_sigmask(SIG_SETMASK, &before, NULL);
     if (!is_mine() || by_fork)
         held = running = by_fork = false;
 }
@@ -153,7 +136,7 @@ __attribute__((constructor)) static void
 prepare(void)
 {
     make_condition();
-    pthread_atfork(before_any_fork, after_any_fork, in_any_child);
+    pthread_atfork(NULL, NULL, in_any_child);
 }
 
 /* ------------------------------------------------------------ functions --- */
@@ -163,12 +146,13 @@ static PyObject *
 call_deferring_signals(PyObject *action)
 {
     PyObject *result = NULL;
-    sigset_t block, before;
+    sigset_t block;
 
     sigfillset(&block);
     for (size_t i = 0; i < sizeof synchronous / sizeof *synchronous; i++)
         sigdelset(&block, synchronous[i]);
     pthread_sigmask(SIG_BLOCK, &block, &before);
+    running = true; /* nobody else looks at it while this thread holds */
     /* What came until now is the caller's, and nothing is begun. */
     if (PyErr_CheckSignals() == 0)
         result = PyObject_CallNoArgs(action);
@@ -194,7 +178,7 @@ core_alone(PyObject *module, PyObject *args)
     (void)module;
     if (!PyArg_ParseTuple(args, "OO", &action, &otherwise))
         return NULL;
-    guard_with_gil();
+    pthread_mutex_lock(&guard);
     mine = is_mine();
     nested = mine && running;
     pthread_mutex_unlock(&guard);
@@ -202,9 +186,8 @@ core_alone(PyObject *module, PyObject *args)
         return PyObject_CallFunctionObjArgs(otherwise, Py_True, NULL);
     if (!mine && !take_in_turn(false))
         return PyObject_CallFunctionObjArgs(otherwise, Py_False, NULL);
-    running = true; /* nobody else looks at it while this thread holds */
     result = call_deferring_signals(action);
-    guard_with_gil();
+    pthread_mutex_lock(&guard);
     running = false;
     if (is_mine() && !by_fork)
         let_go();
@@ -225,7 +208,7 @@ core_before_fork(PyObject *module, PyObject *Py_UNUSED(ignored))
     bool mine;
 
     (void)module;
-    guard_with_gil();
+    pthread_mutex_lock(&guard);
     mine = is_mine();
     pthread_mutex_unlock(&guard);
     if (!mine)
@@ -243,7 +226,7 @@ static PyObject *
 core_after_fork(PyObject *module, PyObject *Py_UNUSED(ignored))
 {
     (void)module;
-    guard_with_gil();
+    pthread_mutex_lock(&guard);
     if (is_mine() && by_fork)
         let_go();
     pthread_mutex_unlock(&guard);

@@ -9,8 +9,12 @@
  * The hooks are called by pymalloc, so no Python object may be made in them.
  * The GIL is held there, but since CPython 3.12 an interpreter may have a GIL
  * of its own while the arena allocator is one for all: hence the mutex.  It
- * is never held over a call of the allocator that was there before, and a fork
- * waits for it (pthread_atfork), so that no child inherits it locked.
+ * is never held over a call of the allocator that was there before, nor over a
+ * fork: other libraries' pthread_atfork() handlers may run Python, or wait for
+ * whoever does.  While a fork is under way the table is left as it is, so that
+ * the child inherits a whole one: new arenas are the allocator's before, and
+ * what is freed of ours is only noted, one bit in one word, until the fork is
+ * over.
  *
  * What must hold at any time: the table lists the regions that are mapped, and
  * a slot counts as used from the moment it is handed out until pymalloc frees
@@ -62,13 +66,16 @@ typedef struct {
     size_t slot;   /* bytes of each of its slots */
     uint32_t used; /* slots that pymalloc has, a bit each */
     uint32_t warm; /* free slots that hold memory */
+    uint32_t late; /* used slots that were freed amid a fork */
 } region;
 
 static struct {
     pthread_mutex_t mutex;
     arena_allocator previous;
     arena_accessor get, set;
-    int watched;        /* forks wait for the mutex */
+    int watched;        /* forks are */
+    unsigned int forks; /* under way: the table stays as it is */
+    int late;           /* a region has late slots */
     int installed;      /* CPython was given our functions */
     atomic_int active;  /* new arenas are ours */
     size_t huge;        /* bytes of a huge page, and of a region */
@@ -282,7 +289,7 @@ take_new(size_t size)
                 "page-primer arenas");
     first_touch(base, heap.huge);
     pthread_mutex_lock(&heap.mutex);
-    r = insert(base, size);
+    r = heap.forks ? NULL : insert(base, size);
     if (r != NULL) {
         r->used = 1;
         r->warm = all_slots(r) & ~r->used;
@@ -396,6 +403,18 @@ trim(void)
             (void)unmap_region(&heap.table[i]);
 }
 
+static void
+take_back(region *r, uint32_t slots)
+{
+    const size_t count = (size_t)__builtin_popcount(slots);
+
+    r->used &= ~slots;
+    r->warm |= slots;
+    heap.free_slots += count;
+    heap.given -= count * r->slot;
+    heap.spare += count * r->slot;
+}
+
 /* ----------------------------------------------------- what pymalloc calls */
 
 static int
@@ -410,12 +429,15 @@ arena_alloc(void *ctx, size_t size)
 {
     (void)ctx;
     if (heap.active && is_arena(size)) {
-        uintptr_t address;
+        uintptr_t address = 0;
+        int forking;
 
         pthread_mutex_lock(&heap.mutex);
-        address = take_free(size);
+        forking = heap.forks > 0;
+        if (!forking)
+            address = take_free(size);
         pthread_mutex_unlock(&heap.mutex);
-        if (address == 0)
+        if (address == 0 && !forking)
             address = take_new(size);
         if (address != 0)
             return (void *)address;
@@ -436,12 +458,13 @@ arena_free(void *ctx, void *pointer, size_t size)
         uint32_t bit = (uint32_t)1 << ((address - r->base) / size);
         if (r->used & bit) {
             ours = 1;
-            r->used &= ~bit;
-            r->warm |= bit;
-            heap.free_slots++;
-            heap.given -= size;
-            heap.spare += size;
-            trim();
+            if (heap.forks) {
+                r->late |= bit;
+                heap.late = 1;
+            } else {
+                take_back(r, bit);
+                trim();
+            }
         }
     }
     pthread_mutex_unlock(&heap.mutex);
@@ -455,12 +478,38 @@ static void
 before_fork(void)
 {
     pthread_mutex_lock(&heap.mutex);
+    heap.forks++;
+    pthread_mutex_unlock(&heap.mutex);
+}
+
+/* Do what was put off while forks were under way. */
+static void
+catch_up(void)
+{
+    for (size_t i = 0; heap.late && i < heap.count; i++) {
+        take_back(&heap.table[i], heap.table[i].late);
+        heap.table[i].late = 0;
+    }
+    heap.late = 0;
+    trim();
 }
 
 static void
 after_fork(void)
 {
+    pthread_mutex_lock(&heap.mutex);
+    if (heap.forks > 0 && --heap.forks == 0)
+        catch_up();
     pthread_mutex_unlock(&heap.mutex);
+}
+
+/* Whoever else held the mutex is not here, and did not change the table. */
+static void
+in_child(void)
+{
+    heap.mutex = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
+    heap.forks = 0;
+    catch_up();
 }
 
 static int
@@ -486,7 +535,8 @@ PyDoc_STRVAR(
     "Let pymalloc have its arenas in regions of `huge` bytes, a power of two: the\n"
     "size of a huge page.  Returns 'active'; 'below', where another allocator was\n"
     "installed over ours, which may still pass requests on; 'none', where this\n"
-    "interpreter has no arena allocator; or 'fork', where forks cannot be watched.");
+    "interpreter has no arena allocator; or 'fork', where forks cannot be watched, or\n"
+    "amid one.");
 
 static PyObject *
 arenas_install(PyObject *module, PyObject *args)
@@ -512,13 +562,15 @@ arenas_install(PyObject *module, PyObject *args)
     if (heap.get == NULL || heap.set == NULL)
         return PyUnicode_FromString("none");
     if (!heap.watched) {
-        if (pthread_atfork(before_fork, after_fork, after_fork) != 0)
+        if (pthread_atfork(before_fork, after_fork, in_child) != 0)
             return PyUnicode_FromString("fork");
         heap.watched = 1;
     }
     heap.get(&now);
     pthread_mutex_lock(&heap.mutex);
-    if (!on_top()) {
+    if (heap.forks) {
+        outcome = "fork";
+    } else if (!on_top()) {
         if (heap.installed && now.alloc == heap.previous.alloc
             && now.free == heap.previous.free) {
             abandon();
@@ -533,7 +585,7 @@ arenas_install(PyObject *module, PyObject *args)
             heap.set(&ours);
         }
     }
-    heap.active = 1;
+    heap.active = heap.forks == 0;
     pthread_mutex_unlock(&heap.mutex);
     return PyUnicode_FromString(outcome);
 }
@@ -551,7 +603,7 @@ arenas_retire(PyObject *module, PyObject *Py_UNUSED(ignored))
     (void)module;
     pthread_mutex_lock(&heap.mutex);
     heap.active = 0;
-    if (heap.installed) {
+    if (heap.installed && heap.forks == 0) {
         trim();
         if (heap.count == 0 && on_top()) {
             heap.set(&heap.previous);

@@ -8,16 +8,18 @@ millisecond, since its methods are compiled; these take hundredths. Short-lived 
 from __future__ import annotations
 
 import os
+import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from types import TracebackType
+    from types import FrameType, TracebackType
     from typing import Any, ClassVar, TypeVar
     from typing import NamedTuple as NamedTuple
 
     from typing_extensions import dataclass_transform
 
     Some = TypeVar("Some", bound="Record")
+    Error = TypeVar("Error", bound=BaseException)
 else:
 
     def dataclass_transform(**_):
@@ -182,14 +184,32 @@ _LIBRARY = os.path.dirname(os.path.abspath(os.__file__)) + os.sep
 
 def is_ours(error: BaseException) -> bool:
     """Whether an exception comes of this package's own work: a signal handler of the host, which
-    may run in the midst of it, is other people's code, and what it raises is for them."""
+    may run in the midst of it, is other people's code, and what it raises is for them. What the
+    kernel refuses is ours, also where other people have wrapped open()."""
     ours, inside = True, False
-    trace = error.__traceback__
+    trace, before = error.__traceback__, None
     while trace is not None:  # on to where it was raised
-        file = trace.tb_frame.f_code.co_filename
+        frame = trace.tb_frame
+        file = frame.f_code.co_filename
         if file.startswith(_HERE):
             ours = inside = True
         elif inside and not file.startswith("<frozen "):
+            if _interrupted(before, frame):
+                return False
             ours = ours and file.startswith(_LIBRARY) and "site-packages" not in file
-        trace = trace.tb_next
-    return ours
+        trace, before = trace.tb_next, frame
+    refused = isinstance(error, OSError) and error.errno is not None
+    return ours or (refused and not isinstance(error, TimeoutError))
+
+
+def _interrupted(frame: FrameType | None, by: FrameType) -> bool:
+    """Whether a frame is a signal handler's or a trace function's: it was given the other one."""
+    values = by.f_locals.values()
+    return any(v is frame or (type(v) is tuple and frame in v) for v in values)
+
+
+def ours(*kinds: type[Error]) -> tuple[type[Error], ...]:
+    """For `except ours(OSError):`, which leaves alone what a host's signal handler raises: a time
+    limit's TimeoutError is an OSError, too."""
+    error = sys.exc_info()[1]
+    return kinds if error is None or is_ours(error) else ()

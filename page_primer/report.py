@@ -53,7 +53,7 @@ class Report(Record):
     threads: int = 0
     unknown_variables: tuple[str, ...] = ()  # named PAGE_PRIMER_*, and nothing reads them
     heap: HeapReport | None = None  # None: the heap was not to be touched
-    frozen: int | None = None  # objects that this call froze; None: nothing was to be
+    frozen: int | None = None  # objects that were frozen, here or in a parent; None: none
     detail: str | None = None  # what the reason was in this case
 
     @property

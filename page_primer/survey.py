@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from page_primer import _core, reasons
-from page_primer._lean import Record, replace
+from page_primer._lean import Record, ours, replace
 from page_primer.elf import file as elf
 from page_primer.elf.file import PF_R, ProgramHeader
 from page_primer.elf.objects import Object, Range, Segment, Source, segments_of
@@ -79,14 +79,14 @@ def threads() -> int:
     """The number of threads; 0 where we may not ask."""
     try:
         return _core.threads()
-    except OSError:
+    except ours(OSError):
         return 0
 
 
 def _thp_disabled() -> bool:
     try:
         return _core.thp_disabled()
-    except OSError:  # a sandbox: smaps tells what comes of trying
+    except ours(OSError):  # a sandbox: smaps tells what comes of trying
         return False
 
 
@@ -172,9 +172,9 @@ def _inspect(
         return None, reasons.MAPPED_OTHERWISE
     try:
         source = Source.of(found.path, os.stat(found.path))
-    except FileNotFoundError:
+    except ours(FileNotFoundError):
         return None, reasons.FILE_GONE
-    except OSError:
+    except ours(OSError):
         return None, reasons.FILE_UNREADABLE
     if not _is_mapped_at(source, origin):
         return None, reasons.FILE_GONE
@@ -208,14 +208,14 @@ def _is_mapped_at(source: Source, mapping: Mapping) -> bool:
     page = page_size()
     try:
         fd = os.open(source.path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
+    except ours(OSError):
         return False
     try:
         address = map_new(page, page, 0, _core.PROT_READ, _core.MAP_PRIVATE, fd, 0)
         again = next(overlapping(read_maps(), address, address + page), None)
         _core.unmap(address, page)
         return again is not None and (again.device, again.inode) == (mapping.device, mapping.inode)
-    except OSError:
+    except ours(OSError):
         return False
     finally:
         os.close(fd)
@@ -232,5 +232,5 @@ def _has_text_relocations(found: Object) -> bool:
             return elf.has_text_relocations(elf.File(fd).dynamic(dynamic))
         finally:
             os.close(fd)
-    except (OSError, elf.Malformed):
+    except ours(OSError, elf.Malformed):
         return False

@@ -55,6 +55,10 @@ def test_freeze_once_and_again(python):
         process.run("more = [[] for _ in range(100_000)]")
         assert process.prime(**ONLY_FREEZE)["frozen"] == first["frozen"]
         assert process.run("result = gc.get_freeze_count()") <= frozen
+        # What is frozen is the process's state: also where a call has more to do than the first.
+        process.run("import _ctypes, _decimal")
+        assert process.prime(**ONLY_FREEZE)["frozen"] == first["frozen"]
+        assert process.prime(**{**ONLY_FREEZE, "freeze": False})["frozen"] == first["frozen"]
         process.run("import page_primer\npage_primer.on_process(lambda p: p.thaw())")
         assert process.run("result = gc.get_freeze_count()") == 0
         again = process.prime(**ONLY_FREEZE)

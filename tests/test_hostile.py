@@ -217,6 +217,53 @@ def test_locks_of_the_host_are_kept(python, images):
             assert [path for path in unlocked(process) if "python" in path] == []
 
 
+HOST_LOCKS = """
+import ctypes, os, random, page_primer
+from page_primer import _core
+libc = ctypes.CDLL(None, use_errno=True)
+path = {path!r}
+code, start = [], 0
+for line in open("/proc/self/maps"):
+    fields = line.split()
+    if fields[-1] == path and fields[1] == "r-xp":
+        code = [int(end, 16) for end in fields[0].split("-")]
+start, end = code
+def call(name, begin, length):
+    if getattr(libc, name)(ctypes.c_void_p(begin), ctypes.c_size_t(length)):
+        raise OSError(ctypes.get_errno(), name)
+call("mlock", start, end - start)
+result = start, end
+"""
+
+
+@pytest.mark.parametrize("more", [False, True])
+@pytest.mark.parametrize("mlock", [False, True])
+def test_locks_that_the_host_gives_up_are_gone(python, images, mlock, more):
+    """Also those of a part of what it had locked; the rest is its own for ever."""
+    options = {"image_dir": str(images), "mlock": mlock}
+    with Process(python) as process:
+
+        def locked():
+            return [
+                (max(v.start, start), min(v.end, end)) for v in outside.smaps(process.pid)
+                if v.start < end and v.end > start and "lo" in v.flags
+            ]  # fmt: skip
+
+        path = next(o for o in process.prime(**options)["objects"] if o["interpreter"])["path"]
+        process.restore()
+        start, end = process.run(HOST_LOCKS.format(path=path))
+        half = start + ((end - start) // 2 & -4096)
+        process.prime(**options)
+        assert sum(b - a for a, b in locked()) == end - start
+        process.run(f"call('munlock', {half}, {end - half})")
+        if more:  # a full call, that sees what the host has given up, and may lock it itself
+            process.run("import _decimal, _ctypes_test")
+            process.prime(**options)
+        process.restore()
+        assert sum(b - a for a, b in locked()) == half - start
+        assert max(b for _, b in locked()) == half
+
+
 def test_a_failed_call_does_not_spoil_the_next(python, images, tmp_path):
     library = build_library(tmp_path, "libbig.so")
     source = f"""

@@ -1,12 +1,16 @@
 """What the host does in the midst of prime(): handlers that raise, forks, unloading."""
 
+import ast
+import builtins
 import os
 import textwrap
+from pathlib import Path
 
 import pytest
 from harness.libraries import build_library
 from harness.process import Process
 
+import page_primer
 from page_primer.kernel.smaps import read_smaps
 
 INTERRUPT = """
@@ -57,6 +61,126 @@ def test_what_a_signal_handler_raises_reaches_its_host(python, images, backing, 
     assert after[2:] == before[2:]
     assert after[0] <= before[0] + 2  # an arena of the interpreter's own
     assert after[1] <= before[1] + (4 << 20)
+
+
+# What prime() calls of the system, one call after another, is where the signal arrives: it goes to
+# the process, and another thread takes it. That the calls are wrapped is the host's right, too.
+AT_EACH_CALL = """
+    import builtins, os, signal, threading, time, traceback, page_primer
+    from page_primer import _core
+    def handler(*_): raise {raised}
+    signal.signal(signal.SIGALRM, handler)
+    threading.Thread(target=threading.Event().wait, daemon=True).start()
+    options = dict(image_dir={images!r})
+    left, where = -1, None
+    def interrupted(function):
+        def call(*args, **named):
+            global left, where
+            left -= 1
+            if left == 0:
+                where = "".join(traceback.format_stack(limit=3)[:2])
+                os.kill(os.getpid(), signal.SIGALRM)
+                until = time.monotonic() + 30
+                while time.monotonic() < until:
+                    pass
+            return function(*args, **named)
+        return call
+    calls = {{
+        os: ["stat", "open", "readlink", "listdir", "scandir", "statvfs", "read"],
+        builtins: ["open"],
+        _core: ["threads", "thp_disabled", "advise", "lock", "unlock", "map", "protect", "unmap",
+                "objects", "loads"],
+    }}
+    for module, names in calls.items():
+        for name in names:
+            setattr(module, name, interrupted(getattr(module, name)))
+    swallowed, at = [], 1
+    while True:
+        left = at
+        try:
+            page_primer.prime(**options)
+        except OSError:
+            pass
+        else:
+            if left > 0:
+                break
+            swallowed.append(where)
+        left = -1
+        page_primer.restore()
+        at += 1 if at < 20 else 7
+    result = at, swallowed
+"""
+
+
+@pytest.mark.parametrize("raised", ["TimeoutError('the limit')", "PermissionError(13, 'no', 'x')"])
+def test_a_handlers_error_is_no_answer_of_the_kernels(python, images, raised):
+    """TimeoutError is an OSError, for which reading takes a refusal."""
+    code = AT_EACH_CALL.format(images=str(images), raised=raised)
+    with Process(python) as process:
+        calls, swallowed = process.run(textwrap.dedent(code))
+    assert calls > 100
+    assert not swallowed, "".join(swallowed)
+
+
+PROGRAM_AMID = """
+    import os, signal, threading, time, page_primer
+    from page_primer import _core
+    def mask():
+        return [l.split()[1] for l in open("/proc/thread-self/status") if l.startswith("SigBlk")]
+    threading.Thread(target=threading.Event().wait, daemon=True).start()
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
+    amid = []
+    def handler(*_):
+        amid.append(mask())
+        child = os.fork()
+        if child == 0:
+            os.dup2(os.open({file!r}, os.O_WRONLY | os.O_CREAT), 1)
+            os.execvp("grep", ["grep", "SigBlk", "/proc/self/status"])  # a shell would unblock all
+        os.waitpid(child, 0)
+    signal.signal(signal.SIGALRM, handler)
+    lock = _core.lock
+    def locks(*args):
+        if not amid:
+            os.kill(os.getpid(), signal.SIGALRM)
+            until = time.monotonic() + 30
+            while time.monotonic() < until and not amid:
+                pass
+        return lock(*args)
+    _core.lock = locks
+    report = page_primer.prime(image_dir={images!r})
+    result = report.reason, mask(), amid[0], open({file!r}).read().split()[1:]
+"""
+
+
+def test_a_program_that_a_handler_forks_amid_prime_has_the_hosts_signals(python, images, tmp_path):
+    code = PROGRAM_AMID.format(images=str(images), file=str(tmp_path / "mask"))
+    with Process(python) as process:
+        reason, mask, amid, program = process.run(textwrap.dedent(code))
+    assert (reason, mask) == (None, ["0000000000000800"])
+    assert amid != mask  # the thread's other signals wait until prime() has come to its end
+    assert program == mask
+
+
+ROOMS = ["apply", "backing", "elf", "heap", "images", "kernel", "survey.py", "align/aligned.py"]
+
+
+def test_who_catches_asks_whose_it_is():
+    """In what prime() executes: `except ours(OSError)`, or is_ours() in the handler."""
+    package = Path(page_primer.__file__).parent
+    files = [f for room in ROOMS for f in ([package / room] if room.endswith(".py") else
+             sorted((package / room).glob("*.py")))]  # fmt: skip
+    assert len(files) > 30
+    missing = []
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ExceptHandler) and node.type is not None:
+                names = {n.id for n in ast.walk(node.type) if isinstance(n, ast.Name)}
+                inside = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+                raises = isinstance(node.body[-1], ast.Raise) and node.body[-1].exc is None
+                known = {n for n in names if hasattr(builtins, n)} - {"BaseException"}
+                if known and not raises and not inside & {"ours", "is_ours"}:
+                    missing.append(f"{file}:{node.lineno}")
+    assert not missing, missing
 
 
 def test_a_fork_amid_another_threads_call_is_not_disturbed_by_a_handler(python, images):

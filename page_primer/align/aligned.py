@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 
+from page_primer._lean import ours
+
 VARIABLE = "PAGE_PRIMER_ALIGNED"
 _SYSTEM_LIST = "/var/lib/page-primer/aligned"
 _PAGE = 4096  # the smallest; what ends in one can be followed by what begins in the next
@@ -78,7 +80,7 @@ def all_listed(name: str | None = None) -> list[str]:
         try:
             with open(each, encoding="utf-8", errors="surrogateescape") as file:
                 found += [line.rstrip("\n") for line in file]
-        except OSError:
+        except ours(OSError):
             continue
     return [path for path in dict.fromkeys(found) if path.startswith("/")]
 

@@ -30,14 +30,14 @@ class HeapState:
         frozen too. Returns the report, with what came of it."""
         if options.heap or self._heap is not None:
             report = replace(report, heap=self._made().prime(options, huge))
-        return self._freeze(report) if options.freeze else report
+        return self._freeze(report, options)
 
     def prime_again(self, report: Report, options: Options, huge: int, *, child: bool) -> Report:
         """The same where nothing was loaded since; `child`: in a process forked since."""
         heap = self._heap
         if heap is not None and (heap.is_new() or (child and options.heap_unshare)):
             report = replace(report, heap=heap.prime(options, huge))
-        return self._freeze(report) if options.freeze else report
+        return self._freeze(report, options)
 
     def thaw(self) -> None:
         """Have the next prime() freeze once more, if it is to: the application was loaded anew."""
@@ -57,11 +57,14 @@ class HeapState:
             self._heap = Heap()
         return self._heap
 
-    def _freeze(self, report: Report) -> Report:
-        """Freeze, unless that was done here or in the process that this one was forked from."""
-        if self._frozen is None:
-            from page_primer.heap.freeze import Frozen  # a module that only this option needs
+    def _freeze(self, report: Report, options: Options) -> Report:
+        """Freeze, unless that was done here or in the process that this one was forked from, or is
+        not to be."""
+        if options.freeze:
+            if self._frozen is None:
+                from page_primer.heap.freeze import Frozen  # a module that only this option needs
 
-            self._frozen = Frozen()
-        count = self._frozen.freeze()
-        return report if count is None else replace(report, frozen=count)
+                self._frozen = Frozen()
+            self._frozen.freeze()
+        frozen = self._frozen.objects if self._frozen else None
+        return report if report.frozen == frozen else replace(report, frozen=frozen)

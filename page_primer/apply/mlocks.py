@@ -6,19 +6,19 @@ import os
 import struct
 
 from page_primer import _core
-from page_primer._lean import suppress
+from page_primer._lean import ours, suppress
 from page_primer.apply.swap import Key, key_of
 from page_primer.backing.pieces import reason_of
 from page_primer.budget import disjoint
 from page_primer.elf.objects import Object, Range, Region
-from page_primer.kernel import memlock
-from page_primer.kernel.smaps import overlapping
+from page_primer.kernel import memlock, smaps
+from page_primer.kernel.smaps import Mapping, overlapping
 from page_primer.mlock_plan import Lock
 from page_primer.survey import Survey
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator
+    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 
 # Address, bytes, flags, and whose memory it is (_owner): so packed, what hundreds of locks take of
@@ -35,6 +35,9 @@ class Mlocks:
         self.refusal: str | None = None  # why the first of those that were refused was
         self.withheld = 0  # bytes that were not asked for, to leave memory to others
         self._host: list[Range] = []  # made by the host, not by us
+        self._owed: list[
+            Range
+        ] = []  # of those, what is not locked since it was refused over a swap
         self._process = (0, 0)  # whose they are: PID, forks since the first
         self._whole = True  # whether that one locked all that its parent had locked
 
@@ -48,10 +51,11 @@ class Mlocks:
         """In a forked child, none is in force but those that it made."""
         if not self.in_force:
             self._made = bytearray()
-            self._host.clear()
+            self._forget_host()
 
     def note_host(self, found: Survey) -> None:
         """What the host has locked of its own, it keeps: over the swap, and over restore()."""
+        self.release_for_host(found.mappings)
 
         def is_there(start: int, length: int) -> bool:
             return any(m.is_locked for m in overlapping(found.mappings, start, start + length))
@@ -65,6 +69,29 @@ class Mlocks:
                 part = whole.clip(Range(mapping.start, mapping.end))
                 if mapping.is_locked and not any(part.overlaps(other) for other in known):
                     self._host.append(part)
+
+    def release_for_host(self, mappings: Sequence[Mapping] | None = None) -> None:
+        """What the host has unlocked since is not to be locked again: munlock(2) takes our lock and
+        its own."""
+        if not self._host:
+            return
+        if mappings is None:
+            with suppress(OSError):  # /proc is hidden: as it was
+                mappings = smaps.read_own()
+        if not mappings:
+            return
+        still = [
+            part
+            for where in self._host
+            for mapping in overlapping(mappings, where.start, where.end)
+            if mapping.is_locked and (part := where.clip(Range(mapping.start, mapping.end))).length
+        ]
+        owed = [where for where in self._host if any(where.overlaps(o) for o in self._owed)]
+        self._host = disjoint([*still, *owed])
+
+    def _forget_host(self) -> None:
+        self._host.clear()
+        self._owed.clear()
 
     def _keep(self, wanted: Callable[[int, int, int], bool]) -> None:
         """Forget the locks of which that is not true: of address, bytes, and whose memory."""
@@ -102,7 +129,7 @@ class Mlocks:
                 self._made += packed  # before: an exception of the host's may come at any moment
                 try:
                     _core.lock(start, length, flags)
-                except OSError as error:
+                except ours(OSError) as error:
                     why = reason_of(error)
                     del self._made[-_FORM.size :]
             if why is not None:
@@ -121,7 +148,7 @@ class Mlocks:
         """In a forked child: lock what the parent had locked, once. Returns whether that is all of
         it."""
         if not self.in_force:
-            self._host.clear()
+            self._forget_host()
             self._whole = self._lock_plain() or self._lock_each()
             self._process = _this()
         return self._whole
@@ -150,8 +177,8 @@ class Mlocks:
         """Mapping something else over a range loses its lock. Whole regions: a lock of a part would
         split the mapping, and the huge page at its border."""
         for region in regions:
-            if any(region.overlaps(other) for other in self._host):
-                _lock(region)
+            if any(region.overlaps(other) for other in self._host) and not _lock(region):
+                self._owed.append(region)
 
     def put_back(self, obj: Object) -> None:
         """After an object was put back, whose mappings are new: the host's locks on it, and none of
@@ -163,8 +190,8 @@ class Mlocks:
                     _core.unlock(where.start, where.length)
         self._keep(lambda start, length, _: not Range(start, start + length).overlaps(whole))
         for where in self._host:
-            if where.overlaps(whole):
-                _lock(where)
+            if where.overlaps(whole) and not _lock(where):
+                self._owed.append(where)
 
     def unlock(self, loaded: Collection[Key]) -> None:
         """Unlock what was locked here of objects that are still loaded: where another was, there
@@ -182,7 +209,7 @@ class Mlocks:
         """Lock what the host had locked, and forget about it."""
         for where in self._host:
             _lock(where)
-        self._host.clear()
+        self._forget_host()
 
 
 def _this() -> tuple[int, int]:
@@ -197,6 +224,8 @@ def _flags(lock: Lock) -> int:
     return _core.MLOCK_ONFAULT if lock.on_fault else 0
 
 
-def _lock(where: Range) -> None:
+def _lock(where: Range) -> bool:
     with suppress(OSError):
         _core.lock(where.start, where.length)
+        return True
+    return False

@@ -15,7 +15,7 @@ import struct
 import sys
 from collections.abc import Iterable, Iterator
 
-from page_primer._lean import NamedTuple
+from page_primer._lean import NamedTuple, ours
 from page_primer.apply.swap import Key, Primed
 from page_primer.backing.pieces import reason_of
 from page_primer.elf import file as elf
@@ -58,7 +58,7 @@ class PerfMap:
                 self._symbols[key] = "".join(_lines(primed[key].object, primed[key].regions))
             text = "".join(self._symbols[key] for key in new)
             self.outcome = _write(text, again=bool(before))
-        except OSError as error:
+        except ours(OSError) as error:
             self.outcome = f"not written: {reason_of(error)}"
         except elf.Malformed as error:
             self.outcome = f"not written: {error}"
@@ -108,10 +108,10 @@ def _write(text: str, again: bool) -> str:
     check_file_size(len(data))
     try:
         fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
+    except ours(FileExistsError):
         status = os.lstat(path)
-        ours = status.st_uid == os.geteuid() and not status.st_mode & 0o022
-        if not (ours and stat.S_ISREG(status.st_mode) and status.st_nlink == 1):
+        mine = status.st_uid == os.geteuid() and not status.st_mode & 0o022
+        if not (mine and stat.S_ISREG(status.st_mode) and status.st_nlink == 1):
             raise
         if not tracing and not again:
             os.unlink(path)

@@ -112,6 +112,7 @@ class Process:
         """Put everything back; see page_primer.restore()."""
         began = time.perf_counter()
         loaded = {(base, headers) for _, base, headers in _core.objects()[2]}
+        self.mlocks.release_for_host()
         self.mlocks.unlock(loaded)
         self.registry.put_back_all(loaded)
         self.mlocks.give_back_to_host()

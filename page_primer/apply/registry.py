@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 
 from page_primer import _core, hot, plan, reasons
-from page_primer._lean import Record, replace, suppress
+from page_primer._lean import Record, ours, replace, suppress
 from page_primer.align.aligned import all_listed, is_aligned
 from page_primer.apply.swap import Key, Primed, key_of, put_back
 from page_primer.backing.in_place import ALREADY
@@ -192,7 +192,7 @@ class Registry:
                 continue
             try:
                 self.put_back(key)
-            except OSError as error:
+            except ours(OSError) as error:
                 note = f"not put back: {reason_of(error)}"
                 if note not in primed.notes:
                     self.primed[key] = replace(primed, notes=(*primed.notes, note))

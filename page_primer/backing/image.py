@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from page_primer import _core
-from page_primer._lean import replace, suppress
+from page_primer._lean import ours, replace, suppress
 from page_primer.backing.pieces import (
     Attempt,
     Piece,
@@ -60,7 +60,7 @@ def attempts(move: Move, pmd: int, places: Sequence[Place], fresh: bool) -> Iter
                 yield Refused(where.path, str(error))
         except (Unusable, image.CannotLayOut) as error:
             yield Refused(where.path, str(error))
-        except OSError as error:
+        except ours(OSError) as error:
             yield Refused(where.path, reason_of(error))
 
 
@@ -75,7 +75,7 @@ def from_store(
     try:
         try:
             yield _map_image(found, layout)
-        except OSError as error:
+        except ours(OSError) as error:
             if found.written:
                 raise
             yield Refused(found.path, reason_of(error))
@@ -96,7 +96,7 @@ def _map_again(directory: store.Store, layout: image.Layout, written: int = 0) -
         os.posix_fadvise(again.fd, 0, 0, os.POSIX_FADV_DONTNEED)
     try:
         return _map_image(replace(again, written=written), layout)
-    except OSError as error:
+    except ours(OSError) as error:
         return Refused(again.path, reason_of(error))
 
 

@@ -7,7 +7,7 @@ import fcntl
 import os
 
 from page_primer import _core
-from page_primer._lean import suppress
+from page_primer._lean import ours, suppress
 from page_primer.backing.pieces import (
     GUARD,
     READ_WRITE,
@@ -82,7 +82,7 @@ def _memory_file(name: str, move: Move, pmd: int, flags: int) -> Iterator[Attemp
             prepared.unmap()
             raise
         yield prepared
-    except OSError as error:
+    except ours(OSError) as error:
         yield Refused(name, reason_of(error))
     finally:
         if fd >= 0:
@@ -103,7 +103,7 @@ def _memfd_create(name: str, flags: int) -> int:
     try:
         # Also where vm.memfd_noexec=2 forbids other memfds; mmap(PROT_EXEC) is not affected.
         return _core.memfd(os.fsencode(name), flags | _MFD_NOEXEC_SEAL)
-    except OSError as error:
+    except ours(OSError) as error:
         if error.errno != errno.EINVAL:  # Linux before 6.3
             raise
         return _core.memfd(os.fsencode(name), flags | _MFD_ALLOW_SEALING)
@@ -163,7 +163,7 @@ def _anonymous(move: Move, pmd: int) -> Iterator[Attempt]:
 
     try:
         pieces = place_all(move.memory, place_region)
-    except OSError as error:
+    except ours(OSError) as error:
         yield Refused("anonymous", reason_of(error))
         return
     written = sum(piece.size for piece in pieces)

@@ -13,7 +13,7 @@ import os
 import time
 
 from page_primer import _core
-from page_primer._lean import Record, suppress
+from page_primer._lean import Record, ours, suppress
 from page_primer.kernel.pagemap import Pagemap
 from page_primer.kernel.thp import page_size
 
@@ -128,7 +128,7 @@ def _collapse(start: int, huge: int) -> int:
     for _ in range(2):
         try:
             _core.advise(start, huge, _core.MADV_COLLAPSE)
-        except OSError as error:
+        except ours(OSError) as error:
             number = error.errno or errno.EINVAL
             if number == errno.EAGAIN:  # pages on their way to somewhere: once more
                 continue

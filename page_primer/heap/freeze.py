@@ -16,20 +16,18 @@ class Frozen:
     """Whether this process, or the one that it was forked from, was frozen."""
 
     def __init__(self) -> None:
-        self._frozen = False  # to be frozen, or again
+        self.objects: int | None = None  # frozen; None: to be frozen, or again
 
-    def freeze(self) -> int | None:
-        """Collect, and freeze what is left, unless that was done. Returns the number of frozen
-        objects, or None where there was nothing to do."""
-        if self._frozen:
-            return None
+    def freeze(self) -> None:
+        """Collect, and freeze what is left, unless that was done."""
+        if self.objects is not None:
+            return
         gc.collect()
         gc.freeze()
-        self._frozen = True
-        return gc.get_freeze_count()
+        self.objects = gc.get_freeze_count()
 
     def thaw(self) -> None:
         """Have the collector look at everything again, if we froze it."""
-        if self._frozen:
-            self._frozen = False
+        if self.objects is not None:
+            self.objects = None
             gc.unfreeze()

@@ -20,7 +20,7 @@ from __future__ import annotations
 import os
 
 from page_primer import _core
-from page_primer._lean import suppress
+from page_primer._lean import ours, suppress
 from page_primer.elf import file as elf
 from page_primer.elf.file import PF_R, PT_LOAD, ProgramHeader
 from page_primer.elf.objects import Object
@@ -136,7 +136,7 @@ class Anchors:
             if which not in self._mapped:
                 try:
                     self._map(which)
-                except (OSError, CannotLayOut) as error:
+                except ours(OSError, CannotLayOut) as error:
                     self.problem = f"no anchor: {error}"
                     return False
                 self.problem = None
@@ -163,7 +163,7 @@ class Anchors:
         try:
             flags = _core.MAP_PRIVATE | _core.MAP_FIXED_NOREPLACE
             _core.map(address, page_size(), _core.PROT_READ, flags, file.fd, 0)
-        except OSError:
+        except ours(OSError):
             del self._mapped[which]
             file.close()
             raise
@@ -183,6 +183,6 @@ class Anchors:
                         if not right:
                             found.close()
                     return found if right else directory.get(layout, fresh=True)
-            except (Unusable, OSError) as error:
+            except ours(Unusable, OSError) as error:
                 why = f"{place.path}: {getattr(error, 'strerror', None) or error}"
         raise CannotLayOut(why)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 
-from page_primer._lean import suppress
+from page_primer._lean import ours, suppress
 from page_primer.images import trust
 from page_primer.images.inventory import DIRECTORY
 
@@ -34,16 +34,16 @@ def open_or_make(path: str, who: credentials.Credentials, *, make: bool) -> int:
     parent, name = os.path.split(path)
     try:
         return os.open(path, DIRECTORY)
-    except FileNotFoundError:
+    except ours(FileNotFoundError):
         if not make:
             raise
-    except NotADirectoryError:
+    except ours(NotADirectoryError):
         if os.path.isdir(parent):
             raise
         raise NotADirectoryError(errno.ENOTDIR, "its parent is not a directory") from None
     try:
         above = os.open(parent, DIRECTORY & ~os.O_NOFOLLOW)
-    except FileNotFoundError:
+    except ours(FileNotFoundError):
         above = _make_parent(parent, who)
     try:
         # Whatever the umask: other users' profilers read images.

@@ -13,7 +13,7 @@ import fcntl
 import os
 import time
 
-from page_primer._lean import suppress
+from page_primer._lean import ours, suppress
 
 USERS, WRITER = ".users", ".writer"
 _NEW = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -30,17 +30,17 @@ def share(folder: int) -> int:
         fd = os.open(USERS, _NEW, 0o600, dir_fd=folder)
     except FileNotFoundError:
         raise
-    except OSError:
+    except ours(OSError):
         return -1
     if fd <= 2:  # a standard stream was closed, and it is held for long: not in that one's place
         low, fd = fd, fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
         os.close(low)
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+    except ours(BlockingIOError) as error:
         os.close(fd)
         raise FileNotFoundError(errno.ENOENT, "being pruned") from error
-    except OSError:
+    except ours(OSError):
         os.close(fd)
         return -1
     if not os.fstat(fd).st_nlink:
@@ -59,15 +59,15 @@ def for_writing(folder: int) -> tuple[int, bool]:
     end = time.monotonic() + _WAIT_FOR_WRITER
     try:
         fd = os.open(WRITER, _NEW, 0o600, dir_fd=folder)
-    except OSError:
+    except ours(OSError):
         return -1, False
     while time.monotonic() < end:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return fd, True
-        except BlockingIOError:
+        except ours(BlockingIOError):
             time.sleep(0.002)
-        except OSError:
+        except ours(OSError):
             break
     return fd, False
 
@@ -86,7 +86,7 @@ def is_used(folder: int) -> bool:
         fd = os.open(USERS, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except ours(BlockingIOError):
             return True
         finally:
             os.close(fd)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import sys
 
+from page_primer._lean import ours
 from page_primer.elf.objects import Object, Source
 
 # Part of an image's name in the store: raise it when what layout.py writes changes.
@@ -87,7 +88,7 @@ def belongs_to(name: str, path: str) -> bool:
     """Whether an image's name is of the file that is at `path` now."""
     try:
         source = Source.of(path, os.stat(path))
-    except OSError:
+    except ours(OSError):
         return False
     _, *numbers = _plain(name).split("-")
     if is_built(name):

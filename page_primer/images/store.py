@@ -19,7 +19,7 @@ import stat
 import time
 from itertools import count
 
-from page_primer._lean import Record, suppress
+from page_primer._lean import Record, ours, suppress
 from page_primer.images import directory, inventory, locks, names, trust
 from page_primer.images.inventory import DIRECTORY, DRAFT, ORIGIN
 from page_primer.images.layout import Layout
@@ -94,7 +94,7 @@ class Store:
         self.writable = who.user in who.trusted
         try:
             self.fd = directory.open_or_make(path, who, make=make and self.writable)
-        except OSError as error:
+        except ours(OSError) as error:
             raise Unusable(error.strerror or str(error)) from error
         self._owners = who.trusted
         try:
@@ -126,7 +126,7 @@ class Store:
         found = None if fresh else self._get_built(wanted)
         try:
             found = found or self._get(wanted, fresh)
-        except FileNotFoundError:  # pruned between being found and being locked
+        except ours(FileNotFoundError):  # pruned between being found and being locked
             found = self._get(wanted, fresh)
         if found.lock >= 0 and names.is_transient(wanted.name):
             _remember(found)
@@ -229,15 +229,15 @@ class Store:
             try:
                 os.mkdir(name, 0o755, dir_fd=self.fd)
                 return True
-            except FileExistsError:
+            except ours(FileExistsError):
                 return False
-            except OSError as error:
+            except ours(OSError) as error:
                 if error.errno not in _NOT_OURS:
                     raise
                 why = error.strerror or str(error)
         try:
             os.stat(name, dir_fd=self.fd, follow_symlinks=False)
-        except FileNotFoundError:
+        except ours(FileNotFoundError):
             raise Missing(f"no image of it there, and none can be written: {why}") from None
         return False
 
@@ -245,7 +245,7 @@ class Store:
         name = os.path.basename(wanted.object.path)
         try:
             fd = os.open(name, FILE, dir_fd=folder)
-        except OSError:
+        except ours(OSError):
             return None
         status = os.fstat(fd)
         whole = stat.S_ISREG(status.st_mode) and status.st_size >= wanted.content_end

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import stat
 
-from page_primer._lean import suppress
+from page_primer._lean import ours, suppress
 from page_primer.kernel import credentials
 
 TYPE_CHECKING = False
@@ -105,7 +105,7 @@ def mode_for(original: int, image: int) -> int:
     if os.fstat(image).st_gid != status.st_gid:
         try:
             os.fchown(image, -1, status.st_gid)
-        except OSError:  # its members are others then, and others its members
+        except ours(OSError):  # its members are others then, and others its members
             group = other = group & other
     return 0o500 | group << 3 | other
 
@@ -118,7 +118,7 @@ def _is_reached_by_others(fd: int) -> bool:
         return False
     try:
         at = os.open(os.path.dirname(os.readlink(f"/proc/self/fd/{fd}")), _ABOVE)
-    except OSError:
+    except ours(OSError):
         return False
     try:
         for _ in range(_DEEPEST):

@@ -6,7 +6,7 @@ import errno
 import os
 
 from page_primer import _core
-from page_primer._lean import suppress
+from page_primer._lean import ours, suppress
 
 
 def map_new(
@@ -18,7 +18,7 @@ def map_new(
     address = _core.reserve(size + guard, alignment, like)
     try:
         _core.map(address, size, protection, flags, fd, offset)
-    except OSError as error:
+    except ours(OSError) as error:
         # These come before the kernel touches the reservation. After others it may be gone, and
         # its place somebody else's: then a bit of address space is lost.
         if error.errno in (errno.EPERM, errno.EACCES, errno.ENODEV, errno.EBADF):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from page_primer import _core
-from page_primer._lean import Record, suppress
+from page_primer._lean import Record, ours, suppress
 
 ROOT = 0
 _OVERFLOW_UID = 65534  # where /proc does not tell
@@ -31,7 +31,7 @@ def read() -> Credentials:
     """The credentials now: a server changes them in the midst of its life."""
     try:
         user, capabilities, dumpable, secure = _core.credentials()
-    except OSError as error:
+    except ours(OSError) as error:
         return Credentials(-1, f"its credentials are unknown ({error.strerror})")
     if user == ROOT:  # whose files are root's in any case
         return Credentials(user)

@@ -6,13 +6,14 @@ import errno
 import os
 
 from page_primer import _core
+from page_primer._lean import ours
 
 
 def soft_limit(resource: int) -> int | None:
     """The soft limit in force; None where there is none, or a sandbox keeps us from asking."""
     try:
         return _core.limit(resource)
-    except OSError:
+    except ours(OSError):
         return None
 
 

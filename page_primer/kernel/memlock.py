@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 
 from page_primer import _core
-from page_primer._lean import suppress
+from page_primer._lean import ours, suppress
 from page_primer.kernel.limits import soft_limit
 from page_primer.kernel.thp import page_size
 
@@ -50,9 +50,9 @@ def try_lock(size: int) -> str | None:
         _core.protect(address, size, _core.PROT_READ)
         _core.lock(address, size, _core.MLOCK_ONFAULT)
         _core.unlock(address, size)
-    except OverflowError:  # more than there are addresses
+    except ours(OverflowError):  # more than there are addresses
         return OVER
-    except OSError as error:
+    except ours(OSError) as error:
         return os.strerror(error.errno) if error.errno else str(error)
     finally:
         if address:

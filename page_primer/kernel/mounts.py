@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from page_primer._lean import Record
+from page_primer._lean import Record, ours
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -57,5 +57,5 @@ def read() -> str:
     try:
         with open("/proc/self/mountinfo", "rb") as file:
             return os.fsdecode(file.read())
-    except OSError:
+    except ours(OSError):
         return ""

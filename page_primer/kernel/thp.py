@@ -9,7 +9,7 @@ import errno
 import os
 
 from page_primer import _core
-from page_primer._lean import suppress
+from page_primer._lean import ours, suppress
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def pmd_size() -> int:
     try:
         with open(_PMD_SIZE_FILE, encoding="utf-8") as file:
             return int(file.read())
-    except (OSError, ValueError):
+    except ours(OSError, ValueError):
         return 0
 
 
@@ -39,7 +39,7 @@ def chosen(name: str) -> str:
     try:
         with open(f"{SETTINGS}/{name}", encoding="utf-8") as file:
             return file.read().partition("[")[2].partition("]")[0]
-    except OSError:
+    except ours(OSError):
         return ""
 
 
@@ -49,7 +49,7 @@ def has_no_huge_pages() -> bool:
     try:
         with open(_PMD_SIZE_FILE, "rb"):
             return False
-    except OSError as error:
+    except ours(OSError) as error:
         return error.errno in (errno.ENOENT, errno.ENOTDIR)
 
 
@@ -70,7 +70,7 @@ def collapse(address: int, length: int) -> None:
     for _ in range(2):
         try:
             _core.advise(address, length, _core.MADV_COLLAPSE)
-        except OSError as error:
+        except ours(OSError) as error:
             if error.errno == errno.EAGAIN:
                 continue
         return
