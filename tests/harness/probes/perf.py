@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import tempfile
 import time
 from bisect import bisect_right
 from collections import Counter
@@ -82,8 +81,10 @@ class Symbols:
         return names
 
 
-# A cache as a user has it, that keeps by build-id what it has seen of unprimed processes.
-BUILD_IDS = Path(tempfile.gettempdir()) / f"page-primer-build-ids-{os.getpid()}"
+# A cache as a user has it, that keeps by build-id what it has seen of unprimed processes. On a
+# file system of its own, for else perf makes hard links to what it has seen, which changes a time
+# by which other tests' images name their interpreters.
+BUILD_IDS = Path(f"/dev/shm/page-primer-build-ids-{os.getpid()}")
 SECONDS = 1.2  # of the worker's, in its own code
 PATIENCE = 120.0  # of the clock's
 
