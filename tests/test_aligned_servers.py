@@ -1,5 +1,5 @@
-"""Servers on an aligned interpreter: its code is on huge pages already, nothing is copied, and
-priming adds the locks."""
+"""Processes and servers on an aligned interpreter: its code is on huge pages already, nothing is
+copied, and priming adds the locks."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import subprocess
 import sys
 
 import pytest
-from harness import aligned
+from harness import aligned, outside
 from harness.elves import huge_files_here
 from harness.gunicorn_server import CONF
+from harness.process import Process, interpreter
 from harness.servers import NO_CONTROL_SOCKET, Server, check, children, free_port, wait_for
 
 APP = """
@@ -68,6 +69,41 @@ def require_aligned(pids, copy, log, images):
     # Other objects may have been copied.
     assert not list(images.rglob(copy.code.name))
     assert sum(text.pss for text in texts) <= 1.05 * max(text.span for text in texts)
+
+
+def test_plain_processes(copy):
+    """With nothing of ours: as users start them, isolated, and spawned by another."""
+    wait = "import sys; print(flush=True); sys.stdin.read()"
+    spawn = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {wait!r}], check=True)"
+    for options in (["-c", wait], ["-I", "-c", wait], ["-c", spawn]):
+        with subprocess.Popen(
+            [copy.python, *options], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            env={**os.environ, **copy.env},
+        ) as process:  # fmt: skip
+            assert process.stdout.readline() == b"\n"
+            pids = [process.pid, *children(process.pid)]
+            texts = [outside.text_of(pid, str(copy.code)) for pid in pids]
+            process.communicate()
+        assert len(pids) == (2 if spawn in options else 1)
+        for text in texts:
+            assert text.huge == text.attainable > 0, (options, text)
+
+
+def test_small_pages_become_one_image_and_the_log_names_warm(copy, env, tmp_path):
+    """As after drop_caches, where ld.so has read the file first."""
+    twin = aligned.rewritten(copy, tmp_path, 32 << 10)
+    env = {**env, **twin.env}
+    with Process(twin.python, env=env) as one, Process(twin.python, env=env) as other:
+        assert outside.text_of(one.pid, str(twin.code)).huge == 0
+        found = interpreter(one.prime())
+        if found["backing"] == "in_place":
+            pytest.skip("this kernel makes the file's own pages huge")
+        assert (found["backing"], found["aligned"]) == ("image", True)
+        summary = other.run("import page_primer; result = page_primer.prime().summary()")
+        assert "aligned but in memory on small pages: `page-primer warm`" in summary
+        texts = check([one.pid, other.pid])
+        assert len({vma.path for text in texts for vma in text.moved}) == 1
+        assert sum(text.pss for text in texts) <= 1.05 * max(text.span for text in texts)
 
 
 def test_gunicorn(copy, env, tmp_path):

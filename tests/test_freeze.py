@@ -100,7 +100,7 @@ def test_gunicorn_workers_share_what_was_preloaded(python, tmp_path):
                 before = server.workers
                 os.kill(server.master, signal.SIGHUP)
                 server.wait_for_workers(2, but_not=before)
-    assert sizes[""] >= 30 * MIB
+    assert sizes[""] >= 18 * MIB, sizes  # the lists alone, each with the collector's header
     assert sizes["1"] <= 0.5 * sizes[""], sizes
     (line,) = lines[""]
     assert "the application is preloaded: PAGE_PRIMER_FREEZE=1" in line

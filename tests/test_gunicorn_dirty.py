@@ -125,16 +125,19 @@ def test_dirty_processes_are_huge_and_locked(kind, images, tmp_path):
         arbiter = dirty_arbiter(server)
         check([arbiter, *workers, *server.workers, server.master])
         check_numpy(workers)
-        assert int(server.get("/dirty")) in workers
+        answered = int(server.get("/dirty"))
+        assert answered in workers
 
         # What they say is what differs, as with other workers.
         assert {pid for pid, _ in server.lines("INFO")} <= {server.master, *workers}
         assert {pid for pid, _ in server.lines("DEBUG")} >= {arbiter, *workers}
         assert server.lines("WARNING") == []
 
-        # One that dies is replaced.
-        os.kill(workers[0], signal.SIGKILL)
-        again = dirty_workers(server, 2, but_not=workers[:1])
+        # One that dies is replaced. The arbiter is connected to this one: on Python 3.12 or newer
+        # SIGTERM would not end it before its connection ends, and HUP would not come to an end
+        # (gunicorn 27.0; asyncio.Server.wait_closed()).
+        os.kill(answered, signal.SIGKILL)
+        again = dirty_workers(server, 2, but_not=[answered])
         check(again)
         check_numpy(again)
 

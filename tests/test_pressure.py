@@ -51,7 +51,8 @@ def press(cgroup, directory):
 def elf_faults(server, worker, directory):
     """Major faults in ELF-backed memory that one request takes, by perf: what, and where."""
     data = str(Path(directory) / "perf.data")
-    options = ["-e", "major-faults", "-c", "1", "-d", "-p", str(worker), "-o", data]
+    # Without its cache, which has hard links: they change a time by which images name their files.
+    options = ["-N", "-e", "major-faults", "-c", "1", "-d", "-p", str(worker), "-o", data]
     with recording("perf", *options) as perf:
         assert perf.running, perf.said
         assert int(server.get()) == worker

@@ -80,7 +80,7 @@ def shapes(pattern: str) -> Iterator[Shape | str]:
         maps = run(base, "-c", "print(open('/proc/self/maps').read())")
         form = "shared libpython" if "/libpython3" in maps else "static, not PIE"
         name = f"CPython {number.partition('-')[0]}, {form}"
-        yield from both(name, pattern, partial(venv, number, base))
+        yield from both(name, pattern, partial(copied, number, base))
     version = os.path.basename(debian_python.DEBIAN).removeprefix("python")
     if debian_python.ARCHIVE.exists():
         yield from both(f"CPython {version}, static PIE", pattern, pie)
@@ -106,19 +106,25 @@ def both(name: str, pattern: str, build: Callable[[], Shape]) -> Iterator[Shape 
             yield f"{name + ALIGNED}: {reason}"
 
 
-def venv(number: str, base: str) -> Shape:
+def home_of(number: str) -> Path:
     home = KEPT / number
     home.mkdir(parents=True, exist_ok=True)
-    python = python_of(home, base)
-    install_memray(python)
-    return Shape("", python)
+    return home
+
+
+def copied(number: str, base: str) -> Shape:
+    """A copy: a uprobe is in all processes that execute the file, and splits their huge pages."""
+    found = aligned.unaligned_copy_of(base, home_of(number))
+    install_memray(found.python)
+    return Shape("", found.python, env=found.env)
 
 
 def pie() -> Shape:
-    shape = venv("pie", debian_python.DEBIAN)
-    if os.path.islink(shape.python):
-        debian_python.build_pie(Path(shape.python))
-    return shape
+    python = python_of(home_of("pie"), debian_python.DEBIAN)
+    install_memray(python)
+    if os.path.islink(python):
+        debian_python.build_pie(Path(python))
+    return Shape("", python)
 
 
 def install_memray(python: str) -> None:

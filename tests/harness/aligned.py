@@ -12,7 +12,7 @@ from pathlib import Path
 
 from harness.interpreters import python_of
 
-__all__ = ["Copy", "NotAligned", "align", "copy_of"]
+__all__ = ["Copy", "NotAligned", "align", "copy_of", "rewritten", "unaligned_copy_of"]
 
 # The program without virtual environments, and the libpython if it has one.
 _QUESTION = """
@@ -59,16 +59,31 @@ def copy_of(python: str, directory: Path) -> Copy:
     Raises:
         NotAligned: it cannot be aligned.
     """
+    copy = unaligned_copy_of(python, directory)
+    align(str(copy.code), python, env={**copy.env, "PAGE_PRIMER": "0"})
+    return copy
+
+
+def unaligned_copy_of(python: str, directory: Path) -> Copy:
+    """Copy an interpreter into a directory: what is done to its file concerns nobody else."""
     program, library = where(python)
     twin = python_of(directory, program)
     original = library or os.path.realpath(python)
     code = (directory if library else Path(twin).parent) / os.path.basename(original)
     code.unlink(missing_ok=True)  # in a virtual environment it is a link
     shutil.copy2(original, code)
-    twin = twin if library else str(code)
     env = {"LD_LIBRARY_PATH": str(directory)} if library else {}
-    align(str(code), python, env={**env, "PAGE_PRIMER": "0"})
-    return Copy(twin, code, env)
+    return Copy(twin if library else str(code), code, env)
+
+
+def rewritten(copy: Copy, directory: Path, block: int) -> Copy:
+    """A copy of an aligned one that is written in pieces of `block` bytes, which decide its pages
+    in the cache."""
+    twin = unaligned_copy_of(copy.python, directory)
+    with copy.code.open("rb") as source, twin.code.open("wb", buffering=0) as target:
+        while piece := source.read(block):
+            target.write(piece)
+    return twin
 
 
 def where(python: str, wrapper: Sequence[str] = ()) -> tuple[str, str | None]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import tempfile
 import time
 from bisect import bisect_right
 from collections import Counter
@@ -82,8 +81,10 @@ class Symbols:
         return names
 
 
-# A cache as a user has it, that keeps by build-id what it has seen of unprimed processes.
-BUILD_IDS = Path(tempfile.gettempdir()) / f"page-primer-build-ids-{os.getpid()}"
+# A cache as a user has it, that keeps by build-id what it has seen of unprimed processes. On a
+# file system of its own, for else perf makes hard links to what it has seen, which changes a time
+# by which other tests' images name their interpreters.
+BUILD_IDS = Path(f"/dev/shm/page-primer-build-ids-{os.getpid()}")
 SECONDS = 1.2  # of the worker's, in its own code
 PATIENCE = 120.0  # of the clock's
 
@@ -107,15 +108,16 @@ def samples_of(target: Target, *scope: str, first: str = "") -> Samples:
             while used(target.pid) < end and record.running and time.monotonic() < latest:
                 time.sleep(0.05)
     script = run(tool("perf"), "--buildid-dir", str(BUILD_IDS), "script", "-i", str(data),
-                 "--pid", str(target.pid), "-F", "ip,sym")  # fmt: skip
+                 "--pid", str(target.pid), "-F", "ip,sym,dso", "--show-mmap-events")  # fmt: skip
     data.unlink(missing_ok=True)
     symbols, samples = Symbols(target.pid, target.shape.chroot), Samples()
+    confused = of_several_files(script)
     for line in script.splitlines():
-        found = re.match(r"\s*([0-9a-f]+) (.+?)\s*$", line)
+        found = re.match(r"\s*([0-9a-f]+) (.+?) \((.*)\)\s*$", line)
         if not found or int(found[1], 16) >= 1 << 63:
             continue
         address, name = int(found[1], 16), found[2]
-        known = symbols.at(address)
+        known = set() if found[3] in confused else symbols.at(address)
         samples.total += 1
         samples.resolvable += bool(known)
         if known:  # a debug package has more, and is found by the build-id of the file alone
@@ -128,6 +130,15 @@ def samples_of(target: Target, *scope: str, first: str = "") -> Samples:
             last_line(record.said) if not samples.total else f"only {samples.total} samples"
         )
     return samples
+
+
+def of_several_files(script: str) -> set[str]:
+    """The paths that processes of several root directories have mapped as different files: a
+    container's libc and the machine's. perf names the symbols of all of them by one."""
+    files: dict[str, set[str]] = {}
+    for found in re.finditer(r"MMAP2 .* ([0-9a-f]+:[0-9a-f]+ \d+) \d+\]: \S+ (/.*)", script):
+        files.setdefault(found[2], set()).add(found[1])
+    return {path for path, several in files.items() if len(several) > 1}
 
 
 @probe("perf record", same_samples)
