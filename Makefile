@@ -29,8 +29,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
-# Files of tests beside each other: tests of one file may share servers.
-PARALLEL := $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+# Half as many more as there are processors, since many wait for servers. Tests of a file are in one
+# process, and may share servers; which begin first is said in tests/harness/scopes.py.
+PARALLEL := $(BIN)/pytest --numprocesses $(shell expr $$(nproc) + $$(nproc) / 2) --maxprocesses 12 \
+    --dist loadfile
 SOURCES := pyproject.toml setup.py $(wildcard page_primer/*.[ch] page_primer/launcher/*.[ch])
 
 .PHONY: demo demo-celery test test-fast coverage bookworm trixie sid lint wheel wheel-check changelog docs bench bench-pressure environments drawing sanitize fuzz tools-matrix kernels clean
@@ -167,7 +169,8 @@ $(VENV)/.release: $(VENV)/.dev
 
 $(VENV)/.dev: $(VENV)/.created $(SOURCES)
 	$(PIP_INSTALL) -e ".[dev]"
-	-$(PIP_INSTALL) --no-cache-dir uwsgi  # builds where it can, and for this very interpreter
+	@# It is built here for this very interpreter, as fast as may be, and where it can be.
+	-CFLAGS=-O0 UWSGI_PROFILE=buildconf/pyonly.ini $(PIP_INSTALL) --no-cache-dir uwsgi
 	touch $@
 
 clean:

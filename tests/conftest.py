@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,7 @@ from harness.debian_python import DEBIAN, LIBRARY, PACKAGE, build_shared
 from harness.interpreters import INTERPRETERS, KINDS, python_of
 from harness.kernel import release
 from harness.kernel_log import KernelLog, faults
+from harness.scopes import LONG, scope_of
 from harness.servers import free_port, wait_for
 
 # Set by the package's own options; a person's environment must not decide what a test sees.
@@ -26,7 +28,24 @@ for _name in [name for name in os.environ if name.startswith("PAGE_PRIMER")]:
     del os.environ[_name]
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """For `--dist loadfile`."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling  # not where pytest-xdist is not installed
+
+    class LongFirst(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return scope_of(nodeid)
+
+    config.option.loadscopereorder = False  # by numbers of tests
+    return LongFirst(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {scope: number for number, scope in enumerate(LONG)}
+    items.sort(key=lambda item: rank.get(scope_of(item.nodeid), len(rank)))
     for item in items:
         if "broker" in getattr(item, "fixturenames", ()):
             item.add_marker("broker")

@@ -49,6 +49,7 @@ def aligned_copy(path: Path, python: str = sys.executable, **options: bool) -> s
     return note
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_linker(layout: str, tmp_path: Path) -> None:
     file = link(tmp_path / "libx.so", *LAYOUTS[layout])
@@ -275,6 +276,7 @@ WHEELS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", WHEELS)
 def test_wheel(pattern: str, tmp_path: Path) -> None:
     """Patchelf-ed, linked by lld, with a build-id in a writable segment: beside the libraries that

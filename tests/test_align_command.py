@@ -67,6 +67,7 @@ def unchanged(file: Path, before: str) -> bool:
     return digest(file) == before and os.listdir(file.parent) == [file.name]
 
 
+@pytest.mark.slow
 def test_align_check_undo(file: Path, own_list: Path) -> None:
     before = digest(file)
     assert command("--check", file).returncode == 1
@@ -105,6 +106,7 @@ def test_a_device_is_no_list(file: Path, own_list: Path) -> None:
     assert own_list.is_symlink() and own_list.is_char_device()
 
 
+@pytest.mark.slow
 def test_an_upgrade_is_noticed_and_mended(file: Path, library: Path) -> None:
     assert command(file).returncode == 0
     shutil.copy2(library, file.with_name("upgrade"))
@@ -267,6 +269,7 @@ def test_huge_read_only_memory(shift: int, file: Path) -> None:
     refused(file, "segments")
 
 
+@pytest.mark.slow
 def test_not_for_us(file: Path, tmp_path: Path) -> None:
     data = file.read_bytes()
     file.write_bytes(data[:18] + b"\x08\x00" + data[20:])
@@ -369,6 +372,7 @@ STEPS = ["rewrite.write", "verify.check", "replace.copy_attributes", "trial.run"
          "replace.put_in_place"]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
 @pytest.mark.parametrize("step", STEPS)
 def test_ended_at_a_step(step: str, number: signal.Signals, file: Path, own_list: Path) -> None:
@@ -446,6 +450,7 @@ def test_list_that_cannot_be_written(file: Path, own_list: Path) -> None:
     assert align.look(str(file)).state == ALIGNED
 
 
+@pytest.mark.slow
 @given(st.data())
 @settings(max_examples=150, deadline=None,
           suppress_health_check=[HealthCheck.function_scoped_fixture])  # fmt: skip
@@ -476,6 +481,7 @@ def test_mutated_files(library: Path, tmp_path: Path, data: st.DataObject) -> No
     assert digest(file) == original
 
 
+@pytest.mark.slow
 @given(st.data())
 @settings(max_examples=60, deadline=None,
           suppress_health_check=[HealthCheck.function_scoped_fixture])  # fmt: skip

@@ -117,6 +117,7 @@ def test_gunicorn(copy, env, tmp_path):
         require_aligned(pids, copy, server.log(), tmp_path / "images")
 
 
+@pytest.mark.slow
 def test_uvicorn_with_four_spawned_workers(copy, env, tmp_path):
     (tmp_path / "served.py").write_text(APP)
     port = free_port()
@@ -135,6 +136,7 @@ def test_uvicorn_with_four_spawned_workers(copy, env, tmp_path):
         require_aligned(workers, copy, server.log(), tmp_path / "images")
 
 
+@pytest.mark.slow
 def test_celery(copy, env, tmp_path, request):
     pytest.importorskip("celery", reason="Celery is not installed")
     broker = request.getfixturevalue("broker")

@@ -81,6 +81,7 @@ def application(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["served:app", "served:create"])
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 def test_uvicorn_by_name(application, images, target, loop):
@@ -96,6 +97,7 @@ def test_uvicorn_by_name(application, images, target, loop):
         assert all(line.startswith("INFO:     page-primer: ") for line in lines)
 
 
+@pytest.mark.slow
 def test_uvicorn_workers_share_one_copy(application, images):
     env = environment(images, PAGE_PRIMER_APP="served:app")
     port = free_port()
@@ -111,6 +113,7 @@ def test_uvicorn_workers_share_one_copy(application, images):
         check_late_library(workers)
 
 
+@pytest.mark.slow
 def test_uvicorn_reload(application, images):
     env = environment(images, PAGE_PRIMER_APP="served:app")
     port = free_port()
@@ -145,6 +148,7 @@ def test_uvicorn_in_code(application, images, ending):
         check_late_library(serving(server))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preload", [(), ("--preload",)], ids=["", "preload"])
 def test_uvicorn_worker_under_gunicorn(application, images, preload):
     (application / "served.py").write_text(
@@ -160,6 +164,7 @@ def test_uvicorn_worker_under_gunicorn(application, images, preload):
         check(serving(server, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "target"),
     [
@@ -221,6 +226,7 @@ ASGI_SERVERS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ASGI_SERVERS)
 def test_other_asgi_servers(application, images, name):
     (application / "served.py").write_text(

@@ -206,6 +206,7 @@ class Run:
         return lines[0].removeprefix("page-primer: bench: ")
 
 
+@pytest.mark.slow
 def test_a_slower_variant_is_called_slower(tmp_path):
     """A real server that works thrice as long where an option has a certain value."""
     done = Run(
@@ -230,6 +231,7 @@ def test_a_slower_variant_is_called_slower(tmp_path):
     assert "round 5 of 6: processor ms: " in done.stderr
 
 
+@pytest.mark.slow
 def test_gunicorn_primed(tmp_path, images):
     """What the variants obtain is what the kernel says: here of gunicorn's workers."""
     (tmp_path / "app.py").write_text(
@@ -279,6 +281,7 @@ def test_a_command_that_does_not_exist(tmp_path):
     assert run.failure() == "no-such-server: command not found"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("path", "status"), [("/missing", 404), ("/broken", 500)])
 def test_a_url_that_fails(tmp_path, path, status):
     run = Run(tmp_path, path=path)
@@ -299,6 +302,7 @@ def test_a_port_in_use(tmp_path):
         assert other.process.poll() is None
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_under_load(tmp_path):
     """The trial's 14 requests pass; every round is cut short, and after three it is over."""
     done = Run(tmp_path, "--requests", "200", behaviour=["dies"]).wait()
@@ -313,6 +317,7 @@ def test_a_server_that_dies_under_load(tmp_path):
     assert "ended early: 3 rounds were cut short" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
 )
@@ -332,6 +337,7 @@ def test_an_interrupted_run_prints_what_is_known(tmp_path, number):
     assert len(validated("bench", json.loads(run.json.read_text()))["rounds"]) in (2, 3)
 
 
+@pytest.mark.slow
 def test_an_interrupt_under_load_leaves_nothing(tmp_path):
     """The load generator waits for answers that do not come."""
     run = Run(tmp_path, "--requests", "200", behaviour=["hangs"])
@@ -351,12 +357,14 @@ def test_an_interrupt_under_load_leaves_nothing(tmp_path):
     assert f":{run.port}/" not in " ".join(all_commands())
 
 
+@pytest.mark.slow
 def test_everything_that_a_server_started_ends(tmp_path):
     """Also what made itself a session of its own and ignores SIGTERM."""
     done = Run(tmp_path, "--rounds", "1", "--variants", "off,off2", behaviour=["stubborn"]).wait()
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "line"),
     [

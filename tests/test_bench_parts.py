@@ -40,6 +40,7 @@ def program(text, *arguments, environ=None):
 # --- load -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [load.H2LOAD, load.AIOHTTP])
 def test_load_generators(tmp_path, name):
     """Both send exactly what they are asked for, to each URL in turn, and notice every error."""
@@ -226,6 +227,7 @@ def test_pointer_chase():
 ASK = "import json, sys; print(json.dumps([sys.path, open('/proc/self/maps').read()]))"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_aligned_copy(tmp_path, kind):
     """An interpreter, and a script of a virtual environment, run on an aligned copy with the same
@@ -292,6 +294,7 @@ def test_how_a_command_is_started(tmp_path):
 # --- kinds of work --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_script(tmp_path):
     """Its processor time has that of the children it waited for."""
     text = (
@@ -362,6 +365,7 @@ def test_celery_tasks(tmp_path, broker):
     assert "has no result backend" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("vmtouch"), reason="vmtouch is not installed")
 def test_vmtouch(tmp_path):
     port = free_port()

@@ -15,8 +15,14 @@ pytest.importorskip("celery", reason="Celery is not installed")
 
 @pytest.mark.parametrize(
     "configure",
-    [BY_IMPORT, "import page_primer.integrations.celery as primer; primer.setup(app)"],
-    ids=["imports", "setup"],
+    [
+        pytest.param(BY_IMPORT, id="imports"),
+        pytest.param(
+            "import page_primer.integrations.celery as primer; primer.setup(app)",
+            marks=pytest.mark.slow,
+            id="setup",
+        ),
+    ],
 )
 def test_prefork(tmp_path, broker, images, configure):
     with Worker(tmp_path, broker, images, "-c", "3", configure=configure) as worker:
@@ -29,6 +35,7 @@ def test_prefork(tmp_path, broker, images, configure):
         assert len(worker.lines("DEBUG")) >= 3
 
 
+@pytest.mark.slow
 def test_children_near_their_memory_limit_are_warned_of_once(tmp_path, broker, images):
     """Celery would replace a child after each task, and say nothing of why."""
     limit = "app.conf.worker_max_memory_per_child = 20000\n"
@@ -94,13 +101,20 @@ def look():
     os.write(2, b"its parent knows all: %d\\n" % (process.loads == _core.loads()))
 os.register_at_fork(after_in_child=look)
 """
+# Celery has all garbage collected twice before each fork, half of what a child costs: of what is
+# frozen the collector looks at nothing.
+FROZEN = """
+import gc
+from celery.signals import worker_ready
+worker_ready.connect(lambda **_: gc.freeze(), weak=False)
+"""
 
 
 @pytest.mark.slow
 def test_a_thousand_tasks_of_one_child_each(tmp_path, broker, images):
     options = ["-c", "4", "--max-tasks-per-child", "1"]
     # A minute for a child until it is up, not four seconds: this machine may be busy.
-    configure = BY_IMPORT + "app.conf.worker_proc_alive_timeout = 60\n" + LOOK
+    configure = BY_IMPORT + "app.conf.worker_proc_alive_timeout = 60\n" + LOOK + FROZEN
     env = {"PAGE_PRIMER_MLOCK": "1"}
     with Worker(tmp_path, broker, images, *options, configure=configure, env=env) as worker:
         source = "sum(r.get(timeout=600) for r in [work.add.delay(i, 1) for i in range(1000)])"
@@ -157,6 +171,7 @@ def test_the_limit_names_what_it_left_out(tmp_path, broker, images):
         )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("configure", "said"),
     [
@@ -179,6 +194,7 @@ def test_a_bad_option_stops_the_worker_with_one_line(tmp_path, broker, images, c
         worker.output.close()
 
 
+@pytest.mark.slow
 def test_switched_off(tmp_path, broker, images):
     configure = BY_IMPORT + "app.conf.page_primer = False\n"
     with Worker(tmp_path, broker, images, "-c", "1", configure=configure) as worker:
@@ -186,6 +202,7 @@ def test_switched_off(tmp_path, broker, images):
         assert worker.lines("INFO") == ["nothing done: switched off"]
 
 
+@pytest.mark.slow
 def test_namespace(tmp_path, broker, images):
     configure = (
         "app.config_from_object({'CELERY_IMPORTS': ['page_primer.integrations.celery'], "

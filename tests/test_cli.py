@@ -56,6 +56,7 @@ def test_importing_the_package_does_not_look_for_the_version():
         page_primer.prim  # type: ignore[attr-defined]  # noqa: B018
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -75,6 +75,7 @@ def shell(tmp_path_factory):
     found.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("line", "expected"),
     [

@@ -55,6 +55,11 @@ def test_an_address_is_an_integer(call, wrong):
         lambda: _core.reserve(PAGE, PAGE),  # type: ignore[call-arg]
         lambda: _core.swap(0, b"", [(0, PAGE, 0)], []),  # type: ignore[list-item]
         lambda: _core.swap(0, "", [], []),  # type: ignore[arg-type]
+        lambda: _core.limit(),  # type: ignore[call-arg]
+        lambda: _core.placed(),  # type: ignore[call-arg]
+        lambda: _core.dump_before(0),  # type: ignore[call-arg]
+        lambda: _core.arenas_install(),  # type: ignore[call-arg]
+        lambda: _core.heap_align(),  # type: ignore[call-arg]
     ],
 )
 def test_arguments_are_neither_forgotten_nor_too_many(call):
@@ -78,6 +83,11 @@ def test_a_page_for_core_files_is_one_that_can_be():
             _core.dump_before(address + PAGE, _core.PROT_READ, file.fileno(), PAGE)
         with pytest.raises(_core.Error):
             _core.dump_page(PAGE)  # nothing is mapped there
+
+
+def test_a_view_is_no_longer_than_a_buffer_can_be():
+    with pytest.raises(OverflowError, match="too long for a buffer"):
+        _core.view(0, 1 << 63)
 
 
 @pytest.mark.parametrize("alignment", [0, 1, PAGE // 2, 3 * PAGE, PAGE + 1])

@@ -83,6 +83,7 @@ def build_id_of(path: str) -> str:
         return next(note["n_desc"] for note in notes.iter_notes()) if notes else ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["image", "memfd", "anonymous"])
 def test_elfutils_reads_a_core_file_as_of_an_unprimed_process(base, how, tmp_path):
     unprimed, primed = (core_of(base, name, tmp_path / name) for name in ("unprimed", how))

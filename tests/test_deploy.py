@@ -122,6 +122,7 @@ def built(public_python: str) -> Iterator[tuple[Path, str]]:
         shutil.rmtree(upper)
 
 
+@pytest.mark.slow
 @needs_root
 @pytest.mark.parametrize("recipe", [docker_run, compose, kubernetes])
 def test_container(built, public, recipe):
@@ -266,6 +267,7 @@ def check_interpreter(pids: list[int]) -> None:
         assert text.locked, text
 
 
+@pytest.mark.slow
 @needs_root
 def test_systemd_with_a_cache_directory(public, public_python):
     """A user of this start alone, nothing writable but its cache, and no memory that was writable
@@ -292,6 +294,7 @@ def test_systemd_with_a_cache_directory(public, public_python):
             systemd.path("/run/shop.log").unlink()
 
 
+@pytest.mark.slow
 @needs_root
 def test_systemd_with_a_store_that_root_has_filled(public, public_python):
     """8 MiB of RLIMIT_MEMLOCK, nothing to write to: the interpreter and the libraries' hot chunks

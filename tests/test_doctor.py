@@ -851,6 +851,7 @@ def shared(tmp_path: Path) -> tuple[str, Path]:
     return python, copy
 
 
+@pytest.mark.slow
 def test_aligned_interpreter(shared: tuple[str, Path], tmp_path: Path) -> None:  # Longer: a story
     """The doctor knows an aligned file, and that there is nothing left to do; and after an upgrade
     the log and the doctor say what is to be done."""
@@ -1027,6 +1028,7 @@ def test_every_finding_has_a_code_and_a_section_of_the_page() -> None:
     assert sorted(code for code, _ in sections) == sorted(findings.CODES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("environ", "status"),
     [({"PAGE_PRIMER_REMAP": "0", "PAGE_PRIMER_MLOCK": "0"}, 0), ({"PAGE_PRIMER": "0"}, 2)],

@@ -101,6 +101,7 @@ def test_many_sections_that_are_the_whole_file(tmp_path):
         write_image(tmp_path, bytes(data))
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_a_file_may_say_anything_of_itself(tmp_path_factory, data):

@@ -118,6 +118,7 @@ def check_protections(name, vmas, base, library, merge):
                     assert any(s < chunk + PMD and chunk < e for s, e in code)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merge", [True, False], ids=["merged", "strict"])
 @pytest.mark.parametrize("backing", ["image", "memfd", "anonymous"])
 def test_every_layout(python, images, libraries, backing, merge):

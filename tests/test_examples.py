@@ -70,6 +70,7 @@ def wait_for_workers(server, count):
     return answers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "program", "start", "path", "content"),
     [
@@ -92,6 +93,7 @@ def test_four_workers(examples, images, name, program, start, path, content):
         assert "page-primer: " in server.log()
 
 
+@pytest.mark.slow
 def test_gunicorn_demo(examples, images):
     done = demo(examples / "gunicorn", images)
     assert re.search(r"page-primer: [\d.]+ % of \S+ [\d.]+ MiB of code on huge pages", done)
@@ -105,6 +107,7 @@ def test_gunicorn_demo(examples, images):
     assert len(numbers["memory"]) == 2, done
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("broker")  # the demo starts its own; skipped where there is none
 def test_celery_demo(examples, images):
     for package in ("celery", "redis", "numpy", "pandas"):
@@ -212,6 +215,7 @@ def test_compose_has_what_its_files_name(compose):
     assert "COPY examples /srv" in (context / build["dockerfile"]).read_text()
 
 
+@pytest.mark.slow
 def test_composes_services_and_what_prometheus_gets(compose, examples, broker, images, tmp_path):
     for package in ("django", "fastapi", "celery", "redis", "prometheus_client"):
         pytest.importorskip(package)

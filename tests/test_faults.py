@@ -7,6 +7,7 @@ import pytest
 from harness import outside
 from harness.faults import build_fault
 from harness.interpreters import KINDS, python_of
+from harness.kernel import release
 from harness.process import Process, interpreter
 
 # What a program does that would notice code gone wrong.
@@ -109,6 +110,7 @@ def test_every_call_may_fail(python, images, preload, backing, function, number)
         assert outside.text_of(process.pid, interpreter(report)["path"]).huge
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backing", ["image", "memfd", "anonymous"])
 def test_a_anchor_may_fail(images, tmp_path, preload, backing):
     """Then a program's head stays on its file in memory without a name."""
@@ -141,6 +143,7 @@ def test_a_anchor_may_fail(images, tmp_path, preload, backing):
     assert {without, nothing} <= seen <= {without, nothing, whole_anyway}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", ["mmap", "mmap with a hole", "madvise", "munmap"])
 def test_restore_may_fail(python, images, preload, function):
     """What cannot be put back stays on the image, says so, and can be put back later."""
@@ -164,3 +167,27 @@ def test_restore_may_fail(python, images, preload, function):
         else:
             raise AssertionError("the fault never stopped firing")
         assert nth > 1
+
+
+@pytest.mark.parametrize(
+    ("question", "function", "step"),
+    [
+        ("thp_disabled", "prctl", "PR_GET_THP_DISABLE"),
+        ("mdwe", "prctl", "PR_GET_MDWE"),
+        ("credentials", "geteuid", "geteuid"),
+        ("credentials", "capget", "capget"),
+        ("credentials", "prctl", "PR_GET_DUMPABLE"),
+    ],
+)
+def test_a_question_that_is_refused(python, preload, question, function, step):
+    code = (
+        "import ctypes; from page_primer import _core\n"
+        f"ctypes.CDLL(None).fault_arm({function.encode()!r}, 1, {EPERM})\n"
+        f"try: result = _core.{question}()\n"
+        "except _core.Error as error: result = [error.errno, error.step]\n"
+        f"result = result, ctypes.CDLL(None).fault_fired(), bool(_core.{question}() is not None)"
+    )
+    with Process(python, env={"LD_PRELOAD": preload}) as process:
+        if question == "mdwe" and release() < (6, 3):
+            pytest.skip("PR_GET_MDWE is there from Linux 6.3 on")
+        assert process.run(code) == [[EPERM, step], 1, True]

@@ -78,6 +78,7 @@ def test_freeze_once_and_again(python):
         assert process.run("result = gc.get_freeze_count()") == 0
 
 
+@pytest.mark.slow
 def test_gunicorn_workers_share_what_was_preloaded(python, tmp_path):
     sizes, lines = {}, {}
     for freeze in ("", "1"):
@@ -118,6 +119,7 @@ def doctor(python, directory=None, **env):
     return found[0] if found else None
 
 
+@pytest.mark.slow
 def test_reforks_leave_nothing_in_gunicorns_master(python, tmp_path):
     """Each request is a worker's last."""
     env = {**OFF, "PAGE_PRIMER_FREEZE": "1"}
@@ -172,6 +174,7 @@ def collect(directory=None):
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("freeze", [False, True])
 def test_celerys_children_share_what_their_parent_loaded(tmp_path, broker, images, freeze):
     options = {**({"freeze": True} if freeze else {}), "remap": False, "mlock": False}

@@ -28,6 +28,7 @@ def scratch():
     fuzz_targets.clean_up()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", fuzz_targets.TARGETS)
 def test_nothing_is_found(name):
     target = fuzz_targets.TARGETS[name]

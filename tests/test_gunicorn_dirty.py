@@ -116,6 +116,7 @@ def check_numpy(pids):
         text.require_hot_chunks_huge()
 
 
+@pytest.mark.slow
 @needs_dirty
 @needs_numpy
 def test_dirty_processes_are_huge_and_locked(kind, images, tmp_path):
@@ -160,6 +161,7 @@ def test_dirty_processes_are_huge_and_locked(kind, images, tmp_path):
         require_no_failure(server)
 
 
+@pytest.mark.slow
 @needs_dirty
 @needs_numpy
 def test_the_users_own_dirty_hooks_are_called(python, images, tmp_path):
@@ -192,6 +194,7 @@ def asgi_caller(server):
     return int(pid), caller
 
 
+@pytest.mark.slow
 @needs_asgi
 @needs_numpy
 @pytest.mark.parametrize("preload", [(), ("--preload",)], ids=["", "preload"])
@@ -220,6 +223,7 @@ def test_asgi_worker_is_primed_after_its_lifespan(kind, images, tmp_path, preloa
         require_no_failure(server)
 
 
+@pytest.mark.slow
 @needs_asgi
 @pytest.mark.parametrize(
     ("mode", "first_line"),

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from harness import kernel_log
 from harness.probes import PROBES
+from harness.scopes import LONG, scope_of
 
 ROOT = Path(__file__).parents[1]
 FIRST_PID_NAMESPACE = "pid:[4026531836]"  # Linux, include/linux/proc_ns.h: PROC_PID_INIT_INO
@@ -26,6 +27,7 @@ def imported(path):
             yield node.module or "."
 
 
+@pytest.mark.slow
 def test_nothing_imports_a_test():
     files = [
         path
@@ -53,6 +55,7 @@ def test_probes_have_names_of_their_own():
     assert not any(name.endswith("._") for name in names)
 
 
+@pytest.mark.slow
 def test_benchmarks_and_tools_find_the_harness():
     for script in ("benchmarks/pressure.py", "tools/matrix.py", "tools/align_check"):
         env = {**os.environ, "PYTHONPATH": ""}
@@ -114,3 +117,13 @@ def test_the_rooms_of_architecture_md_are_the_contract():
     layers = re.search(r"^layers = \[(.*?)^\]", settings, flags=re.MULTILINE | re.DOTALL)
     held = [name for line in re.findall(r'"(.*)"', layers[1]) for name in line.split(" : ")]
     assert told == [*held, "_core"]
+
+
+def test_what_takes_long_is_there():
+    """A test that is renamed, or moved, would begin last again, and nobody would see it."""
+    for scope in LONG:
+        path, _, function = scope.partition("::")
+        text = (ROOT / path).read_text()
+        assert not function or f"def {function}(" in text, scope
+        assert scope_of(f"{scope}[3.11-a::b]" if function else f"{scope}::test_it") == scope
+    assert scope_of("tests/test_heap.py::test_it[1]") == "tests/test_heap.py"

@@ -21,7 +21,9 @@ THP = Path("/sys/kernel/mm/transparent_hugepage")
 ONLY_HEAP = {"remap": False, "mlock": False, "include": ["nothing"]}
 
 # Small objects that take so many MiB of arenas; freed, they leave them empty.
-FILL = "fill = lambda mib: [bytes(range(200)) + b'%08d' % i for i in range(mib * 4096)]\n"
+FILL = (
+    "head = bytes(range(200))\nfill = lambda mib: [head + b'%08d' % i for i in range(mib * 4096)]\n"
+)
 
 
 # Objects that the collector tracks, in arenas that lie side by side: a growing list of them would
@@ -187,6 +189,7 @@ def test_nothing_new_is_nothing_to_do(python):
         assert again
 
 
+@pytest.mark.slow
 def test_churn_returns_what_it_took(python):
     """Allocate and free 200 MiB again and again: what stays is what stays without us."""
     sizes = []
@@ -204,6 +207,7 @@ def test_churn_returns_what_it_took(python):
         assert after <= sizes[0][1] * 1.05 + max(0, base - sizes[0][0]) + ends * PMD, sizes
 
 
+@pytest.mark.slow
 def test_arenas_with_a_survivor_each_give_their_memory_back(python):
     """One object in fifty thousand stays, so no region is ever free: their other halves are."""
     kept = "kept = fill(200)[::50_000]"
@@ -247,7 +251,7 @@ kept = fill(40)
 def child():
     global kept
     del kept[::2]
-    more = [bytes(range(200)) * 2 for i in range(80_000)]
+    more = [head * 2 for i in range(80_000)]
     del kept
     again = fill(10)
     grandchild = os.fork()
@@ -295,6 +299,7 @@ def test_restore_makes_no_more_and_frees_its_own(every_python):
         process.run("del more, kept")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("allocator", ["debug", "pymalloc_debug", "malloc", "malloc_debug"])
 def test_pythonmalloc(every_python, allocator):
     with Process(every_python, env={"PYTHONMALLOC": allocator}) as process:
@@ -349,9 +354,10 @@ else:
     )
     run = interpreters.run_string
 source = '''
-kept = [bytes(range(200)) + b"%08d" % i for i in range(4096 * 6)]
+head = bytes(range(200))
+kept = [head + b"%08d" % i for i in range(4096 * 6)]
 for _ in range(5):
-    more = [bytes(range(200)) + b"%08d" % i for i in range(4096 * 4)]
+    more = [head + b"%08d" % i for i in range(4096 * 4)]
     del more
 assert kept[77][-2:] == b"77"
 '''
@@ -405,6 +411,7 @@ def wrapper(tmp_path_factory):
     return f"import ctypes; wrapper = ctypes.PyDLL({str(made)!r})\n"
 
 
+@pytest.mark.slow
 def test_an_allocator_installed_before(every_python, wrapper):
     with Process(every_python) as process:
         process.run(FILL + wrapper + "wrapper.install()\nearly = fill(10)")
@@ -419,6 +426,7 @@ def test_an_allocator_installed_before(every_python, wrapper):
         assert process.run("result = c.value") >= calls + 8
 
 
+@pytest.mark.slow
 def test_an_allocator_installed_after_and_taken_off(every_python, wrapper):
     with Process(every_python) as process:
         process.prime(heap="arenas", **ONLY_HEAP)
@@ -437,6 +445,7 @@ def test_an_allocator_installed_after_and_taken_off(every_python, wrapper):
         assert len(regions(process)) >= 4
 
 
+@pytest.mark.slow
 def test_ours_taken_off_by_the_one_before(every_python, wrapper):
     """Who puts an older allocator back has our arenas freed there, as mappings."""
     with Process(every_python) as process:
@@ -529,6 +538,7 @@ def test_a_bad_heap_is_named(python, value):
         assert message.startswith('heap must be "auto"')
 
 
+@pytest.mark.slow
 def test_status_tells_what_smaps_tells(python):
     with Process(python) as process:
         process.prime(heap="all", **ONLY_HEAP)

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -35,23 +36,30 @@ def headers():
 HEADERS = headers()
 
 
-@pytest.fixture(scope="module", params=list(HEADERS), ids=lambda minor: f"headers-3.{minor}")
-def package_built_with(request, tmp_path_factory):
-    """A copy of the package whose core was built with one version's headers."""
-    directory = tmp_path_factory.mktemp("built")
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """built(minor): the directory of a copy of the package whose core was built with one version's
+    headers; built once."""
+    return lru_cache(lambda minor: build(HEADERS[minor], tmp_path_factory.mktemp("built")))
+
+
+def build(include, directory):
     package = directory / "page_primer"
     subprocess.run(["cp", "-r", str(ROOT / "page_primer"), str(package)], check=True)
     for core in package.glob("_core*.so"):
         core.unlink()
     subprocess.run(
-        ["gcc", "-shared", "-fPIC", "-std=gnu11", "-O1", f"-I{HEADERS[request.param]}",
+        ["gcc", "-shared", "-fPIC", "-std=gnu11", "-O1", f"-I{include}",
          *map(str, package.glob("_*.c")), "-o", str(package / "_core.abi3.so")], check=True,
     )  # fmt: skip
     return str(directory)
 
 
-def test_one_build_serves_every_version(package_built_with, every_python, images):
+@pytest.mark.slow
+@pytest.mark.parametrize("minor", list(HEADERS), ids=lambda minor: f"headers-3.{minor}")
+def test_one_build_serves_every_version(built, minor, every_python, images):
     """The stable ABI is a promise of headers, and some of its macros change under it."""
+    package_built_with = built(minor)
     source = f"""
         import sys; sys.path.insert(0, {package_built_with!r})
         import page_primer, page_primer._core
@@ -68,6 +76,7 @@ def test_one_build_serves_every_version(package_built_with, every_python, images
     assert (done.stdout, done.returncode) == ("fine\n", 0), done.stderr
 
 
+@pytest.mark.slow
 def test_the_core_compiles_for_free_threading(tmp_path):
     """Such a build says what it is in its pyconfig.h, and has no stable ABI before 3.15."""
     minor = max(HEADERS, key=int, default="0")
@@ -423,6 +432,7 @@ def test_without_memfd_create_in_os(python, images):
         assert core["backing"] == "memfd"
 
 
+@pytest.mark.slow
 def test_random_load_addresses_on_overlayfs(tmp_path):
     """Most containers: an address of any phase. What whole huge pages cover is huge, the edges are
     not, py-spy's arithmetic holds, and images of other phases are pruned."""

@@ -246,6 +246,7 @@ print(json.dumps([status, used, core.backing, core.where, core.code_huge_bytes, 
 """
 
 
+@pytest.mark.slow
 @needs_root
 def test_small_shm(tmp_path):
     """The case small-shm: in a container, /dev/shm is the application's, the store is bounded and
@@ -302,6 +303,7 @@ def test_a_container_with_a_read_only_root_and_nothing_built(tmp_path):
         shutil.rmtree(upper)
 
 
+@pytest.mark.slow
 @needs_root
 def test_restarts_leave_nothing_more(tmp_path):
     """At random load addresses no image is used again; every fifth service is killed.
@@ -376,6 +378,7 @@ def command(*arguments: str) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_the_command_lists_prunes_and_clears(python, images):
     with Process(python) as process:
         core = interpreter(process.prime(image_dir=str(images)))

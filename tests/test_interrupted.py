@@ -49,6 +49,7 @@ INTERRUPT = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("raised", ["Limit", "KeyboardInterrupt", "TimeoutError"])
 @pytest.mark.parametrize("backing", ["image", "memfd", "anonymous"])
 def test_what_a_signal_handler_raises_reaches_its_host(python, images, backing, raised):

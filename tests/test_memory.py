@@ -199,6 +199,7 @@ def test_a_small_cgroup_is_never_killed_by_priming(python, images, limit, backin
             assert report["lock_withheld_bytes"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [56, 112, 160])
 def test_gunicorn_serves_in_a_small_cgroup(python, images, tmp_path, limit):
     env = {"PAGE_PRIMER_IMAGE_DIR": str(images)}

@@ -57,6 +57,7 @@ static __typeof__(&mprotect) real_mprotect;
 static __typeof__(&munmap) real_munmap;
 static long (*real_syscall)(long, ...);
 static ssize_t (*real_pread)(int, void *, size_t, off_t);
+static int (*real_prctl)(int, ...);
 
 __attribute__((constructor)) static void
 resolve(void)
@@ -68,6 +69,7 @@ resolve(void)
     real_munmap = dlsym(RTLD_NEXT, "munmap");
     real_syscall = dlsym(RTLD_NEXT, "syscall");
     real_pread = dlsym(RTLD_NEXT, "pread");
+    real_prctl = dlsym(RTLD_NEXT, "prctl");
 }
 
 void *
@@ -128,7 +130,7 @@ munmap(void *address, size_t length)
     return fails("munmap", CALLER) ? -1 : real_munmap(address, length);
 }
 
-/* mlock(2) and mlock2(2) are made by number. */
+/* These are made by number. */
 long
 syscall(long call, ...)
 {
@@ -140,6 +142,9 @@ syscall(long call, ...)
         arguments[i] = va_arg(rest, long);
     va_end(rest);
     if ((call == SYS_mlock || call == SYS_mlock2) && fails("mlock", CALLER))
+        return -1;
+    if ((call == SYS_geteuid && fails("geteuid", CALLER))
+        || (call == SYS_capget && fails("capget", CALLER)))
         return -1;
     return real_syscall(call, arguments[0], arguments[1], arguments[2],
                         arguments[3], arguments[4], arguments[5]);
@@ -156,3 +161,19 @@ pread(int fd, void *buffer, size_t count, off_t offset)
 
 ssize_t
 pread64(int, void *, size_t, off_t) __attribute__((alias("pread")));
+
+int
+prctl(int option, ...)
+{
+    unsigned long arguments[4];
+    va_list rest;
+
+    va_start(rest, option);
+    for (int i = 0; i < 4; i++)
+        arguments[i] = va_arg(rest, unsigned long);
+    va_end(rest);
+    if (fails("prctl", CALLER))
+        return -1;
+    return real_prctl(option, arguments[0], arguments[1], arguments[2],
+                      arguments[3]);
+}

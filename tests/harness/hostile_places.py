@@ -484,7 +484,7 @@ TABLE = (
     Environment(
         "64 threads that execute and dlopen",
         "20 times prime() and restore(); 60 without Python's lock",
-        make=with_crowd, before=THREADS, during=IN_CROWD.format(rounds=10),
+        make=with_crowd, before=THREADS, during=IN_CROWD.format(rounds=10), slow=True,
     ),
     Environment(
         "64 threads that execute and dlopen, long",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -15,6 +16,7 @@ from harness.kernel_log import watch
 
 PMD = int(open("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size").read())
 PAGE = 4096
+HEAD = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (....) ([0-9a-f]+) (\S+) (\d+)\s*(.*)")
 
 
 @dataclass
@@ -26,7 +28,7 @@ class Vma:
     device: str
     inode: int
     path: str
-    kb: dict[str, int] = field(default_factory=dict)
+    kb: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     flags: list[str] = field(default_factory=list)
 
     @property
@@ -45,8 +47,10 @@ def smaps(pid: int) -> list[Vma]:
     vmas: list[Vma] = []
     with open(f"/proc/{pid}/smaps", encoding="utf-8", errors="replace") as file:
         for line in file:
-            head = re.match(r"([0-9a-f]+)-([0-9a-f]+) (....) ([0-9a-f]+) (\S+) (\d+)\s*(.*)", line)
-            if head:
+            # Nine lines of ten are such, or have a name, which begins with a capital.
+            if line.endswith(" 0 kB\n"):
+                continue
+            if line[0] in "0123456789abcdef" and (head := HEAD.match(line)):
                 start, end, perms, offset, device, inode, path = head.groups()
                 vmas.append(
                     Vma(int(start, 16), int(end, 16), perms, int(offset, 16), device,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import http.client
 import os
 import signal
@@ -29,22 +30,31 @@ def free_port():
 
 
 def children(pid):
-    text = subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True
-    ).stdout
-    found = sorted(int(part) for part in text.split())
+    """The processes that a process has, whichever of its threads has started them."""
+    found, again = None, _children(pid)
+    while found != again:  # while one ends, the kernel may leave out another (proc(5))
+        found, again = again, _children(pid)
     for child in found:
         watch(child)
+    return sorted(found)
+
+
+def _children(pid):
+    found = set()
+    for path in glob.glob(f"/proc/{pid}/task/*/children"):
+        with contextlib.suppress(OSError):  # the thread ends, or the process has ended
+            found |= set(map(int, Path(path).read_text().split()))
     return found
 
 
 def wait_for(condition, what, seconds=120):  # a busy machine takes its time
     end = time.monotonic() + seconds
-    while time.monotonic() < end:
+    while (asked := time.monotonic()) < end:
         with contextlib.suppress(OSError, StopIteration, ValueError):  # ended meanwhile
             if condition():
                 return
-        time.sleep(0.05)
+        # Looks take long themselves: what is waited for is to have the processor.
+        time.sleep(min(0.5, max(0.05, 2 * (time.monotonic() - asked))))
     raise AssertionError(f"waited {seconds} s for {what}")
 
 

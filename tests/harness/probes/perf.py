@@ -9,6 +9,7 @@ import time
 from bisect import bisect_right
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 from elftools.elf.elffile import ELFFile
@@ -52,6 +53,21 @@ def same_samples(expected: Samples, seen: Samples) -> Verdict:
     return Verdict(WORKS, numbers)
 
 
+@lru_cache
+def functions(path: str, _mtime: int) -> list[tuple[int, int, str]]:
+    """The functions in a file's symbol tables: first and last address of each, and its name."""
+    found = []
+    with open(path, "rb") as file:
+        for name in (".symtab", ".dynsym"):
+            section = ELFFile(file).get_section_by_name(name)
+            for symbol in section.iter_symbols() if section else ():
+                if symbol["st_info"]["type"] == "STT_FUNC" and symbol["st_size"]:
+                    start = symbol["st_value"]
+                    end = start + symbol["st_size"]
+                    found.append((start, end, symbol.name.partition("@")[0]))
+    return found
+
+
 class Symbols:
     """The functions of a process by address, read from its objects' own files."""
 
@@ -59,16 +75,10 @@ class Symbols:
         found: dict[tuple[int, int], set[str]] = {}
         vmas = outside.smaps(pid)
         for path in {v.path for v in vmas if v.path.startswith("/") and "w" in v.perms}:
-            with contextlib.suppress(Exception), open(root + path, "rb") as file:
-                elf = ELFFile(file)
+            with contextlib.suppress(Exception):
                 bias = outside.load_bias(path, vmas, root + path)
-                for name in (".symtab", ".dynsym"):
-                    section = elf.get_section_by_name(name)
-                    for symbol in section.iter_symbols() if section else ():
-                        if symbol["st_info"]["type"] == "STT_FUNC" and symbol["st_size"]:
-                            start = bias + symbol["st_value"]
-                            key = start, start + symbol["st_size"]
-                            found.setdefault(key, set()).add(symbol.name.partition("@")[0])
+                for start, end, name in functions(root + path, os.stat(root + path).st_mtime_ns):
+                    found.setdefault((bias + start, bias + end), set()).add(name)
         self._ranges = sorted(found.items())
         self._starts = [key[0] for key, _ in self._ranges]
 
