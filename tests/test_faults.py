@@ -1,7 +1,7 @@
 """Every system call of the swap is made to fail in its turn: the process runs on, the report says
 at which step, and all mappings are whole."""
 
-from errno import EACCES, EAGAIN, EINVAL, EIO, ENOMEM, EPERM
+from errno import EACCES, EAGAIN, EINTR, EINVAL, EIO, ENOMEM, EPERM
 
 import pytest
 from harness import outside
@@ -182,7 +182,7 @@ def test_restore_may_fail(python, images, preload, function):
 def test_a_question_that_is_refused(python, preload, question, function, step):
     code = (
         "import ctypes; from page_primer import _core\n"
-        f"ctypes.CDLL(None).fault_arm({function.encode()!r}, 1, {EPERM})\n"
+        f"name = {function.encode()!r}; ctypes.CDLL(None).fault_arm(name, 1, {EPERM})\n"
         f"try: result = _core.{question}()\n"
         "except _core.Error as error: result = [error.errno, error.step]\n"
         f"result = result, ctypes.CDLL(None).fault_fired(), bool(_core.{question}() is not None)"
@@ -191,3 +191,44 @@ def test_a_question_that_is_refused(python, preload, question, function, step):
         if question == "mdwe" and release() < (6, 3):
             pytest.skip("PR_GET_MDWE is there from Linux 6.3 on")
         assert process.run(code) == [[EPERM, step], 1, True]
+
+
+FILL = (
+    "import ctypes; fault = ctypes.CDLL(None); head = bytes(range(200))\n"
+    "fill = lambda mib: [head + b'%08d' % i for i in range(mib * 4096)]\n"
+)
+
+
+@pytest.mark.parametrize("nth", [1, 2])
+@pytest.mark.parametrize("function", ["mmap", "munmap"])
+def test_memory_of_arenas_may_be_refused(python, preload, function, nth):
+    """Then it is the turn of the interpreter's own allocator, or of a later attempt."""
+    with Process(python, env={"LD_PRELOAD": preload}) as process:
+        options = {"heap": "arenas", "remap": False, "mlock": False, "include": ["nothing"]}
+        refused = process.prime(**options)["heap"]["reason"]
+        if refused:
+            pytest.skip(f"no arenas here: {refused}")
+        process.run(FILL + "from page_primer import _core; fill(4)")
+        before = process.run("result = len(_core.arenas_regions())")
+        arm = f"name = {function.encode()!r}; fault.fault_arm(name, {nth}, {ENOMEM})\n"
+        kept = process.run(arm + "kept = fill(30)\nresult = len(kept), kept[7][-8:].decode()")
+        assert kept == [30 * 4096, "00000007"]
+        assert process.run("del kept\nresult = fault.fault_fired()") == 1
+        process.run("kept = fill(30)\ndel kept\nkept = fill(30)\ndel kept")
+        assert process.run("result = len(_core.arenas_regions())") <= before + 4
+
+
+def test_reading_that_is_interrupted_goes_on(python, preload):
+    code = (
+        "import ctypes, sys; from page_primer import _core\n"
+        "flags = _core.MAP_PRIVATE | _core.MAP_ANONYMOUS\n"
+        "at = _core.reserve(4096, 4096, 0)\n"
+        "_core.map(at, 4096, _core.PROT_READ | _core.PROT_WRITE, flags, -1, 0)\n"
+        f"name = b'pread'; ctypes.CDLL(None).fault_arm(name, 1, {EINTR})\n"
+        "with open(sys.executable, 'rb') as file:\n"
+        "    _core.fill(at, 4096, file.fileno(), 0)\n"
+        "    same = _core.view(at, 4096) == file.read(4096)\n"
+        "result = same, ctypes.CDLL(None).fault_fired()"
+    )
+    with Process(python, env={"LD_PRELOAD": preload}) as process:
+        assert process.run(code) == [True, 1]

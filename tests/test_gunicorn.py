@@ -73,7 +73,7 @@ def test_two_hundred_re_forks(every_python, images, tmp_path):
         every_python, tmp_path, "--workers", "2", "--max-requests", "2", env=env
     ) as server:
         seen = set()
-        end = time.monotonic() + 240
+        end = time.monotonic() + 800  # a busy machine has taken two minutes
         while len(seen) < 202 and time.monotonic() < end:
             seen.add(server.get())
         assert len(seen) >= 202

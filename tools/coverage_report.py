@@ -47,8 +47,25 @@ WHY = (
     (r"\.c .*PyErr_NoMemory|\.c .*(list|item|value|text|error) == NULL",
      "memory of Python's own is not made to fail"),
     (r"\.c .*Py_(BEGIN|END)_ALLOW_THREADS", "a macro: gcov sees its brace alone"),
-    (r"\.c .*PyErr_Occurred|\.c .*PyModule_Add|\.c .*PyErr_NewException",
+    (r"\.c .*PyErr_Occurred|\.c .*PyModule_Add|\.c .*PyErr_NewException|_core\.c core_exec",
      "fails for want of memory only"),
+    (r"_support\.c fail: goto|_objects\.c core_objects: goto|_objects\.c take_survey: return -1|"
+     r"_heap\.c arenas_regions: Py_CLEAR|_swap\.c parse_pieces: return -1",
+     "memory of Python's own is not made to fail"),
+    (r"_heap\.c (insert: return NULL|heap_align: (break|return PyErr_SetFromErrno))|"
+     r"_heap\.c arenas_install: return PyUnicode_FromString\(.fork.\)",
+     "no memory is left at all"),
+    (r"_core\.c PyInit__core|_heap\.c arenas_install: return PyUnicode_FromString\(.none.\)",
+     "of other versions and builds of CPython than the one that is measured"),
+    (r"_memory\.c core_map: munmap", "Linux before 4.17, which takes the address for a hint"),
+    (r"_alone\.c in_any_child|warm\.c leave_holder",
+     "in children that end by _exit(2) or a signal, whose counters are not written"),
+    (r"_swap\.c put_back: (if \(\+\+tries|usleep)|_swap\.c core_swap: fail\(module, s\.broken",
+     "two failures in one swap: one is injected at a time"),
+    (r"_alone\.c (take: pthread_cond_broadcast|core_alone: return PyObject_Call)",
+     "one who has waited his time in vain: the machine's load decides"),
+    (r"_heap\.c first_touch: heap\.(skip|stalls)",
+     "the kernel takes long for a huge page: the machine's load decides"),
 )  # fmt: skip
 
 
