@@ -34,7 +34,7 @@ stable_abi = not sysconfig.get_config_var("Py_GIL_DISABLED")
 
 # Executables in C: name -> sources.
 PROGRAMS = {
-    "page-primer-warm": ["page_primer/launcher/warm.c", "page_primer/launcher/holders.c"],
+    "page-primer-warm": ["page_primer/launcher/warm.c"],
 }
 # What page_primer._core is made of.
 CORE = [

@@ -6,8 +6,6 @@
  * where it was ld.so or the unpacking of an image.  An interpreter could not
  * do this, for it maps the very pages that may have to be dropped. */
 #define _GNU_SOURCE
-#include "holders.h"
-
 #include <elf.h>
 #include <err.h>
 #include <errno.h>
@@ -203,8 +201,6 @@ warm(const char *path)
         bool locked = there && !mlock(there, span.length);
         if (!locked)
             warn("%s: not held (RLIMIT_MEMLOCK)", path);
-        if (there && !locked)
-            munmap(there, span.length);
         kept += locked;
         good &= locked;
     }
@@ -266,13 +262,14 @@ warm_all(char **word, char **end)
     return warm_listed(path, false) && good;
 }
 
-/* Warm the files in a grandchild that keeps them locked, in a session of its own
- * and with nothing of our caller's, in place of older ones.  Returns when it has. */
+/* Warm the files in a grandchild that keeps them locked, in a session of its
+ * own and with nothing of our caller's.  Returns when it has. */
 static bool
 leave_holder(char **word, char **end)
 {
     int ends[2];
     bool good = false;
+    sigset_t none;
 
     if (pipe2(ends, O_CLOEXEC))
         return false;
@@ -280,10 +277,13 @@ leave_holder(char **word, char **end)
     if (!child) {
         if (fork())
             _exit(0);
-        become_holder();
+        prctl(PR_SET_NAME, "primer-hold");
+        setsid();
+        signal(SIGTERM, SIG_DFL);
+        sigemptyset(&none);
+        sigprocmask(SIG_SETMASK, &none, NULL);
         good = warm_all(word, end) && !chdir("/");
         fflush(stdout);
-        end_older_holders();
         int null = open("/dev/null", O_RDWR);
         for (int fd = 0; null >= 0 && fd < 3; fd++)
             dup2(null, fd);
