@@ -2,6 +2,7 @@
 and `freeze`.
 
     python benchmarks/memory.py --code [--application small|arrays|django|flask] [--aligned PYTHON]
+                                       [--server gunicorn|uvicorn]
     python benchmarks/memory.py        [--application ...] [--collect]
                                 both:  [--workers N] [--requests N] [--rounds N] [--json]
 
@@ -69,7 +70,7 @@ def measure(
     """One server's numbers, memory in MiB."""
     with tempfile.TemporaryDirectory(prefix="page-primer-memory-") as directory, serve(
         directory, given.application, settings, given.workers,
-        preload=preload, collect=given.collect, python=python,
+        preload=preload, collect=given.collect, python=python, server=given.server,
     ) as server:  # fmt: skip
         pids = server.workers()
         started = [faults(pid) for pid in pids]
@@ -129,6 +130,7 @@ def main() -> None:
     parser.add_argument("--code", action="store_true", help="what is moved and locked")
     parser.add_argument("--aligned", metavar="PYTHON", help="with --code: aligned, too")
     parser.add_argument("--preload", action="store_true", help="with --code: load it in the master")
+    parser.add_argument("--server", choices=("gunicorn", "uvicorn"), default="gunicorn")
     parser.add_argument("--application", choices=APPLICATIONS, default="django")
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--requests", type=int, default=250, help="a worker")
@@ -150,7 +152,8 @@ def main() -> None:
         print(json.dumps(table, indent=2))
         return
     load = ", ".join(f"{figure:.1f}" for figure in os.getloadavg())
-    print(f"{given.application}, {given.workers} workers, {given.requests} requests each; MiB")
+    served = f"{given.server}, {given.application}, {given.workers} workers"
+    print(f"{served}, {given.requests} requests each; MiB")
     print(f"load average {load}")
     print(f"{'':34}" + "".join(f"{column:>12}" for column in columns))
     for title, row in table.items():

@@ -1,4 +1,4 @@
-"""A gunicorn that serves one of `applications`, asked by threads of this process."""
+"""A gunicorn or uvicorn that serves one of `applications`, asked by threads of this process."""
 
 from __future__ import annotations
 
@@ -54,15 +54,38 @@ class Server:
         while time.monotonic() < end:
             with contextlib.suppress(OSError, AssertionError):
                 self.ask()
-                found = family(self.master)[1:]
+                found = [pid for pid in family(self.master)[1:] if not _is_tracker(pid)]
                 if len(found) == self.count and not set(found) & set(but_not):
                     return found
             time.sleep(0.1)
         raise SystemExit("the server does not answer")
 
 
+def _is_tracker(pid: int) -> bool:
+    """Whether it is the process that multiprocessing has beside spawned workers."""
+    return b"resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+def _command(
+    server: str, workers: int, port: int, log: str, *, primed: bool, preload: bool
+) -> list[str]:
+    """A server's module and its arguments."""
+    if server == "uvicorn":
+        by_us = "page_primer.integrations.uvicorn:create_app"
+        return [
+            "uvicorn", "--workers", str(workers), "--port", str(port), "--log-level", "warning",
+            "--interface", "wsgi", *(["--factory", by_us] if primed else ["served:application"]),
+        ]  # fmt: skip
+    return [
+        "gunicorn", "--workers", str(workers), "--bind", f"127.0.0.1:{port}", "--log-file", log,
+        "--timeout", "120", *(["--preload"] if preload else []),
+        *(["-c", "python:page_primer.integrations.gunicorn_conf"] if primed else []),
+        "served:application",
+    ]  # fmt: skip
+
+
 @contextlib.contextmanager
-def serve(
+def serve(  # noqa: PLR0913  # each is a choice that a benchmark offers
     directory: str,
     application: str,
     settings: dict[str, str] | None,
@@ -72,8 +95,9 @@ def serve(
     collect: bool = False,
     run: Sequence[str] = (),
     python: str = sys.executable,
+    server: str = "gunicorn",
 ) -> Iterator[Server]:
-    """A gunicorn whose workers have answered.
+    """A server whose workers have answered.
 
     Args:
         settings: page-primer's, as environment; None: without page-primer.
@@ -88,22 +112,20 @@ def serve(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [python, *(["-m", "page_primer", "run", *run, "--", python] if run else []),
-               "-m", "gunicorn", "--workers", str(workers), "--bind",
-               f"127.0.0.1:{port}", "--log-file", f"{directory}/log",
-               "--timeout", "120"]  # fmt: skip
-    if settings is not None:
-        command += ["-c", "python:page_primer.integrations.gunicorn_conf"]
+    primed = settings is not None
+    module = _command(server, workers, port, f"{directory}/log", primed=primed, preload=preload)
+    command = [*(["-m", "page_primer", "run", *run, "--", python] if run else []), "-m", *module]
+    settings = {"PAGE_PRIMER_APP": "served:application", **settings} if settings else {}
     process = subprocess.Popen(
-        [*command, *(["--preload"] if preload else []), "served:application"],
-        cwd=directory, env={**os.environ, "OPENBLAS_NUM_THREADS": "1", **(settings or {})},
+        [python, *command],
+        cwd=directory, env={**os.environ, "OPENBLAS_NUM_THREADS": "1", **settings},
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
-        server = Server(process.pid, port, workers, PATHS.get(application, ("/",)))
-        server.workers()
-        server.ask_many(20)  # every worker has answered
-        yield server
+        found = Server(process.pid, port, workers, PATHS.get(application, ("/",)))
+        found.workers()
+        found.ask_many(20)  # every worker has answered
+        yield found
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(60)

@@ -108,14 +108,14 @@ def test_version_1_in_a_container_and_without_a_limit(tmp_path):
 
 def test_what_is_too_little_for_a_server_that_forks(tmp_path):
     """Of its limit an eleventh at least must be enough for what each process will have of ours."""
-    files = {**proc(V2.format(root="/"), "0::/\n"), **v2("", limit=100 * MIB, current=MIB)}
+    files = {**proc(V2.format(root="/"), "0::/\n"), **v2("", limit=110 * MIB, current=MIB)}
     root = tree(tmp_path, files)
     try:
         for processes in (1, 3):
             memory.expect(processes)
             assert memory.shortage(root) is None
         memory.expect(5)
-        assert memory.shortage(root) == Memory(99 * MIB, 100 * MIB, "/sys/fs/cgroup/memory.max")
+        assert memory.shortage(root) == Memory(109 * MIB, 110 * MIB, "/sys/fs/cgroup/memory.max")
         tree(tmp_path, v2("", limit=200 * MIB, current=150 * MIB))
         assert memory.shortage(root) is None
         memory.expect(1)

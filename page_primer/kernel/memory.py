@@ -23,7 +23,7 @@ WORKING = 8 << 20
 # What it adds to each process of a server that forks, bytes: those modules, which a process comes
 # to have for itself at its end at the latest, when it clears them away. And to all of them
 # together, at least: a copy of the interpreter's code.
-EACH, COPY = 3 << 19, 4 << 20
+EACH, COPY = 7 << 18, 4 << 20
 # An application is thought to leave a tenth of its own peak free within its limit.
 _OURS = 11
 _processes = 1
