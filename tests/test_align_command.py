@@ -245,6 +245,22 @@ def test_attributes_that_rest_on_content(name: str, value: bytes, text: str, fil
     refused(file, text)
 
 
+@needs_root
+@pytest.mark.parametrize("flag", ["i", "a"])
+def test_flags_of_the_file_system(flag: str, file: Path) -> None:
+    """Read as the one of fs-verity is, which few kernels have."""
+    chattr = shutil.which("chattr", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+    if chattr is None:
+        pytest.skip("no chattr (Debian's e2fsprogs)")
+    done = subprocess.run([chattr, f"+{flag}", file], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"no such flag here ({done.stderr.strip()})")
+    try:
+        refused(file, "immutable or append-only")
+    finally:
+        subprocess.run([chattr, f"-{flag}", file], check=True)
+
+
 def edited(file: Path, kind: int, flag: int, field: int, change: int) -> None:
     """Change a field of the first program header of a kind that has a flag."""
     data = bytearray(file.read_bytes())
