@@ -569,7 +569,8 @@ arenas_install(PyObject *module, PyObject *args)
     heap.get(&now);
     pthread_mutex_lock(&heap.mutex);
     if (heap.forks) {
-        outcome = "fork";
+        if (!heap.active)
+            outcome = "fork";
     } else if (!on_top()) {
         if (heap.installed && now.alloc == heap.previous.alloc
             && now.free == heap.previous.free) {
@@ -585,7 +586,8 @@ arenas_install(PyObject *module, PyObject *args)
             heap.set(&ours);
         }
     }
-    heap.active = heap.forks == 0;
+    if (!heap.forks)
+        heap.active = 1;
     pthread_mutex_unlock(&heap.mutex);
     return PyUnicode_FromString(outcome);
 }

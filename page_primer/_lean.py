@@ -185,7 +185,13 @@ _LIBRARY = os.path.dirname(os.path.abspath(os.__file__)) + os.sep
 def is_ours(error: BaseException) -> bool:
     """Whether an exception comes of this package's own work: a signal handler of the host, which
     may run in the midst of it, is other people's code, and what it raises is for them. What the
-    kernel refuses is ours, also where other people have wrapped open()."""
+    kernel refuses is ours, also where other people have wrapped open().
+
+    Its frames tell, and of what another thread has had raised here, which has none
+    (PyThreadState_SetAsyncExc(), as time limits of jobs do), its class: other people's are theirs.
+    """
+    if not _is_known(type(error)):
+        return False
     ours, inside = True, False
     trace, before = error.__traceback__, None
     while trace is not None:  # on to where it was raised
@@ -202,10 +208,17 @@ def is_ours(error: BaseException) -> bool:
     return ours or (refused and not isinstance(error, TimeoutError))
 
 
+def _is_known(kind: type[BaseException]) -> bool:
+    """Whether a class is Python's own, or of this package."""
+    room = kind.__module__.partition(".")[0]
+    return room in ("builtins", "page_primer") or room in sys.stdlib_module_names
+
+
 def _interrupted(frame: FrameType | None, by: FrameType) -> bool:
     """Whether a frame is a signal handler's or a trace function's: it was given the other one."""
     values = by.f_locals.values()
-    return any(v is frame or (type(v) is tuple and frame in v) for v in values)
+    # By identity: what else is in there may be equal to nothing, or ask the host's code.
+    return any(v is frame or (type(v) is tuple and any(x is frame for x in v)) for v in values)
 
 
 def ours(*kinds: type[Error]) -> tuple[type[Error], ...]:

@@ -162,6 +162,58 @@ def test_a_program_that_a_handler_forks_amid_prime_has_the_hosts_signals(python,
     assert program == mask
 
 
+def test_what_another_thread_raises_here_reaches_the_host(python, images):
+    """As time limits of jobs do (RQ, stopit): such an exception has no frame of its sender's."""
+    code = f"""
+        import ctypes, threading, time, page_primer
+        options = dict(image_dir={str(images)!r})
+        page_primer.prime(**options)
+        page_primer.restore()
+        class JobTimeout(Exception): pass
+        main, reasons, sent, got = threading.get_ident(), set(), 0, 0
+        ready = threading.Event()
+        def send():
+            for number in range(30):
+                ready.wait()
+                ready.clear()
+                time.sleep(number / 3000)
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                    ctypes.c_ulong(main), ctypes.py_object(JobTimeout))
+        threading.Thread(target=send, daemon=True).start()
+        for _ in range(30):
+            try:
+                ready.set()
+                while True:
+                    reasons.add(page_primer.prime(**options).reason)
+                    reasons.add(page_primer.restore().reason)
+            except JobTimeout:
+                got += 1
+        result = got, sorted(map(str, reasons)), page_primer.prime(**options).reason
+    """
+    with Process(python) as process:
+        assert process.run(textwrap.dedent(code)) == [30, ["None"], None]
+
+
+def test_whose_it_is_asks_no_code_of_the_hosts(python, images):
+    """What the host's frames hold may be equal to nothing, as arrays are."""
+    code = f"""
+        import os, page_primer
+        class Array:
+            def __eq__(self, other): raise ValueError("the truth value of an array is ambiguous")
+        real, refused = os.open, []
+        def wrapped(path, *arguments, **named):
+            pair = Array(), Array()
+            if "sys/kernel" in str(path) or "page-primer" in str(path) or {str(images)!r} in str(path):
+                refused.append(path)
+                raise PermissionError(13, "not here", path)
+            return real(path, *arguments, **named)
+        os.open = wrapped
+        result = page_primer.prime(image_dir={str(images)!r}).reason, len(refused) > 0
+    """
+    with Process(python) as process:
+        assert process.run(textwrap.dedent(code)) == [None, True]
+
+
 ROOMS = ["apply", "backing", "elf", "heap", "images", "kernel", "survey.py", "align/aligned.py"]
 
 

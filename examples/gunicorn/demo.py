@@ -11,9 +11,11 @@ import sys
 import tempfile
 import time
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 HERE = Path(__file__).parent
+HUGE = "AnonHugePages", "ShmemPmdMapped", "FilePmdMapped", "Private_Hugetlb", "Shared_Hugetlb"
 
 
 def free_port() -> int:
@@ -69,14 +71,23 @@ class Guestbook:
             return self.process.wait()
 
     def workers(self) -> list[int]:
-        pid = self.process.pid
-        return [
-            int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        ]
+        """By the parent that each process of the machine names, as some kernels list no children."""
+        found = []
+        for status in Path("/proc").glob("[0-9]*/status"):
+            with suppress(OSError):  # it has ended
+                (parent,) = re.findall(r"^PPid:\s+(\d+)$", status.read_text(), re.MULTILINE)
+                if int(parent) == self.process.pid:
+                    found.append(int(status.parent.name))
+        return found
 
     def figures(self) -> list[str]:
         """What smaps has of its workers, on average."""
-        seen = [look(pid) for pid in self.workers()]
+        seen = []
+        for pid in self.workers():
+            with suppress(OSError):
+                seen.append(look(pid))
+        if not seen:
+            raise SystemExit(f"gunicorn has no workers; see {self.log}")
         code, huge, locked, pss = (sum(one) / len(seen) / 1024 for one in zip(*seen, strict=True))
         return [f"{huge:.1f} of {code:.1f} MiB", f"{locked:.1f} MiB", f"{pss:.1f} MiB"]
 
@@ -94,7 +105,7 @@ def look(pid: int) -> tuple[int, int, int, int]:
         size = int(value.split()[0]) if value.endswith(" kB") else 0
         pss += size * (name == "Pss")
         code += size * (name == "Size" and executable)
-        is_huge = name in ("AnonHugePages", "ShmemPmdMapped", "FilePmdMapped")
+        is_huge = name in HUGE
         huge += size * (is_huge and executable)
     status = Path(f"/proc/{pid}/status").read_text()
     (locked,) = re.findall(r"^VmLck:\s+(\d+) kB$", status, re.MULTILINE)

@@ -35,9 +35,8 @@ class Mlocks:
         self.refusal: str | None = None  # why the first of those that were refused was
         self.withheld = 0  # bytes that were not asked for, to leave memory to others
         self._host: list[Range] = []  # made by the host, not by us
-        self._owed: list[
-            Range
-        ] = []  # of those, what is not locked since it was refused over a swap
+        # Of those, what is not locked since it was refused over a swap.
+        self._owed: list[Range] = []
         self._process = (0, 0)  # whose they are: PID, forks since the first
         self._whole = True  # whether that one locked all that its parent had locked
 
@@ -177,8 +176,8 @@ class Mlocks:
         """Mapping something else over a range loses its lock. Whole regions: a lock of a part would
         split the mapping, and the huge page at its border."""
         for region in regions:
-            if any(region.overlaps(other) for other in self._host) and not _lock(region):
-                self._owed.append(region)
+            if any(region.overlaps(other) for other in self._host):
+                self._lock_for_host(Range(region.start, region.end))
 
     def put_back(self, obj: Object) -> None:
         """After an object was put back, whose mappings are new: the host's locks on it, and none of
@@ -190,8 +189,13 @@ class Mlocks:
                     _core.unlock(where.start, where.length)
         self._keep(lambda start, length, _: not Range(start, start + length).overlaps(whole))
         for where in self._host:
-            if where.overlaps(whole) and not _lock(where):
-                self._owed.append(where)
+            if where.overlaps(whole):
+                self._lock_for_host(where)
+
+    def _lock_for_host(self, where: Range) -> None:
+        self._owed = [other for other in self._owed if not other.overlaps(where)]
+        if not _lock(where):
+            self._owed.append(where)
 
     def unlock(self, loaded: Collection[Key]) -> None:
         """Unlock what was locked here of objects that are still loaded: where another was, there

@@ -48,7 +48,7 @@ def install(huge: int) -> str | None:
         "active": None,
         "below": "arenas: another allocator was installed over page-primer's",
         "none": "no arenas: this Python has no arena allocator (mimalloc)",
-        "fork": "arenas: forks cannot be watched",
+        "fork": "arenas: forks cannot be watched, or one was under way",
     }[outcome]
 
 

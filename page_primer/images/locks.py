@@ -43,6 +43,9 @@ def share(folder: int) -> int:
     except ours(OSError):
         os.close(fd)
         return -1
+    except BaseException:  # a signal handler's, here and below: it would be locked for ever
+        os.close(fd)
+        raise
     if not os.fstat(fd).st_nlink:
         os.close(fd)
         raise FileNotFoundError(errno.ENOENT, "pruned")
@@ -61,15 +64,19 @@ def for_writing(folder: int) -> tuple[int, bool]:
         fd = os.open(WRITER, _NEW, 0o600, dir_fd=folder)
     except ours(OSError):
         return -1, False
-    while time.monotonic() < end:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return fd, True
-        except ours(BlockingIOError):
-            time.sleep(0.002)
-        except ours(OSError):
-            break
-    return fd, False
+    try:
+        while time.monotonic() < end:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return fd, True
+            except ours(BlockingIOError):
+                time.sleep(0.002)
+            except ours(OSError):
+                break
+        return fd, False
+    except BaseException:
+        os.close(fd)
+        raise
 
 
 def exclude(folder: int, held: list[int]) -> None:

@@ -130,6 +130,8 @@ class Mappings(_Sequence):
             yield self._unpacked(row)
 
     def __getitem__(self, index: Any) -> Any:
+        if type(index) is slice:
+            return [self[each] for each in range(len(self))[index]]
         at = range(len(self.ends))[index] * _ROW.size
         return self._unpacked(_ROW.unpack_from(self._rows, at))
 
