@@ -236,6 +236,7 @@ def test_separate_debug_information(tmp_path: Path) -> None:
     assert ask() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(INTERPRETERS))
 def test_interpreter(name: str, tmp_path: Path) -> None:
     """A plain process, with nothing of ours in it: one mapping at the right phase; on huge pages
@@ -324,6 +325,7 @@ def test_spans_of_headers() -> None:
     assert not aligned.is_aligned(b"", PMD) and not aligned.is_aligned(b"short", PMD)
 
 
+@pytest.mark.slow
 def test_the_drawing_is_of_real_processes(tmp_path: Path) -> None:
     if why := huge_files_here(tmp_path):
         pytest.skip(why)

@@ -106,6 +106,7 @@ def test_small_pages_become_one_image_and_the_log_names_warm(copy, env, tmp_path
         assert sum(text.pss for text in texts) <= 1.05 * max(text.span for text in texts)
 
 
+@pytest.mark.slow
 def test_gunicorn(copy, env, tmp_path):
     (tmp_path / "served.py").write_text(APP)
     port = free_port()

@@ -203,6 +203,7 @@ def test_bars_are_of_one_length_and_show_what_there_is():
             assert set(text) == signs, sizes
 
 
+@pytest.mark.slow
 def test_doctor_on_a_terminal_and_in_a_pipe():
     plain = output("doctor", env={**os.environ, "COLUMNS": "80"}).stdout
     fancy = on_terminal(*COMMAND, "doctor", columns=80, statuses=(0, 1, 2))

@@ -156,6 +156,7 @@ def test_targets_and_tools_exist():
     assert {"demo", "test", "wheel", "bench", "docs"} - seen <= {"docs"}
 
 
+@pytest.mark.slow
 def test_options_of_the_command_exist():
     """Of each subcommand, as its own help has them."""
     helps = {}
@@ -257,6 +258,7 @@ COMPOSED = {
 }
 
 
+@pytest.mark.slow
 def test_titles_of_troubleshooting_are_lines_that_are_written():
     """A title in backticks: its parts are in one function, or are a reason. The rest are what
     people see without a line."""
@@ -310,6 +312,7 @@ def user(images, **more):
             "PAGE_PRIMER_IMAGE_DIR": str(images), **more}  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", ["gunicorn", "uvicorn", "ASGI, WSGI", "anything, without code"])
 def test_readme(row, tmp_path, images):
     """Its table of commands: each as it is written there, but for the port."""

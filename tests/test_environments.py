@@ -20,6 +20,7 @@ def folder():
     shutil.rmtree(path, ignore_errors=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "environment",
     [

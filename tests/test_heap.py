@@ -220,6 +220,7 @@ def test_arenas_with_a_survivor_each_give_their_memory_back(python):
         assert resident(process) <= resident(plain) * 1.05 + modules + 2 * PMD
 
 
+@pytest.mark.slow
 def test_thousands_of_arenas_leave_nothing(python):
     with Process(python) as process:
         process.prime(heap="arenas", **ONLY_HEAP)

@@ -107,6 +107,7 @@ def test_file_size_limit_with_its_signal_on(python, images, backing):
         assert any("File too large" in note for note in core["notes"])
 
 
+@pytest.mark.slow
 def test_interrupts_at_any_moment_lose_nothing(python, images):
     """Ctrl-C in the midst of prime(): afterwards restore() puts everything back."""
     source = f"""

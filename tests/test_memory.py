@@ -162,6 +162,7 @@ import json.tool, decimal, http.client  # it lives on
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backing", ["auto", "image on tmpfs", "memfd", "anonymous"])
 @pytest.mark.parametrize("limit", [14, 18, 24, 28, 32, 40, 48, 96])
 def test_a_small_cgroup_is_never_killed_by_priming(python, images, limit, backing):

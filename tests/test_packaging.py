@@ -82,6 +82,7 @@ def wheel(sdist, tmp_path_factory):
     return build(unpacked(sdist, tmp_path_factory.mktemp("wheel")), "wheel")[0]
 
 
+@pytest.mark.slow
 def test_the_sdist_is_complete(tracked, sdist, tmp_path):
     """All of the project but what is about its repository."""
     tree = unpacked(sdist, tmp_path)
@@ -92,6 +93,7 @@ def test_the_sdist_is_complete(tracked, sdist, tmp_path):
     assert made == {"PKG-INFO", "setup.cfg"}
 
 
+@pytest.mark.slow
 def test_the_wheel_is_complete(wheel):
     archive = zipfile.ZipFile(wheel)
     names = archive.namelist()
@@ -105,6 +107,7 @@ def test_the_wheel_is_complete(wheel):
     assert sources - {*names} == set()
 
 
+@pytest.mark.slow
 def test_the_same_bytes_from_another_folder(tracked, sdist, wheel, tmp_path):
     """Other paths and times, and file modes that another umask gives."""
     other = build(copy_of(tracked, tmp_path / "a folder elsewhere", 0o700), "sdist")[0]
@@ -132,6 +135,7 @@ def ask(question, env, *prefix):
     ).stdout  # fmt: skip
 
 
+@pytest.mark.slow
 def test_an_unsupported_system_needs_no_compiler(sdist, tmp_path):
     if shutil.which("setarch") is None:
         pytest.skip("no setarch (util-linux)")
@@ -155,6 +159,7 @@ def test_a_supported_system_without_a_compiler_says_what_it_needs(sdist, tmp_pat
     assert "page_primer._core needs a C compiler, Python's headers and Linux's" in done.stdout
 
 
+@pytest.mark.slow
 def test_what_does_not_compile_and_can_be_missing_is_named(sdist, tmp_path):
     if (gcc := shutil.which("gcc")) is None:
         pytest.skip("no gcc")

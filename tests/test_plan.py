@@ -438,6 +438,7 @@ def layouts(draw):
     return obj(*segments, main=draw(st.booleans()), interpreter=draw(st.booleans()))
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(layouts(), st.booleans(), st.booleans())
 def test_every_byte_is_moved_or_explained(made, merge, keep):

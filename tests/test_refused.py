@@ -18,6 +18,7 @@ def test_the_calls_in_use_are_known(calls):
     assert {"mmap", "madvise", "munmap", "openat", "mlock", "prctl"} <= set(calls)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("late", [False, True], ids=["before", "while primed"])
 def test_each_call_refused(calls, python, tmp_path, late):
     """In a sandbox from the start, or one that a primed process enters."""

@@ -78,6 +78,7 @@ def require_module(python, name):
         pytest.skip(f"{name} is not to be had under {python}: {done.stderr.splitlines()[-1]}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SERVERS)
 def test_servers(kind, images, tmp_path, name):
     require_module(kind, name)
@@ -109,6 +110,7 @@ class Worker(Server):
         return (path or self.ready) in self.log()
 
 
+@pytest.mark.slow
 def test_celery(kind, images, tmp_path, broker):
     require_module(kind, "celery, redis")
     (tmp_path / "work.py").write_text(
@@ -127,6 +129,7 @@ def test_celery(kind, images, tmp_path, broker):
     assert worker.process.returncode == 0, worker.log()
 
 
+@pytest.mark.slow
 def test_rq(kind, images, tmp_path, broker):
     """A horse is forked for each job."""
     require_module(kind, "rq")
@@ -242,6 +245,7 @@ def test_arguments_stdin_and_exit_status(kind, images, tmp_path):
         assert (other.returncode, other.stdout, other.stderr) == (7, plain.stdout, "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "before",
     [
@@ -325,6 +329,7 @@ def test_off_switch(kind, images, tmp_path):
     assert not images.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own", [None, "print('mine')", "raise RuntimeError('mine')", "import no"])
 def test_the_users_own_sitecustomize(kind, images, tmp_path, own):
     (tmp_path / "module.py").write_text("")
@@ -358,6 +363,7 @@ def test_the_environment_of_children(kind, images, tmp_path):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["env", "direct", "option"])
 def test_scripts(kind, images, tmp_path, form):
     """The name of the process and what sys says are as without the launcher."""
@@ -373,6 +379,7 @@ def test_scripts(kind, images, tmp_path, form):
             assert (other.returncode, other.stdout, other.stderr) == (7, plain.stdout, "")
 
 
+@pytest.mark.slow
 def test_a_script_of_a_virtual_environment(images):
     """As pip writes it."""
     script = Path(sys.executable).with_name("gunicorn")
@@ -433,6 +440,7 @@ PyMODINIT_FUNC PyInit_extension(void) { return PyModule_Create(&module); }
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["inside", "outside"])
 def test_an_interpreter_behaves_as_without(base, images, tmp_path, where):
     """Its paths and flags, children that are spawned or forked from a server, venv and pip, in a
@@ -587,6 +595,7 @@ def test_no_directory_for_images(kind):
     assert re.match(rf"page-primer\[{process.pid}\]: .* of code on huge pages \(memfd[,)]", line)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [["-I"], ["-E"], ["-W", "ignore", "-BE"], ["-X", "dev", "-S"]])
 def test_an_interpreter_that_does_not_import_ours(base, images, options):
     """It runs as without page-primer, late libraries included."""
@@ -615,6 +624,7 @@ def test_an_old_interpreter(images):
         assert (other.stdout, other.stderr) == (plain.stdout, "")
 
 
+@pytest.mark.slow
 def test_bad_settings(python):
     for options in (["--limit", "much"], ["--image-dir", "relative"], ["--backing", "paper"]):
         done = subprocess.run(

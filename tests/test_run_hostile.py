@@ -133,6 +133,7 @@ def test_signals_are_not_ignored_for_others():
 # command without page-primer.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("program", ["python", "shell", "missing", "directory"])
 @pytest.mark.parametrize("limit", ["ulimit -f 0", "exec 2>/dev/full", "closed pipe", "closed"])

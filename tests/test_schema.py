@@ -97,6 +97,7 @@ def said(name, *command, status=(0,)):
     return validated(name, json.loads(done.stdout))
 
 
+@pytest.mark.slow
 def test_status(python, images):
     with Process(python) as process:
         process.prime(image_dir=str(images))

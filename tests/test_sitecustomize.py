@@ -78,6 +78,7 @@ print("tracer's end", "sitecustomize" in sys.modules, flush=True)
 TELL = "import sys; print('sitecustomize' in sys.modules, sys.path)"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("own", [None, "print('mine')", "raise RuntimeError('mine')", "import no"])
 @pytest.mark.parametrize("way", WAYS)
@@ -125,6 +126,7 @@ SILENT = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["tracer first", "page-primer first"])
 @pytest.mark.parametrize("tracer", TRACERS)
 def test_a_real_tracer(images, tmp_path, tracer, order):

@@ -131,6 +131,7 @@ def test_a_closed_pipe_is_quiet():
 USAGE_ERRORS = "status nonsense", "bench --unknown", "build --unknown", "warm --unknown"
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_and_a_full_stderr_change_no_exit_status():
     command = f'"{sys.executable}" -m page_primer'
     for words, code in (
@@ -169,6 +170,7 @@ def test_command_line_errors():
         assert message in done.stderr
 
 
+@pytest.mark.slow
 def test_of_what_is_not_python_only_the_nearest_python_is_named(python):
     """An init, a shell: what is below them may be all of the machine."""
     forks = "import os, signal; os.fork(); signal.pause()"
@@ -237,6 +239,7 @@ def test_bars_are_what_smaps_has(python, images):
         assert rows and all("▓" in row for row in rows), text
 
 
+@pytest.mark.slow
 def test_lines_fit_the_terminal(python, images):
     with Process(python) as process:
         process.prime(image_dir=str(images))
