@@ -19,7 +19,7 @@ from page_primer._lean import is_ours
 from page_primer.options import Options, unknown_variables
 from page_primer.reasons import Reason, Refusal
 from page_primer.report import Report
-from page_primer.words import mib, shortage
+from page_primer.words import counted, mib, shortage
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -226,7 +226,8 @@ def _too_little_memory() -> Refusal | None:
         return None
     detail = shortage(found)
     if found.available >= memory.WORKING:
-        detail += f": {memory.processes()} processes need {mib(memory.needed())}"
+        number = counted(memory.processes(), "process", "es")  # two at least: see needed()
+        detail += f": {number} need {mib(memory.needed())}"
     return Refusal(reasons.TOO_LITTLE_MEMORY, detail)
 
 

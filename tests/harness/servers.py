@@ -105,7 +105,7 @@ class Server:
         show_after(kind, self.log())
         self.process.send_signal(signal.SIGTERM)
         try:
-            self.process.wait(20)
+            self.process.wait(120)  # a busy machine takes its time
         finally:
             for pid in [*self.family()[1:], *([self.pid] if self.process.poll() is None else [])]:
                 with contextlib.suppress(OSError):
