@@ -7,6 +7,7 @@ millisecond, since its methods are compiled; these take hundredths. Short-lived 
 
 from __future__ import annotations
 
+import builtins
 import os
 import sys
 
@@ -211,7 +212,9 @@ def is_ours(error: BaseException) -> bool:
 def _is_known(kind: type[BaseException]) -> bool:
     """Whether a class is Python's own, or of this package."""
     room = kind.__module__.partition(".")[0]
-    return room in ("builtins", "page_primer") or room in sys.stdlib_module_names
+    if room == "builtins":  # also said of a class that exec() made without a module's name
+        return getattr(builtins, kind.__name__, None) is kind
+    return room == "page_primer" or room in sys.stdlib_module_names
 
 
 def _interrupted(frame: FrameType | None, by: FrameType) -> bool:

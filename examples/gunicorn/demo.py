@@ -71,7 +71,7 @@ class Guestbook:
             return self.process.wait()
 
     def workers(self) -> list[int]:
-        """By the parent that each process of the machine names, as some kernels list no children."""
+        """By the parent that each process names, since some kernels list no children."""
         found = []
         for status in Path("/proc").glob("[0-9]*/status"):
             with suppress(OSError):  # it has ended
