@@ -1,5 +1,6 @@
-"""README and docs: every command is run by a test or a target of the Makefile, every quoted line is
-one that the package writes, every link leads somewhere, every variable and option exists."""
+"""README and docs: every block of commands names the test or target that runs what it says (of a
+Dockerfile, the steps, in a container of ours), every quoted line is one that the package writes,
+every link leads somewhere, every variable and option exists."""
 
 import ast
 import json
@@ -28,7 +29,7 @@ RUN_BY = {
     "ARCHITECTURE.md: options ->": SHOWN,
     "README.md: $ gunicorn -c python:": "test_documents.py::test_readme",
     "README.md: make demo ": ("make demo", "make test"),
-    "README.md: git clone": "make wheel-check",
+    "README.md: git clone": "make demo",  # which installs from the clone that it is in
     "README.md: FROM python": CONTAINER,
     "README.md: page-primer status PID": "test_documents.py::test_readme",
     "README.md: page-primer bench": "test_bench.py::test_gunicorn_primed",

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -101,7 +102,8 @@ def test_gunicorn_workers_share_what_was_preloaded(python, tmp_path):
                 before = server.workers
                 os.kill(server.master, signal.SIGHUP)
                 server.wait_for_workers(2, but_not=before)
-    assert sizes[""] >= 18 * MIB, sizes  # the lists alone, each with the collector's header
+    # The lists alone, each with the collector's header; smaller since CPython 3.13.
+    assert sizes[""] >= (30 if sys.version_info < (3, 13) else 18) * MIB, sizes
     assert sizes["1"] <= 0.5 * sizes[""], sizes
     (line,) = lines[""]
     assert "the application is preloaded: PAGE_PRIMER_FREEZE=1" in line

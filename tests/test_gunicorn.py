@@ -67,6 +67,7 @@ def test_every_process_is_huge_and_locked(every_python, images, tmp_path, preloa
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_two_hundred_re_forks(every_python, images, tmp_path):
     env = {"PAGE_PRIMER_IMAGE_DIR": str(images)}
     with Gunicorn(

@@ -37,14 +37,13 @@ def test_valid(name):
 def test_commands_without_a_suffix_are_linted():
     """ruff takes *.py by itself; the other Python programs are named for it, and for mypy."""
     pytest.importorskip("ruff")
-    names = subprocess.run(["git", "ls-files", "tools"], cwd=ROOT, capture_output=True, text=True)
+    found = (path for path in (ROOT / "tools").iterdir() if path.is_file())
     programs = {
-        name
-        for name in names.stdout.splitlines()
-        if (ROOT / name).read_text().startswith("#!/usr/bin/env python3")
+        str(path.relative_to(ROOT))
+        for path in found
+        if path.read_text().startswith("#!/usr/bin/env python3")
     }
-    if not programs:
-        pytest.skip("not a clone")
+    assert programs
     shown = subprocess.run(
         [sys.executable, "-m", "ruff", "check", "--show-files", "."],
         cwd=ROOT, capture_output=True, text=True, check=True,

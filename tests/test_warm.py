@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -358,15 +358,25 @@ def test_another_user_warms(readable: str, small: Path) -> None:
     assert huge_in_new_process(small) == WANTED
 
 
+MARK = "HOLDERS_OF_TESTS_IN"
+
+
+@pytest.fixture(autouse=True)
+def _mark(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(MARK, str(os.getpid()))
+
+
 def holders() -> list[int]:
+    """Those of this process's tests, which their environment names: others may run beside."""
     found = []
     for entry in os.listdir("/proc"):
         if entry.isdigit():
             try:
                 name = Path(f"/proc/{entry}/comm").read_text()
-            except OSError:
+                mine = f"{MARK}={os.getpid()}\0" in Path(f"/proc/{entry}/environ").read_text()
+            except (OSError, ValueError):
                 continue
-            if name == "primer-hold\n":
+            if name == "primer-hold\n" and mine:
                 found.append(int(entry))
     return found
 
@@ -376,7 +386,8 @@ def no_holder() -> Iterator[None]:
     before = holders()
     yield
     for pid in set(holders()) - set(before):
-        os.kill(pid, signal.SIGTERM)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
 
 
 @pytest.mark.usefixtures("no_holder")

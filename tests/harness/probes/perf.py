@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import re
+import shutil
 import time
 from bisect import bisect_right
 from collections import Counter
@@ -95,6 +97,7 @@ class Symbols:
 # file system of its own, for else perf makes hard links to what it has seen, which changes a time
 # by which other tests' images name their interpreters.
 BUILD_IDS = Path(f"/dev/shm/page-primer-build-ids-{os.getpid()}")
+atexit.register(shutil.rmtree, BUILD_IDS, ignore_errors=True)
 SECONDS = 1.2  # of the worker's, in its own code
 PATIENCE = 120.0  # of the clock's
 
