@@ -1,6 +1,7 @@
 """A real gunicorn, primed by one option; every claim is checked from outside in smaps."""
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -204,6 +205,42 @@ def test_the_master_collects_so_that_no_worker_has_to(python, images, tmp_path, 
     env = {"PAGE_PRIMER_IMAGE_DIR": str(images), **env}
     with Gunicorn(python, tmp_path, *options, env=env, app=SHOWS_COLLECTIONS) as server:
         assert server.get().decode() == seen
+
+
+RELOADED = """
+import gc, json
+from gunicorn.app.base import Application
+from gunicorn.arbiter import Arbiter
+from page_primer.integrations import gunicorn as hooks
+from page_primer.kernel import memory
+
+class Served(Application):
+    def init(self, parser, opts, args):
+        return {"workers": 2}
+
+collections = []
+gc.callbacks.append(lambda phase, info: collections.append(info["generation"] == 2))
+gc.set_threshold(0)
+arbiter = Arbiter(Served())
+hooks.on_starting(arbiter)
+counted, seen = [memory.processes()], [any(collections)]
+collections.clear()
+large = [[] for _ in range(400_000)]
+arbiter.cfg.set("workers", 32)
+arbiter.setup(arbiter.app)
+hooks.on_reload(arbiter)
+print(json.dumps([[*counted, memory.processes()], [*seen, any(collections)]]))
+"""
+
+
+def test_a_reload_counts_workers_anew_and_a_large_master_collects_nothing(python, images):
+    """An arbiter that is not started: its hooks are called as it does."""
+    done = subprocess.run(
+        [python, "-c", RELOADED], capture_output=True, text=True,
+        env={**os.environ, "PAGE_PRIMER_IMAGE_DIR": str(images)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [[3, 33], [True, False]], done.stderr
 
 
 @pytest.mark.slow
