@@ -372,7 +372,8 @@ def test_user_and_group(python, public_directory):
     with Gunicorn(python, public_directory, *options, env=env, app=app) as server:
         server.wait_for_workers(2)
         for pid in server.workers:
-            assert Path(f"/proc/{pid}").stat().st_uid == 65534
+            # After its first hooks.
+            wait_for(lambda pid=pid: Path(f"/proc/{pid}").stat().st_uid == 65534, "nobody")
         texts = check([server.master, *server.workers])
         assert sum(text.pss for text in texts) == pytest.approx(texts[0].span, rel=0.05)
         for pid in server.workers:
