@@ -96,7 +96,8 @@ def prime(options: Options | None = None, /, **values: Unpack[OptionValues]) -> 
         raise TypeError("prime() takes either Options or keyword arguments")
     if not options.enabled:
         return _nothing_done(reasons.SWITCHED_OFF)
-    return on_process(lambda process: process.prime(options))
+    loaded = _is_loaded()
+    return on_process(lambda process: _prime(process, options, loaded))
 
 
 def restore() -> Report:
@@ -148,6 +149,12 @@ def on_process(action: Callable[[Process], Report]) -> Report:
     return _nothing_done(refused.reason, refused.detail)
 
 
+def _prime(process: Process, options: Options, loaded: bool) -> Report:
+    # The heap may be here since before it was known how many processes there will be.
+    refused = _too_little_memory() if loaded and process.options is None else None
+    return _nothing_done(refused.reason, refused.detail) if refused else process.prime(options)
+
+
 _refused: Report | None = None  # the last call that did nothing, for status()
 
 
@@ -185,7 +192,7 @@ def _load() -> Refusal | None:
     global _watched
     if _cut_off:
         return Refusal(reasons.CUT_OFF)
-    if "page_primer.apply.process" in sys.modules and not _loading:
+    if _is_loaded() and not _loading:
         return None
     if not _watched:
         os.register_at_fork(before=_wait_for_others, after_in_child=_after_fork)
@@ -203,6 +210,10 @@ def _load() -> Refusal | None:
             _loading.discard(me)
 
 
+def _is_loaded() -> bool:
+    return "page_primer.apply.process" in sys.modules
+
+
 def _wait_for_others() -> None:
     end = time.monotonic() + _LONGEST_WAIT
     while _loading - {get_ident()} and time.monotonic() < end:
@@ -216,12 +227,11 @@ def _after_fork() -> None:
 
 
 def _too_little_memory() -> Refusal | None:
-    """The modules that prime take a few megabytes themselves, which may be the last ones."""
-    if "page_primer.apply.process" in sys.modules:
-        return None
+    """The modules that prime take a few megabytes themselves, which may be the last ones; and more
+    in each process that is to be forked."""
     from page_primer.kernel import memory  # not for `import page_primer`
 
-    found = memory.shortage()
+    found = memory.shortage(working=0 if _is_loaded() else memory.WORKING)
     if found is None:
         return None
     detail = shortage(found)

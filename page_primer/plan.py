@@ -115,6 +115,7 @@ def make(  # Longer: by a line, and mostly of arguments
         if reason is None or reason in _NOT_REPLACEABLE:
             move = _in_place(move, obj, survey)
         fits = allowance.fit(obj, move.image) if move else ()
+        size = size_of(obj, fits) + _others(obj, fits, survey, options)
         if move is None:
             reason = reason or (reasons.COLD if obj.touched else reasons.NO_CHUNK)
         elif move.aligned and is_huge(move, survey):
@@ -127,7 +128,7 @@ def make(  # Longer: by a line, and mostly of arguments
         elif move.image and not fits:
             shared = hot.is_shared(obj, survey.pmd_size)
             reason = reasons.OVER_LIMIT if shared else reasons.OVER_PRIVATE_LIMIT
-        elif _copies(obj, survey, options) * size_of(obj, fits) > min(memory, spare // 2):
+        elif size > min(memory, spare // 2):
             # Half: of the object that moves there may be two copies, the best and the one tried.
             reason = reasons.OVER_MEMORY
         else:
@@ -137,7 +138,6 @@ def make(  # Longer: by a line, and mostly of arguments
                 move = replace(move, image=fits, memory=_common(move.memory, fits))
             moves.append(move)
             allowance.take(obj, fits)
-            size = size_of(obj, fits)
             left += explain(obj, move.wanted, survey.pmd_size)
         else:
             # It will be locked where it is; if it must be less than all, then the code.
@@ -149,10 +149,12 @@ def make(  # Longer: by a line, and mostly of arguments
     return Plan(tuple(moves), tuple(left), tuple(already))
 
 
-def _copies(obj: Object, survey: Survey, options: Options) -> int:
-    """How many processes will have a copy of their own, if this one has."""
-    image = options.backing in ("auto", "image")
-    return 1 if image and hot.is_shared(obj, survey.pmd_size) else survey.siblings
+def _others(obj: Object, moved: Iterable[Region], survey: Survey, options: Options) -> int:
+    """Bytes that its siblings will copy for themselves, each as this process does. Who of them has
+    already is not known: what these have taken is not to be had any more, and is counted again."""
+    if options.backing in ("auto", "image", IN_PLACE) and hot.is_shared(obj, survey.pmd_size):
+        return 0
+    return (survey.siblings - 1) * sum(region.length for region in moved)
 
 
 def explain(obj: Object, regions: Sequence[Region], pmd: int) -> list[Remainder]:

@@ -71,7 +71,7 @@ def take(read: Callable[[], Sequence[Mapping]] = read_own, known: Iterable[Objec
         None if as_known else memory.read(),
         mappings,
         not pmd and not has_no_huge_pages(),
-        memory.processes() if _core.forks() else 1,
+        memory.siblings(),
     )
 
 

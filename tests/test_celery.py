@@ -55,6 +55,40 @@ def test_a_memory_limit_that_is_far_is_nothing_to_be_said():
     assert "after each task" in memory_warning(50_000, 50_001)
 
 
+@pytest.mark.parametrize(
+    ("pool", "options", "size"),
+    [
+        ("prefork", {"concurrency": 3}, 3),
+        ("prefork", {"concurrency": "3"}, 3),
+        ("prefork", {}, 5),
+        ("processes", {}, 5),
+        ("celery.concurrency.prefork:TaskPool", {}, 5),
+        ("solo", {"pool_cls": "prefork"}, 5),
+        ("prefork", {"pool": "threads"}, 0),
+        ("threads", {"concurrency": 3}, 0),
+        ("celery.concurrency.solo:TaskPool", {}, 0),
+        ("prefork", {"autoscale": (100, 2)}, 100),
+        ("prefork", {"autoscale": "100,2", "concurrency": 4}, 100),
+        ("prefork", {"autoscale": "100"}, 100),
+        ("prefork", {"concurrency": "four"}, 0),  # which Celery refuses
+        ("prefork", {"autoscale": "four,"}, 0),
+    ],
+)
+def test_how_many_children_a_pool_will_have(pool, options, size):
+    from celery import Celery
+    from celery.concurrency import get_implementation
+
+    from page_primer.integrations.celery import _pool_size
+
+    conf = Celery().conf
+    conf.update(worker_pool=pool, worker_concurrency=5)
+    assert _pool_size(conf, options) == size
+    # The command line gives a class.
+    if "pool" not in options:
+        given = {**options, "pool_cls": get_implementation(options.get("pool_cls", pool))}
+        assert _pool_size(conf, given) == size
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [("-P", "solo"), ("-P", "threads", "-c", "3"), ("--autoscale", "3,1")],

@@ -1,6 +1,7 @@
 """A real gunicorn, primed by one option; every claim is checked from outside in smaps."""
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -207,6 +208,42 @@ def test_the_master_collects_so_that_no_worker_has_to(python, images, tmp_path, 
         assert server.get().decode() == seen
 
 
+RELOADED = """
+import gc, json
+from gunicorn.app.base import Application
+from gunicorn.arbiter import Arbiter
+from page_primer.integrations import gunicorn as hooks
+from page_primer.kernel import memory
+
+class Served(Application):
+    def init(self, parser, opts, args):
+        return {"workers": 2}
+
+collections = []
+gc.callbacks.append(lambda phase, info: collections.append(info["generation"] == 2))
+gc.set_threshold(0)
+arbiter = Arbiter(Served())
+hooks.on_starting(arbiter)
+counted, seen = [memory.processes()], [any(collections)]
+collections.clear()
+large = [[] for _ in range(400_000)]
+arbiter.cfg.set("workers", 32)
+arbiter.setup(arbiter.app)
+hooks.on_reload(arbiter)
+print(json.dumps([[*counted, memory.processes()], [*seen, any(collections)]]))
+"""
+
+
+def test_a_reload_counts_workers_anew_and_a_large_master_collects_nothing(python, images):
+    """An arbiter that is not started: its hooks are called as it does."""
+    done = subprocess.run(
+        [python, "-c", RELOADED], capture_output=True, text=True,
+        env={**os.environ, "PAGE_PRIMER_IMAGE_DIR": str(images)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [[3, 33], [True, False]], done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gunicorn.conf.py", "other.py"])
 def test_star_import_in_the_users_own_file(python, images, tmp_path, name):
@@ -336,7 +373,8 @@ def test_user_and_group(python, public_directory):
     with Gunicorn(python, public_directory, *options, env=env, app=app) as server:
         server.wait_for_workers(2)
         for pid in server.workers:
-            assert Path(f"/proc/{pid}").stat().st_uid == 65534
+            # After its first hooks.
+            wait_for(lambda pid=pid: Path(f"/proc/{pid}").stat().st_uid == 65534, "nobody")
         texts = check([server.master, *server.workers])
         assert sum(text.pss for text in texts) == pytest.approx(texts[0].span, rel=0.05)
         for pid in server.workers:

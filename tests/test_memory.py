@@ -125,6 +125,66 @@ def test_what_is_too_little_for_a_server_that_forks(tmp_path):
         memory.expect(1)
 
 
+FORKING = """
+import json, os, page_primer
+from page_primer.integrations import expect_forks
+page_primer.prime(remap=False, mlock=False)
+from page_primer import survey
+def fork():  # and go on in the child
+    child = os.fork()
+    if child:
+        os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+fork()  # gunicorn --daemon
+found = [survey.take().siblings]
+expect_forks(16)
+found.append(survey.take().siblings)
+fork()
+found.append(survey.take().siblings)
+print(json.dumps(found), flush=True)
+"""
+
+
+def test_what_a_daemon_copies_its_children_inherit(python):
+    """It was forked itself, but is none of those that were told of."""
+    done = subprocess.run([python, "-c", FORKING], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [1, 1, 17]
+
+
+HEAP_FIRST = """
+import json, os, page_primer
+from page_primer.integrations import expect_forks
+options = page_primer.Options.load({"heap": True, "heap_min_memory": 0})
+page_primer.on_process(lambda process: process.start_heap(options))
+def show(report):
+    print(json.dumps([report.reason, report.detail, len(report.moved)]), flush=True)
+expect_forks(4)
+show(page_primer.prime(options))
+if os.fork() == 0:
+    show(page_primer.prime(options))
+    os._exit(0)
+os.wait()
+expect_forks(2)  # after a HUP
+show(page_primer.prime(options))
+"""
+
+
+def test_the_heap_that_is_there_first_changes_nothing_about_too_little_memory(python, images):
+    """gunicorn's configuration starts it, before it is known how many processes there will be."""
+    with Cgroup(110 * MIB) as cgroup:
+        done = subprocess.run(
+            [*cgroup.wrapper, python, "-c", HEAP_FIRST], capture_output=True, text=True,
+            env={"PAGE_PRIMER_IMAGE_DIR": str(images)},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        master, child, with_fewer = map(json.loads, done.stdout.splitlines())
+        for reason, detail, _ in (master, child):
+            assert reason == "too little memory"
+            assert detail.endswith("5 processes need 140.2 MiB"), detail
+        assert with_fewer[0] is None
+        assert with_fewer[2] > 0
+
+
 def test_a_real_cgroup_and_the_one_around_it(python):
     source = (
         "from page_primer.kernel import memory\n"

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from page_primer import budget, hot, mlock_plan, plan, reasons
+from page_primer._lean import replace
 from page_primer.elf import file as elf
 from page_primer.elf.file import PF_R, PF_W, PF_X
 from page_primer.elf.objects import Object, Range, Segment, Source, segments_of
@@ -626,6 +627,29 @@ def test_what_each_worker_would_copy_for_itself_counts_for_all_of_them():
     assert moved(1) == moved(1, backing="memfd") == {"/lib/t.so", "/lib/s.so"}
     assert moved(16) == {"/lib/s.so"}
     assert moved(16, backing="memfd") == set()
+
+
+def test_what_siblings_copy_is_taken_off_and_what_they_share_counts_once():
+    start = [(n << 30) + 0x5000 for n in range(1, 8)]
+    private = [touched_library(at, PMD, 0, 0, path=f"/lib/{n}.so") for n, at in enumerate(start)]
+
+    def copied(objects, available, siblings):
+        room = Memory(available, 1 << 40, "/proc/meminfo")
+        found = Survey(tuple(objects), PMD, False, 1, (1, 0), room, (), False, siblings)
+        options = Options(memory_share=0.5, private_limit=1 << 30)
+        return sum(m.bytes for m in plan.make(found, options).moves)
+
+    # Each of seven passes alone, but there is room for five: 17 copies, and the file's own chunk.
+    assert copied(private[:1], 400 * MIB, 17) == PMD
+    assert copied(private, 400 * MIB, 17) == 5 * PMD
+    assert copied(private, 36 * PMD * 7, 17) == 7 * PMD
+    assert copied(private, 400 * MIB, 1) == 7 * PMD
+    # One hot chunk, and much that is in the page cache for all of them.
+    cold = PMD // 9
+    one = replace(touched_library(start[0], PMD, cold, cold), resident=9 * MIB)
+    need = 17 * PMD + one.resident
+    assert copied([one], 2 * need + 2 * WORKING, 17) == PMD
+    assert copied([one], 2 * need - 4, 17) == 0
 
 
 def test_what_a_library_takes_of_memory_is_what_it_has_touched_and_what_is_copied():

@@ -1,7 +1,9 @@
 """prime() and restore() in real processes, checked from outside in smaps."""
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -908,6 +910,30 @@ def test_exec_after_prime_keeps_working(python, images):
     )
     done = subprocess.run([python, "-c", code], capture_output=True, text=True)
     assert (done.stdout, done.returncode) == ("2\n", 0)
+
+
+GONE = """
+import json, os, sys
+import page_primer
+page_primer.on_process(lambda process: process.start_heap(page_primer.Options()))
+place = os.path.dirname(page_primer.__file__)
+assert place.startswith(sys.argv[1])
+os.rename(place, place + ".old")
+print(json.dumps(page_primer.prime().as_dict()))
+"""
+
+
+def test_a_package_that_is_replaced_under_a_running_server(python, tmp_path):
+    """What copies need is loaded with the first one, and is gone: the rest is done."""
+    shutil.copytree(os.path.dirname(page_primer.__file__), tmp_path / "page_primer")
+    done = subprocess.run(
+        [python, "-c", GONE, str(tmp_path)], capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["reason"] is None, report["detail"]
+    assert report["locked_bytes"] > MIB, report
+    assert "No module named" in " ".join(interpreter(report)["notes"]), interpreter(report)
 
 
 def test_report_reads_well(python, images):

@@ -7,7 +7,7 @@ believed only when smaps shows the pages huge.
 
 from __future__ import annotations
 
-from page_primer._lean import replace
+from page_primer._lean import ours, replace
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,9 +21,12 @@ if TYPE_CHECKING:
 
 
 def directories(options: Options) -> list[Place]:
-    """The image directories to try, in order."""
-    from page_primer.backing import image  # with what it needs a quarter of our modules
-
+    """The image directories to try, in order; none where this package has gone since it was loaded
+    (an upgrade under a running server), which the attempts will say."""
+    try:
+        from page_primer.backing import image  # with what it needs a quarter of our modules
+    except ours(ImportError):
+        return []
     return image.directories(options)
 
 

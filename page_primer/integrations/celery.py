@@ -21,6 +21,7 @@ from typing import Any
 
 from billiard.process import current_process
 from celery import __version__, current_app, signals
+from celery.concurrency import ALIASES
 from celery.utils.log import get_logger
 
 import page_primer
@@ -95,11 +96,19 @@ def _prime_parent(conf: Any = None, options: Any = None, **_: Any) -> None:
 
 
 def _pool_size(conf: Any, options: Mapping[str, Any]) -> int:
-    """How many children a worker will fork; options are what it was started with."""
-    pool = options.get("pool_cls") or conf.get("worker_pool")
-    if "prefork" not in (pool, getattr(pool, "__module__", "").rpartition(".")[2]):
+    """How many children a worker will fork at most; options are what it was started with."""
+    pool = options.get("pool") or options.get("pool_cls") or conf.get("worker_pool")
+    where = ALIASES.get(pool, pool) if isinstance(pool, str) else getattr(pool, "__module__", "")
+    if not str(where).startswith("celery.concurrency.prefork"):
         return 0
-    return int(options.get("concurrency") or conf.get("worker_concurrency") or os.cpu_count() or 1)
+    sizes = options.get("autoscale")  # "most,least", or both as numbers
+    if isinstance(sizes, str):
+        sizes = sizes.split(",")
+    concurrency = options.get("concurrency") or conf.get("worker_concurrency")
+    try:
+        return max(int(size or 0) for size in sizes or [concurrency or os.cpu_count() or 1])
+    except (TypeError, ValueError):  # it is Celery's to say so
+        return 0
 
 
 def _log_parent(instance: Any = None, **_: Any) -> None:

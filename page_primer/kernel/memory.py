@@ -27,6 +27,7 @@ EACH, COPY = 7 << 18, 4 << 20
 # An application is thought to leave a tenth of its own peak free within its limit.
 _OURS = 11
 _processes = 1
+_parent = 0  # PID of the process that said so
 
 # (limit, bytes in use, their part in the page cache that can be reclaimed: keys of memory.stat),
 # from Linux, Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst. Memory of tmpfs and
@@ -62,13 +63,19 @@ def read(root: str = "") -> Memory | None:
 
 def expect(processes: int) -> None:
     """Note how many processes share what is to be had: this one, and those that it will fork."""
-    global _processes
-    _processes = processes
+    global _processes, _parent
+    _processes, _parent = processes, os.getpid()
 
 
 def processes() -> int:
     """How many processes share what is to be had; 1 where nobody said."""
     return _processes
+
+
+def siblings() -> int:
+    """How many processes will each have a copy of what this one copies for itself alone: in a child
+    of the one that said how many there are, all of them. What that one copies they inherit."""
+    return 1 if os.getpid() == _parent else _processes
 
 
 def needed() -> int:
@@ -80,10 +87,17 @@ def needed() -> int:
     return _OURS * (_processes * EACH + COPY) if _processes > 1 else 0
 
 
-def shortage(root: str = "") -> Memory | None:
-    """The bound that leaves too little to prime at all, if one does."""
+def shortage(root: str = "", working: int = WORKING) -> Memory | None:
+    """The bound that leaves too little to prime at all, if one does.
+
+    Args:
+        root: where /proc and /sys are to be found.
+        working: what this process needs for itself.
+    """
+    if not working and not needed():
+        return None
     for bound in sorted(bounds(root), key=lambda bound: bound.available):
-        if bound.available < WORKING or bound.limit < needed():
+        if bound.available < working or bound.limit < needed():
             return bound
     return None
 
