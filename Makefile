@@ -47,7 +47,7 @@ demo-celery: $(VENV)/.demo-celery
 test: $(VENV)/.dev
 	tools/system-packages gdb:gdb ps:procps setpriv:util-linux readelf:binutils \
 	    redis-server:redis-server perf:linux-perf valgrind:valgrind nsenter:util-linux $(PIE) \
-	    ld.lld:lld ld.gold:binutils-gold musl-gcc:musl-tools eu-addr2line:elfutils \
+	    ld.lld:lld ld.gold:binutils-gold mold:mold musl-gcc:musl-tools eu-addr2line:elfutils \
 	    fakeroot:fakeroot h2load:nghttp2-client vmtouch:vmtouch git:git
 	$(PARALLEL) $(TESTS)
 

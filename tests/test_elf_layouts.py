@@ -15,10 +15,8 @@ from harness.process import Process
 
 PF_X, PF_W, PF_R = 1, 2, 4
 MORE = {
-    "mold": ["-fuse-ld=mold"],
     "lld, RELR": ["-fuse-ld=lld", "-Wl,-z,separate-code,--pack-dyn-relocs=relr"],
     "bfd, without a build-id": ["-Wl,--build-id=none", "-s"],
-    "branch protection": ["-fcf-protection=full", "-mbranch-protection=standard"],
 }
 
 
@@ -28,8 +26,6 @@ def libraries(tmp_path_factory):
     folder = tmp_path_factory.mktemp("layouts")
     found = {}
     for number, (name, options) in enumerate((elves.LAYOUTS | MORE).items()):
-        if name == "branch protection":  # the option of this machine
-            options = options[:1] if outside_is_x86() else options[1:]
         try:
             found[name] = elves.link(folder / f"lib{number}.so", *options)
         except pytest.skip.Exception:
@@ -48,10 +44,6 @@ def libraries(tmp_path_factory):
     found["no section headers"] = changed(plain, folder / "headless.so", sections=0)
     found["writable code"] = changed(plain, folder / "rwx.so", code=PF_R | PF_W | PF_X)
     return found
-
-
-def outside_is_x86():
-    return subprocess.run(["uname", "-m"], capture_output=True, text=True).stdout == "x86_64\n"
 
 
 def changed(library, target, *, sections=None, code=None):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import struct
@@ -29,6 +30,10 @@ int answer(int n) {{ blank[n] += table[n]; return table[n] + counter++ + local++
 __asm__(".text\\n.globl filling\\nfilling:\\n.fill {PMD + PMD // 2}, 1, 0x90\\nret\\n");
 """
 
+PROTECTED = {
+    "x86_64": ["-fcf-protection=full", "-Wl,-z,ibt,-z,shstk"],
+    "aarch64": ["-mbranch-protection=standard", "-Wl,-z,force-bti"],
+}.get(platform.machine(), [])
 LAYOUTS = {
     "bfd": ["-fuse-ld=bfd", "-Wl,-z,separate-code"],
     "bfd, R and RX in one": ["-fuse-ld=bfd", "-Wl,-z,noseparate-code"],
@@ -39,6 +44,9 @@ LAYOUTS = {
     "lld": ["-fuse-ld=lld"],
     "lld, R and RX in one": ["-fuse-ld=lld", "-Wl,--no-rosegment"],
     "lld, separate": ["-fuse-ld=lld", "-Wl,-z,separate-code"],
+    "mold": ["-fuse-ld=mold"],
+    # In .note.gnu.property: IBT and shadow stacks, or BTI.
+    "branch protection": ["-fuse-ld=bfd", "-Wl,-z,separate-code", *PROTECTED],
 }
 
 
