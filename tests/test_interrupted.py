@@ -198,7 +198,8 @@ def test_what_another_thread_raises_here_reaches_the_host(python, images):
     with Process(python) as process:
         got, reasons, last = process.run(textwrap.dedent(code))
     assert got
-    assert (reasons, last) == (["None"], None)
+    assert reasons in ([], ["None"])  # a slow machine may end no call
+    assert last is None
 
 
 def test_whose_it_is_asks_no_code_of_the_hosts(python, images):
