@@ -213,7 +213,9 @@ def _is_known(kind: type[BaseException]) -> bool:
     """Whether a class is Python's own, or of this package."""
     room = kind.__module__.partition(".")[0]
     if room == "builtins":  # also said of a class that exec() made without a module's name
-        return getattr(builtins, kind.__name__, None) is kind
+        # Not by getattr(): this name is a new string each time, and Python's cache of attributes
+        # would keep thousands.
+        return vars(builtins).get(kind.__name__) is kind
     return room == "page_primer" or room in sys.stdlib_module_names
 
 

@@ -146,7 +146,10 @@ def test_exit_status_under_limits(images, tmp_path, python, limit, program, unbu
         "directory": [str(tmp_path)],
     }[program]
     expected = {"missing": (127, b""), "directory": (126, b"")}.get(program, (5, b"ran"))
-    env = {**os.environ, "PAGE_PRIMER_IMAGE_DIR": str(images), "PYTHONUNBUFFERED": unbuffered}
+    # With a file in the list, `run` goes through page-primer-warm, whose words may have no place.
+    (tmp_path / "aligned").write_text("/nonexistent\n" * bool(unbuffered))
+    env = {**os.environ, "PAGE_PRIMER_IMAGE_DIR": str(images), "PYTHONUNBUFFERED": unbuffered,
+           "PAGE_PRIMER_ALIGNED": str(tmp_path / "aligned")}  # fmt: skip
     set_up = {"closed pipe": ":", "closed": "exec 2>&-"}.get(limit, limit)
     script = f'ulimit -c 0; {set_up}; exec "$@"'
     reader, writer = os.pipe()

@@ -341,6 +341,8 @@ main(int argc, char **argv)
     if (!command)
         return !good;
     execvp(*command, command);
+    signal(SIGPIPE, SIG_IGN); /* to say so must not end us, either */
+    signal(SIGXFSZ, SIG_IGN);
     end = errno == ENOENT || errno == ENOTDIR ? 127 : 126;
     warn("%s", *command);
     return end;
