@@ -149,9 +149,11 @@ def make(  # Longer: by a line, and mostly of arguments
     return Plan(tuple(moves), tuple(left), tuple(already))
 
 
-def _others(obj: Object, moved: Iterable[Region], survey: Survey, options: Options) -> int:
+def _others(obj: Object, moved: Sequence[Region], survey: Survey, options: Options) -> int:
     """Bytes that its siblings will copy for themselves, each as this process does. Who of them has
     already is not known: what these have taken is not to be had any more, and is counted again."""
+    if survey.siblings == 1 or not moved:
+        return 0
     if options.backing in ("auto", "image", IN_PLACE) and hot.is_shared(obj, survey.pmd_size):
         return 0
     return (survey.siblings - 1) * sum(region.length for region in moved)

@@ -132,7 +132,7 @@ def _object(
 def _is_by_chance(found: Object, pmd: int) -> bool:
     """Whether it begins at a multiple of a huge page where nothing sees to that: neither its own
     program headers, nor its file system."""
-    if found.fixed or found.start % pmd:
+    if not pmd or found.fixed or found.start % pmd:
         return False
     loads = (h for h in ProgramHeader.parse_table(found.headers) if h.p_type == elf.PT_LOAD)
     if any(load.p_align >= pmd for load in loads):
