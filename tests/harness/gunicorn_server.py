@@ -92,10 +92,12 @@ class Gunicorn:
         return get(self.port, path)
 
     def wait_for_workers(self, count, but_not=()):
-        wait_for(
-            lambda: len(self.workers) == count and not set(self.workers) & set(but_not),
-            f"{count} new workers",
-        )
+        def there():
+            found = self.workers
+            new = not set(found) & set(but_not)
+            return len(found) == count and new and all(map(has_begun, found))
+
+        wait_for(there, f"{count} new workers")
         for _ in range(3 * count):
             self.get()
 
@@ -118,6 +120,14 @@ class Gunicorn:
             return len(before) == count and self.workers == before
 
         wait_for(settled, f"{count} settled workers")
+
+
+def has_begun(worker):
+    """Whether a worker is past its first hook, post_fork: it handles SIGABRT then, which the master
+    never does (gunicorn/workers/base.py, init_signals())."""
+    status = Path(f"/proc/{worker}/status").read_text()
+    (caught,) = re.findall(r"^SigCgt:\s+(\w+)$", status, re.MULTILINE)
+    return bool(int(caught, 16) >> signal.SIGABRT - 1 & 1)
 
 
 def require_no_failure(server):

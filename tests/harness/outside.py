@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -19,6 +18,18 @@ PAGE = 4096
 HEAD = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (....) ([0-9a-f]+) (\S+) (\d+)\s*(.*)")
 
 
+COUNTERS = frozenset(re.findall(r"^(\w+): .* kB$", open("/proc/self/smaps").read(), re.MULTILINE))
+
+
+class Counters(dict[str, int]):
+    """KiB by the kernel's names; of these, what is not entered is 0."""
+
+    def __missing__(self, name: str) -> int:
+        if name not in COUNTERS:
+            raise KeyError(name)
+        return 0
+
+
 @dataclass
 class Vma:
     start: int
@@ -28,7 +39,7 @@ class Vma:
     device: str
     inode: int
     path: str
-    kb: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    kb: dict[str, int] = field(default_factory=Counters)
     flags: list[str] = field(default_factory=list)
 
     @property

@@ -59,15 +59,8 @@ def wait_for(condition, what, seconds=120):  # a busy machine takes its time
 
 
 def check(pids, locked=True):
-    """All attainable .text is on huge pages in each process; returns the measurements. A worker
-    that was only just forked is waited for: on a busy machine its first hook comes late."""
-    end = time.monotonic() + 30
-    while True:
-        texts = [outside.text_of(pid) for pid in pids]
-        good = (t.huge == t.attainable > 0 and (t.locked or not locked) for t in texts)
-        if all(good) or time.monotonic() > end:
-            break
-        time.sleep(0.2)
+    """All attainable .text is on huge pages in each process; returns the measurements."""
+    texts = [outside.text_of(pid) for pid in pids]
     for text in texts:
         assert text.huge == text.attainable > 0, text
         assert text.locked or not locked, text
