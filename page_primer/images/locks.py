@@ -35,19 +35,18 @@ def share(folder: int) -> int:
     if fd <= 2:  # a standard stream was closed, and it is held for long: not in that one's place
         low, fd = fd, fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
         os.close(low)
+    kept = False  # a signal handler may raise: it would be locked for ever
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        kept = os.fstat(fd).st_nlink > 0
     except ours(BlockingIOError) as error:
-        os.close(fd)
         raise FileNotFoundError(errno.ENOENT, "being pruned") from error
     except ours(OSError):
-        os.close(fd)
         return -1
-    except BaseException:  # a signal handler's, here and below: it would be locked for ever
-        os.close(fd)
-        raise
-    if not os.fstat(fd).st_nlink:
-        os.close(fd)
+    finally:
+        if not kept:
+            os.close(fd)
+    if not kept:
         raise FileNotFoundError(errno.ENOENT, "pruned")
     return fd
 

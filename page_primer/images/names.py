@@ -50,7 +50,7 @@ def as_built(name: str, source: Source, headers: bytes, *, whole: bool = False) 
     """
     plain = _plain(name)
     version, *numbers = plain.split("-")
-    if numbers[5] == numbers[6]:
+    if numbers[5] == numbers[6]:  # 0 by chance: see placement()
         numbers[6] = "0"
     content = int.from_bytes(headers, "little") % _PRIME
     rest = [*numbers[5:-1], _WHOLE] if whole else numbers[5:]
