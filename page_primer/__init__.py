@@ -229,15 +229,17 @@ def _after_fork() -> None:
 def _too_little_memory() -> Refusal | None:
     """The modules that prime take a few megabytes themselves, which may be the last ones; and more
     in each process that is to be forked."""
-    from page_primer.kernel import memory  # not for `import page_primer`
+    # Not for `import page_primer`.
+    from page_primer import family
+    from page_primer.kernel import memory
 
-    found = memory.shortage(working=0 if _is_loaded() else memory.WORKING)
+    found = family.shortage(working=0 if _is_loaded() else memory.WORKING)
     if found is None:
         return None
     detail = shortage(found)
     if found.available >= memory.WORKING:
-        number = counted(memory.processes(), "process", "es")  # two at least: see needed()
-        detail += f": {number} need {mib(memory.needed())}"
+        number = counted(family.size(), "process", "es")  # two at least: see needed()
+        detail += f": {number} need {mib(family.needed())}"
     return Refusal(reasons.TOO_LITTLE_MEMORY, detail)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from page_primer import _core, reasons
+from page_primer import _core, family, reasons
 from page_primer._lean import Record, ours, replace
 from page_primer.elf import file as elf
 from page_primer.elf.file import PF_R, ProgramHeader
@@ -71,7 +71,7 @@ def take(read: Callable[[], Sequence[Mapping]] = read_own, known: Iterable[Objec
         None if as_known else memory.read(),
         mappings,
         not pmd and not has_no_huge_pages(),
-        memory.siblings(),
+        family.copies(),
     )
 
 

@@ -180,7 +180,7 @@ COLLECTIONS = """
 import gc, sys
 seen = []
 def note(phase, info):
-    if phase == "stop" and sys._getframe(1).f_code.co_name == "_prime_before_forks":
+    if phase == "stop" and sys._getframe(1).f_code.co_name == "collect_if_small":
         seen.append(info["generation"])
 gc.callbacks.append(note)
 """
@@ -213,7 +213,7 @@ import gc, json
 from gunicorn.app.base import Application
 from gunicorn.arbiter import Arbiter
 from page_primer.integrations import gunicorn as hooks
-from page_primer.kernel import memory
+from page_primer import family
 
 class Served(Application):
     def init(self, parser, opts, args):
@@ -224,13 +224,13 @@ gc.callbacks.append(lambda phase, info: collections.append(info["generation"] ==
 gc.set_threshold(0)
 arbiter = Arbiter(Served())
 hooks.on_starting(arbiter)
-counted, seen = [memory.processes()], [any(collections)]
+counted, seen = [family.size()], [any(collections)]
 collections.clear()
 large = [[] for _ in range(400_000)]
 arbiter.cfg.set("workers", 32)
 arbiter.setup(arbiter.app)
 hooks.on_reload(arbiter)
-print(json.dumps([[*counted, memory.processes()], [*seen, any(collections)]]))
+print(json.dumps([[*counted, family.size()], [*seen, any(collections)]]))
 """
 
 

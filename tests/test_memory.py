@@ -11,6 +11,7 @@ from harness.cgroup import Cgroup
 from harness.gunicorn_server import Gunicorn, require_no_failure
 from harness.process import Process, interpreter
 
+from page_primer import family
 from page_primer.kernel import memory
 from page_primer.kernel.memory import Memory
 
@@ -111,18 +112,18 @@ def test_what_is_too_little_for_a_server_that_forks(tmp_path):
     files = {**proc(V2.format(root="/"), "0::/\n"), **v2("", limit=110 * MIB, current=MIB)}
     root = tree(tmp_path, files)
     try:
-        for processes in (1, 3):
-            memory.expect(processes)
-            assert memory.shortage(root) is None
-        memory.expect(5)
-        assert memory.shortage(root) == Memory(109 * MIB, 110 * MIB, "/sys/fs/cgroup/memory.max")
+        for children in (0, 2):
+            family.expect(children)
+            assert family.shortage(root) is None
+        family.expect(4)
+        assert family.shortage(root) == Memory(109 * MIB, 110 * MIB, "/sys/fs/cgroup/memory.max")
         tree(tmp_path, v2("", limit=200 * MIB, current=150 * MIB))
-        assert memory.shortage(root) is None
-        memory.expect(1)
+        assert family.shortage(root) is None
+        family.expect(0)
         tree(tmp_path, v2("", limit=200 * MIB, current=193 * MIB))
-        assert memory.shortage(root).available == 7 * MIB
+        assert family.shortage(root).available == 7 * MIB
     finally:
-        memory.expect(1)
+        family.expect(0)
 
 
 FORKING = """
@@ -280,7 +281,7 @@ def test_gunicorn_serves_in_a_small_cgroup(python, images, tmp_path, limit):
                 (line,) = lines
                 assert line.startswith("nothing done: too little memory"), lines
                 assert f"of {limit}.0 MiB ({cgroup.path}" in line
-                need = 11 * (3 * memory.EACH + memory.COPY) / MIB
+                need = 11 * (3 * family.EACH + family.COPY) / MIB
                 assert line.endswith(f": 3 processes need {need:.1f} MiB"), line
             else:
                 assert not [line for line in lines if "memory" in line], lines

@@ -34,9 +34,9 @@ def prime_and_log(logger: Logger | logging.Logger, options: Options | None = Non
 
 def expect_forks(children: int) -> None:
     """In a parent: say how many processes it will fork, which share what memory is to be had."""
-    from page_primer.kernel import memory  # which is Linux's own
+    from page_primer import family  # whose imports are for Linux alone
 
-    memory.expect(1 + children)
+    family.expect(children)
 
 
 def thaw(options: Options | None = None) -> None:

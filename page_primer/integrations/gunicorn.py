@@ -16,10 +16,10 @@ the names of hooks that it does not have yet.
 
 from __future__ import annotations
 
-import gc
 import sys
 from typing import TYPE_CHECKING, Any
 
+from page_primer.heap.freeze import collect_if_small
 from page_primer.integrations import (
     expect_forks,
     prime_and_log,
@@ -30,11 +30,6 @@ from page_primer.integrations import (
 
 if TYPE_CHECKING:
     from page_primer.integrations.asgi import Message, Receive, Send
-
-
-# Objects of a master that has loaded more than its configuration: a primed one has 90 000, with
-# pandas 310 000, which take 70 ms. Where pymalloc is off none are counted.
-_LARGE = 400_000
 
 
 def on_starting(server: Any) -> None:
@@ -57,13 +52,8 @@ def _prime_before_forks(server: Any) -> None:
     expect_forks(server.num_workers)
     thaw()
     report = prime_and_log(server.log)
-    # What that allocates brings the next full collection nearer. It would come in each worker, as
-    # it loads its application, and copy what the worker has inherited. Of an application that the
-    # master has loaded a collection takes long (half a second with two million objects), and
-    # `freeze` is for that.
-    small = not server.cfg.preload_app and sys.getallocatedblocks() < _LARGE
-    if report.reason is None and small and gc.isenabled():
-        gc.collect()
+    if report.reason is None and not server.cfg.preload_app:
+        collect_if_small()
 
 
 def post_fork(server: Any, worker: Any) -> None:

@@ -20,15 +20,6 @@ if TYPE_CHECKING:
 # yet, a block of one huge page, the survey. Generous: measured were 7 MiB, when more was imported.
 WORKING = 8 << 20
 
-# What it adds to each process of a server that forks, bytes: those modules, which a process comes
-# to have for itself at its end at the latest, when it clears them away. And to all of them
-# together, at least: a copy of the interpreter's code.
-EACH, COPY = 7 << 18, 4 << 20
-# An application is thought to leave a tenth of its own peak free within its limit.
-_OURS = 11
-_processes = 1
-_parent = 0  # PID of the process that said so
-
 # (limit, bytes in use, their part in the page cache that can be reclaimed: keys of memory.stat),
 # from Linux, Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst. Memory of tmpfs and
 # what is locked is on other lists (inactive_anon, unevictable). `total_` counts descendants, which
@@ -59,47 +50,6 @@ def read(root: str = "") -> Memory | None:
         root: where /proc and /sys are to be found.
     """
     return min(bounds(root), key=lambda bound: bound.available, default=None)
-
-
-def expect(processes: int) -> None:
-    """Note how many processes share what is to be had: this one, and those that it will fork."""
-    global _processes, _parent
-    _processes, _parent = processes, os.getpid()
-
-
-def processes() -> int:
-    """How many processes share what is to be had; 1 where nobody said."""
-    return _processes
-
-
-def siblings() -> int:
-    """How many processes will each have a copy of what this one copies for itself alone: in a child
-    of the one that said how many there are, all of them. What that one copies they inherit."""
-    return 1 if os.getpid() == _parent else _processes
-
-
-def needed() -> int:
-    """The limit that so many processes need at least, bytes; 0 for one.
-
-    What is available before they are forked says nothing of what the application will take in each.
-    It fits its limit, and so does what is ours where the limit is eleven times that.
-    """
-    return _OURS * (_processes * EACH + COPY) if _processes > 1 else 0
-
-
-def shortage(root: str = "", working: int = WORKING) -> Memory | None:
-    """The bound that leaves too little to prime at all, if one does.
-
-    Args:
-        root: where /proc and /sys are to be found.
-        working: what this process needs for itself.
-    """
-    if not working and not needed():
-        return None
-    for bound in sorted(bounds(root), key=lambda bound: bound.available):
-        if bound.available < working or bound.limit < needed():
-            return bound
-    return None
 
 
 def resident() -> int:
