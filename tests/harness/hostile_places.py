@@ -391,7 +391,8 @@ TABLE = (
         Environment(
             f"vm.max_map_count, {left} left", "mprotect(2) of every second page of a mapping",
             (PRIMED, OTHERWISE, NOT),
-            "failed to map segment|Cannot allocate memory|MemoryError" if left < 40 else "",
+            # At the edge: it says what failed, or all of it is done.
+            "failed to map segment|Cannot allocate memory|MemoryError|100 % of" if left < 40 else "",
             old_map_limit, MAPPINGS.format(left=left),
             undoes=True, slow=left != 12,
         )
