@@ -247,6 +247,8 @@ for n in range(1, most - have - {left}, 2):
     if libc.mprotect(at + n * page, page, 0):
         break
 """
+# At the edge: the report says what failed, or all of it is done.
+FAILED_OR_WHOLE = "failed to map segment|Cannot allocate memory|MemoryError|100 % of"
 UPGRADE = """
 def upgrade():
     folder = {folder}
@@ -391,8 +393,7 @@ TABLE = (
         Environment(
             f"vm.max_map_count, {left} left", "mprotect(2) of every second page of a mapping",
             (PRIMED, OTHERWISE, NOT),
-            # At the edge: it says what failed, or all of it is done.
-            "failed to map segment|Cannot allocate memory|MemoryError|100 % of" if left < 40 else "",
+            FAILED_OR_WHOLE if left < 40 else "",
             old_map_limit, MAPPINGS.format(left=left),
             undoes=True, slow=left != 12,
         )
