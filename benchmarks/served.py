@@ -115,7 +115,7 @@ def serve(  # noqa: PLR0913  # each is a choice that a benchmark offers
     primed = settings is not None
     module = _command(server, workers, port, f"{directory}/log", primed=primed, preload=preload)
     command = [*(["-m", "page_primer", "run", *run, "--", python] if run else []), "-m", *module]
-    settings = {"PAGE_PRIMER_APP": "served:application", **settings} if settings else {}
+    settings = {"PAGE_PRIMER_APP": "served:application", **(settings or {})} if primed else {}
     process = subprocess.Popen(
         [python, *command],
         cwd=directory, env={**os.environ, "OPENBLAS_NUM_THREADS": "1", **settings},
