@@ -16,7 +16,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-from harness.elves import SOURCE, answers, digest, link, loaded, same_in_memory
+from harness.elves import SOURCE, answers, digest, link, loaded, loads, same_in_memory
 from harness.interpreters import INTERPRETERS, KINDS, is_shared
 from harness.outside import PMD
 from hypothesis import HealthCheck, given, settings
@@ -283,6 +283,13 @@ def test_far_segments(shift: int, file: Path) -> None:
 def test_huge_read_only_memory(shift: int, file: Path) -> None:
     edited(file, 1, 1, 40, 1 << shift)  # p_memsz of the code
     refused(file, "segments")
+
+
+def test_headers_in_two_segments(file: Path) -> None:
+    """What the second has of them must not change, and would."""
+    (code,) = [load for load in loads(file) if load["p_flags"] & 1]
+    edited(file, 1, 1, 8, -code["p_offset"])  # p_offset of the code
+    refused(file, "two of its segments have its headers")
 
 
 @pytest.mark.slow

@@ -130,6 +130,7 @@ def _read(fd: int) -> Original:
         file.dynamic_strings(DT_NEEDED),
     )
     _check_loads(original)
+    _check_headers(original)
     _check_sections(original)
     dynamic = [entry for p in programs if p.p_type == PT_DYNAMIC for entry in file.dynamic(p)]
     for tag, value in dynamic:
@@ -163,6 +164,15 @@ def _check_loads(original: Original) -> None:
     last = max(load.file_end if load.writable else load.end for load in loads)
     if last - loads[0].p_vaddr > _FARTHEST_FACTOR * original.size + _FARTHEST:
         raise Refused("segments too far apart")
+
+
+def _check_headers(original: Original) -> None:
+    """Refuse headers that are loaded twice: they change, and the loader's are in one place only."""
+    table = original.header.e_phoff, original.header.e_phnum * elf.PROGRAM_HEADER.size
+    for offset, size in ((0, elf.HEADER.size), table):
+        end = offset + size
+        if sum(x.p_offset < end and offset < x.p_offset + x.p_filesz for x in original.loads) > 1:
+            raise Refused("two of its segments have its headers")
 
 
 def _check_sections(original: Original) -> None:
