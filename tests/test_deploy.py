@@ -326,10 +326,11 @@ def test_systemd_with_a_store_that_root_has_filled(public, public_python):
 
 def test_units_are_what_systemd_understands(tmp_path):
     """No unknown setting, no wrong value."""
-    for number in range(2):
-        unit = block("systemd.md", "[Unit]", number)
+    for number, page in enumerate(("systemd.md", "systemd.md", "../warm.md")):
+        unit = block(page, "[Unit]", number % 2)
         path = tmp_path / f"shop{number}.service"
         path.write_text(unit.replace("/opt/shop/bin/gunicorn", "/bin/true")
+                        .replace("/opt/venv/bin/page-primer-warm", "/bin/true")
                         .replace("/opt/shop/bin/page-primer", "/bin/true")
                         .replace("/opt/shop", "/"))  # fmt: skip
         try:

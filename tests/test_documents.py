@@ -83,7 +83,7 @@ RUN_BY = {
         "test_warm.py::test_the_python_command_names", "test_warm.py::test_a_command_goes_through",
     ),
     "docs/warm.md: /usr/lib/libpython3.11.so.1.0: ": SHOWN,
-    "docs/warm.md: pkill": "test_warm.py::test_a_holder_ends_on_sigterm",
+    "docs/warm.md: page-primer-warm --hold": "test_warm.py::test_a_holder_keeps_a_file_locked",
     "docs/warm.md: [Service]": UNITS,
     "docs/warm.md: [Unit]": UNITS,
     "docs/warm.md: ENTRYPOINT": CONTAINER,

@@ -87,6 +87,12 @@ def test_pre_commit_runs_what_make_lint_does():
         assert program.startswith(".venv/") or (ROOT / program).is_file(), hook
 
 
+def test_the_program_that_warms_is_small():
+    """What needs no C is not in it."""
+    source = re.sub(r"/\*.*?\*/", "", text_of("page_primer/launcher/warm.c"), flags=re.DOTALL)
+    assert sum(bool(line.strip()) for line in source.splitlines()) < 200
+
+
 def test_benchmarks_print_what_was_measured_and_no_goals():
     """Whoever runs `make bench` has none of its authors' goals."""
     for path in (ROOT / "benchmarks").glob("*.py"):

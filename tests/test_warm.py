@@ -15,17 +15,20 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from harness import outside
 from harness.interpreters import KINDS
 from harness.kernel import release
-from harness.servers import wait_for
+from harness.privileges import needs_root
+from harness.service import public_python
 
 from page_primer.align import files as align
 from page_primer.launcher import warm
+
+__all__ = ["public_python"]
 
 C_SOURCES = sorted(Path(warm.__file__).parent.glob("*.c"))
 SMALL = 32 << 10
@@ -358,85 +361,71 @@ def test_another_user_warms(readable: str, small: Path) -> None:
     assert huge_in_new_process(small) == WANTED
 
 
-MARK = "HOLDERS_OF_TESTS_IN"
+@contextmanager
+def holder(
+    *command: str | Path, preexec_fn: Callable[[], None] | None = None
+) -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen(
+        [str(word) for word in command], stdout=subprocess.PIPE, text=True, preexec_fn=preexec_fn
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
-@pytest.fixture(autouse=True)
-def _mark(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(MARK, str(os.getpid()))
-
-
-def holders() -> list[int]:
-    """Those of this process's tests, which their environment names: others may run beside."""
-    found = []
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            try:
-                name = Path(f"/proc/{entry}/comm").read_text()
-                mine = f"{MARK}={os.getpid()}\0" in Path(f"/proc/{entry}/environ").read_text()
-            except (OSError, ValueError):
-                continue
-            if name == "primer-hold\n" and mine:
-                found.append(int(entry))
-    return found
-
-
-@pytest.fixture
-def no_holder() -> Iterator[None]:
-    before = holders()
-    yield
-    for pid in set(holders()) - set(before):
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGTERM)
-
-
-@pytest.mark.usefixtures("no_holder")
 def test_a_holder_keeps_a_file_locked(program: str, small: Path) -> None:
-    before = holders()
-    read_end, write_end = os.pipe()
-    os.set_inheritable(write_end, True)
-    done = run(program, "--hold", small.name, cwd=small.parent, pass_fds=[write_end])
-    os.close(write_end)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert os.read(read_end, 1) == b"", "the holder has a descriptor of its caller"
-    os.close(read_end)
-    (pid,) = set(holders()) - set(before)
-
-    code = code_of(pid, small)
-    assert "lo" in code.flags
-    assert (code.huge, code.kb["Locked"] << 10) == (WANTED, WANTED)
-    assert os.readlink(f"/proc/{pid}/cwd") == "/"
-    assert [os.readlink(f"/proc/{pid}/fd/{n}") for n in range(3)] == ["/dev/null"] * 3
-    assert os.getsid(pid) != os.getsid(0)
-    others = sum(v.kb["Pss"] << 10 for v in outside.smaps(pid)) - code.kb["Pss"] * 1024
-    assert others < 1 << 20
-
-    os.kill(pid, signal.SIGTERM)
-    wait_for(lambda: pid not in holders(), "the holder to end")
+    with holder(program, "--hold", small) as process:
+        line = process.stdout.readline()
+        assert line == f"{small}: 4096 of 4096 KiB on huge pages, read anew\n"
+        drop(small)
+        assert huge_in_new_process(small) == WANTED
+        code = code_of(process.pid, small)
+        assert "lo" in code.flags
+        assert (code.huge, code.kb["Locked"] << 10) == (WANTED, WANTED)
+        others = sum(v.kb["Pss"] << 10 for v in outside.smaps(process.pid)) - code.kb["Pss"] * 1024
+        assert others < 1 << 20
+        assert process.poll() is None
+        process.terminate()
+        assert process.wait(60) == -signal.SIGTERM
 
 
-@pytest.mark.usefixtures("no_holder")
-def test_a_limit_that_forbids_holding_is_named(readable: str, small: Path) -> None:
-    before = holders()
-    limited = "prlimit", f"--memlock={64 << 10}"
-    done = run(*as_nobody(*limited, readable, "--hold", small, "--", "echo", "ran"))
-    assert (done.returncode, done.stdout) == (0, "ran\n")
-    assert f": {small}: not held (RLIMIT_MEMLOCK): " in done.stderr
-    wait_for(lambda: holders() == before, "the holder to end")
+def test_what_a_limit_does_not_let_be_held_is_named(readable: str, small: Path) -> None:
+    limited = as_nobody("prlimit", f"--memlock={64 << 10}", readable, "--hold", small)
+    done = run(*limited)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert done.stdout.startswith(f"{small}: 4096 of 4096 KiB on huge pages")
+    assert done.stdout.endswith(": not held (RLIMIT_MEMLOCK)\n")
 
 
-@pytest.mark.usefixtures("no_holder")
+def test_what_can_be_held_is_though_not_all_can(readable: str, linked: Path, small: Path) -> None:
+    limited = as_nobody("prlimit", f"--memlock={5 << 20}", readable, "--hold")
+    with holder(*limited, "/nonexistent", small, linked) as process:
+        lines = [process.stdout.readline() for _ in range(3)]
+        held = ["not warmed" in line or "not held" in line for line in lines]
+        assert held == [True, False, True], lines
+        assert "lo" in code_of(process.pid, small).flags
+        assert process.poll() is None
+
+
 def test_a_holder_ends_on_sigterm_whatever_its_caller_ignores(program: str, small: Path) -> None:
-    before = holders()
-
     def ignore() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
-    run(program, "--hold", small, preexec_fn=ignore)
-    (pid,) = set(holders()) - set(before)
-    os.kill(pid, signal.SIGTERM)
-    wait_for(lambda: pid not in holders(), "the holder to end")
+    with holder(program, "--hold", small, preexec_fn=ignore) as process:
+        assert process.stdout.readline()
+        process.terminate()
+        assert process.wait(60) == -signal.SIGTERM
+
+
+@pytest.mark.root("make a namespace of processes")
+def test_a_containers_first_process_ends_on_sigterm(program: str, small: Path) -> None:
+    first = ["unshare", "--pid", "--fork", "--kill-child", program, "--hold", str(small)]
+    with holder(*first) as process:
+        assert process.stdout.readline()
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+        os.kill(int(children), signal.SIGTERM)
+        assert process.wait(60) == signal.SIGTERM
 
 
 # --- The command in its place.
@@ -534,15 +523,24 @@ def test_lists_name_the_files(program: str, small: Path, tmp_path: Path) -> None
     assert run(program, "/nonexistent", env=environment).stdout.count("\n") == 1
 
 
+@needs_root
 def test_the_list_of_a_users_state_directory_is_read(
-    readable: str, small: Path, directory: Path
+    program: str, small: Path, directory: Path, public_python: str
 ) -> None:
     recorded = directory / "state/page-primer/aligned"
     recorded.parent.mkdir(parents=True)
-    recorded.write_text(f"{small}\n")
-    expected = f"{small}: 4096 of 4096 KiB on huge pages"
+    recorded.write_text(f"{small}\n\0/garbage\n/{'long' * 9999}\n")
     environment = {"XDG_STATE_HOME": str(directory / "state"), "PATH": os.environ["PATH"]}
-    assert expected in run(*as_nobody(readable), env=environment).stdout
+    beside = shutil.copy(program, Path(public_python).with_name("page-primer-warm"))
+    page_primer = as_nobody(public_python, "-m", "page_primer")
+    try:
+        done = run(*page_primer, "run", "--", "echo", "ran", env=environment)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "ran\n", "")
+        assert huge_in_new_process(small) == WANTED
+        expected = f"{small}: 4096 of 4096 KiB on huge pages"
+        assert expected in run(*page_primer, "warm", env=environment).stdout
+    finally:
+        os.unlink(beside)
 
 
 def test_a_list_of_garbage_is_read_to_its_end(program: str, small: Path, tmp_path: Path) -> None:
@@ -582,7 +580,9 @@ def test_a_list_that_is_no_file_keeps_nobody_waiting(
     assert (done.returncode, done.stdout) == (0, "ran\n")
 
 
-@pytest.mark.parametrize("words", [["--unknown"], ["--list", "f"], ["-x", "--", "true"]])
+@pytest.mark.parametrize(
+    "words", [["--unknown"], ["--list", "f"], ["-x", "--", "true"], ["--hold", "--", "true"]]
+)
 def test_unknown_options_are_refused(program: str, words: Sequence[str]) -> None:
     done = run(program, *words)
     assert (done.returncode, done.stdout) == (2, "")
@@ -790,7 +790,9 @@ def test_the_python_command_passes_everything_on(small: Path) -> None:
     done = page_primer("warm", "--python", "/nonexistent")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("page-primer: /nonexistent ")
-    assert page_primer("warm", "--unknown").returncode == 2
+    for wrong in (["--unknown"], ["--hold", "--", "echo", "ran"]):
+        done = page_primer("warm", *wrong)
+        assert (done.returncode, done.stdout) == (2, "")
 
 
 def test_a_command_goes_through_warm_where_a_list_is(

@@ -58,7 +58,7 @@ WHY = (
     (r"_core\.c PyInit__core|_heap\.c arenas_install: return PyUnicode_FromString\(.none.\)",
      "of other versions and builds of CPython than the one that is measured"),
     (r"_memory\.c core_map: munmap", "Linux before 4.17, which takes the address for a hint"),
-    (r"_alone\.c in_any_child|warm\.c leave_holder",
+    (r"_alone\.c in_any_child",
      "in children that end by _exit(2) or a signal, whose counters are not written"),
     (r"_swap\.c put_back: (if \(\+\+tries|usleep)|_swap\.c core_swap: fail\(module, s\.broken",
      "two failures in one swap: one is injected at a time"),

@@ -55,7 +55,11 @@ def run(command: Sequence[str], settings: Mapping[str, str]) -> int:
 
             add_tunable(os.environ)
     try:
-        _execute(through_warm(command))
+        through = through_warm(command)
+        if len(through) > len(command):
+            with suppress(OSError):  # as without it, should it make too long a command line
+                _execute(through)
+        _execute(command)
     except OSError as error:
         say(f"page-primer: {command[0]}: {error.strerror}")
         return 126 if error.errno not in _NOT_HERE else 127

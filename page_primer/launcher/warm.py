@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 
-from page_primer.align.aligned import all_listed, is_aligned
+from page_primer.align.aligned import VARIABLE, all_listed, is_aligned
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 PROGRAM = "page-primer-warm"
+_PATH_MAX, _MOST_PATHS = 4096, 1000
 
 
 def through_warm(command: Sequence[str]) -> list[str]:
@@ -26,9 +27,18 @@ def through_warm(command: Sequence[str]) -> list[str]:
         command: an argv; returned as it is where no file is recorded as aligned, or where
             `page-primer-warm` was not built or is not installed beside this package.
     """
-    if all_listed() and (path := program()):
-        return [path, "-q", "--", *command]
+    if (listed := all_listed()) and (path := program()):
+        return [path, "-q", *_of_user(listed), "--", *command]
     return list(command)
+
+
+def _of_user(listed: Sequence[str]) -> list[str]:
+    """What has to be named of the recorded files: nothing where the program reads all of them by
+    itself, the list that PAGE_PRIMER_ALIGNED names, or root's."""
+    if os.environ.get(VARIABLE) or os.geteuid() == 0:
+        return []
+    # Of a list of garbage execv(2) would not take everything.
+    return [path for path in listed if len(path) < _PATH_MAX and "\0" not in path][:_MOST_PATHS]
 
 
 def program() -> str | None:
@@ -69,7 +79,10 @@ def main(arguments: Sequence[str]) -> int:
     words = list(arguments)
     at = words.index("--") if "--" in words else len(words)
     words, command = words[:at], words[at + 1 :]
-    given = parser().parse_args(words)
+    parsing = parser()
+    given = parsing.parse_args(words)
+    if given.hold and command:
+        parsing.error("--hold stays in the foreground, so there is no COMMAND after it")
     path = program()
     if path is None:
         print(f"page-primer: {PROGRAM} is not installed", file=sys.stderr)
@@ -82,6 +95,7 @@ def main(arguments: Sequence[str]) -> int:
     options = [*["-q"] * given.q, *["--hold"] * given.hold]
     # `./-name`, for the program takes what begins with `-` for an option.
     files = [os.path.join(".", file) if file.startswith("-") else file for file in files]
+    files = files or _of_user(all_listed())
     return _execute([path, *options, *files, *(["--", *command] if command else [])])
 
 
@@ -129,8 +143,8 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="page-primer warm",
         usage="page-primer warm [options] [PATH ...] [-- COMMAND ...]",
-        description="Bring aligned files into memory on huge pages, then execute COMMAND. By "
-        "default all files that `page-primer align` has recorded.",
+        description="Bring aligned files into memory on huge pages, then execute COMMAND, or stay "
+        "and keep them there. By default all files that `page-primer align` has recorded.",
         epilog="Exit status: 0 all on huge pages, 1 not all, 2 usage; or COMMAND's.",
         allow_abbrev=False,
     )
@@ -138,7 +152,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--libraries", action="store_true",
                         help="also its aligned extension modules and libraries")  # fmt: skip
     parser.add_argument("--hold", action="store_true",
-                        help="leave a process that keeps them in memory (mlock)")  # fmt: skip
+                        help="stay until SIGTERM, and keep them in memory (mlock)")  # fmt: skip
     parser.add_argument("--rewrite", action="store_true",
                         help="rewrite a file that others map in small pages")  # fmt: skip
     parser.add_argument("-q", action="store_true", help="print nothing of files")
