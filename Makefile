@@ -9,6 +9,7 @@
 # make wheel   sdist and wheel in dist/, checked (PYTHON_FOR=...: a wheel for another interpreter,
 #              CROSS=aarch64-linux-gnu: by that compiler, for another processor)
 # make wheel-check   the wheel in a clean environment of each interpreter here, and some tests on it
+# make wheel-debian  the wheel alone in a fresh Debian 12, 13 and unstable, without a compiler (root)
 # make changelog     fold the fragments of changelog.d/ into CHANGELOG.md (DRAFT=1: only show)
 # make docs    the documentation as a site, in build/docs; a warning is an error
 # make bench   what priming costs, and a start under page-primer run (AGAINST=COMMIT: and in another),
@@ -35,7 +36,7 @@ PARALLEL := $(BIN)/pytest --numprocesses $(shell expr $$(nproc) + $$(nproc) / 2)
     --dist loadfile
 SOURCES := pyproject.toml setup.py $(wildcard page_primer/*.[ch] page_primer/launcher/*.[ch])
 
-.PHONY: demo demo-celery test test-fast coverage bookworm trixie sid lint wheel wheel-check changelog docs bench bench-pressure environments drawing sanitize fuzz tools-matrix kernels clean
+.PHONY: demo demo-celery test test-fast coverage bookworm trixie sid lint wheel wheel-check wheel-debian changelog docs bench bench-pressure environments drawing sanitize fuzz tools-matrix kernels clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/gunicorn/demo.py
@@ -48,7 +49,7 @@ test: $(VENV)/.dev
 	tools/system-packages gdb:gdb ps:procps setpriv:util-linux readelf:binutils \
 	    redis-server:redis-server perf:linux-perf valgrind:valgrind nsenter:util-linux $(PIE) \
 	    ld.lld:lld ld.gold:binutils-gold mold:mold musl-gcc:musl-tools eu-addr2line:elfutils \
-	    fakeroot:fakeroot h2load:nghttp2-client vmtouch:vmtouch git:git
+	    fakeroot:fakeroot chattr:e2fsprogs h2load:nghttp2-client vmtouch:vmtouch git:git
 	$(PARALLEL) $(TESTS)
 
 test-fast: $(VENV)/.dev
@@ -85,6 +86,12 @@ WHEEL_TESTS = tests/test_core.py tests/test_status.py \
 wheel-check: $(VENV)/.release
 	$(BIN)/python tools/wheel-check --gunicorn
 	$(BIN)/python tools/wheel-check --tests -- -m "not slow" $(WHEEL_TESTS)
+
+wheel-debian: wheel
+	tools/system-packages debootstrap:debootstrap unshare:util-linux git:git
+	for suite in bookworm trixie sid; do tools/debian $$suite "tools/system-packages \
+	    pip3:python3-pip && ! which cc && \
+	    python3 tools/wheel-check --gunicorn /usr/bin/python3" || exit 1; done
 
 changelog: $(VENV)/.release
 	$(BIN)/towncrier build $(if $(DRAFT),--draft,--yes) --version next

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from harness.interpreters import KINDS
+from harness.privileges import drop_memlock, locks_fit
 from harness.schemas import validated
 from harness.servers import Server, free_port, wait_for
 
@@ -367,15 +369,24 @@ def test_celery_tasks(tmp_path, broker):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("vmtouch"), reason="vmtouch is not installed")
-def test_vmtouch(tmp_path):
+@pytest.mark.parametrize("limit", [None, 8192])
+def test_vmtouch(tmp_path, limit):
+    """As a peer; or not, where RLIMIT_MEMLOCK does not allow it."""
+    if not limit and not locks_fit():
+        pytest.skip("RLIMIT_MEMLOCK holds here")
     port = free_port()
     done = subprocess.run(
-        [*BENCH, "--url", f"http://127.0.0.1:{port}/", "--variants", "off,vmtouch", "--rounds", "1",
+        [*(drop_memlock(limit) if limit else ()), *BENCH, "--url", f"http://127.0.0.1:{port}/",
+         "--variants", "off,vmtouch", "--rounds", "1",
          "--requests", "20", "--", sys.executable, SERVER, str(port)],
         capture_output=True, text=True, timeout=600,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "vmtouch: no verdict: 1 of the 6 rounds" in done.stdout
+    if limit:
+        assert done.returncode == 2
+        assert re.search(r"^page-primer: vmtouch: .*mlock: .*$", done.stderr, re.MULTILINE)
+    else:
+        assert done.returncode == 0, done.stderr
+        assert "vmtouch: no verdict: 1 of the 6 rounds" in done.stdout
     running = subprocess.run(["pgrep", "-x", "vmtouch"], capture_output=True, text=True).stdout
     for pid in running.split():
         with contextlib.suppress(OSError):

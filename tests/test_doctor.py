@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from harness.privileges import locks_fit
 
 if sys.platform != "linux":
     pytest.skip("page-primer's doctor examines Linux", allow_module_level=True)
@@ -348,6 +349,8 @@ say([inside, fix, before, check("image directory " + path, image_dir=path),
 
 
 def directory_trial(tmp_path: Path, setup: str, inside: str = "") -> list[Any]:
+    if not ROOT:
+        pytest.skip("in a user namespace /tmp is nobody's, who may be anybody")
     mount = tmp_path / "mount"
     mount.mkdir()
     path = f"{mount}/{inside}".rstrip("/")
@@ -1049,5 +1052,6 @@ def test_the_command(environ: dict[str, str], status: int, tmp_path: Path) -> No
         pytest.skip("memory is short here")
     assert {one.returncode for one in said.values()} == {status}, text
     assert [problem["code"] for problem in problems] == ["switched-off"] * (status == 2)
-    assert fix == ["unset PAGE_PRIMER"] * (status == 2)
+    if locks_fit():  # or there is advice about that, too
+        assert fix == ["unset PAGE_PRIMER"] * (status == 2)
     assert [ln.strip() for ln in text.splitlines() if "fix:" in ln] == [f"fix: {ln}" for ln in fix]

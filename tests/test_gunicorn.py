@@ -20,7 +20,7 @@ from harness import outside
 from harness.gunicorn_server import APP, CONF, Gunicorn, require_no_failure
 from harness.interpreters import BASE, python_of
 from harness.launched import is_primed
-from harness.privileges import IS_ROOT
+from harness.privileges import IS_ROOT, locks_fit
 from harness.servers import check, children, wait_for
 
 
@@ -122,7 +122,7 @@ def test_late_library_of_an_unpreloaded_app(python, images, tmp_path, worker_cla
             wait_for(lambda pid=pid, path=path: outside.text_of(pid, path).huge, "libcrypto")
             text = outside.text_of(pid, path)
             assert text.huge == text.attainable > 0
-            assert text.locked
+            assert text.locked or not locks_fit()
 
 
 @pytest.mark.slow

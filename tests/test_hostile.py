@@ -14,6 +14,7 @@ from harness.faults import build_fault
 from harness.interpreters import INTERPRETERS, python_of
 from harness.kernel import require_huge_files
 from harness.libraries import build_library
+from harness.privileges import locks_fit
 from harness.process import Process, interpreter, left_of
 
 ROOT = Path(__file__).parents[1]
@@ -293,7 +294,7 @@ def test_a_failed_call_does_not_spoil_the_next(python, images, tmp_path):
         assert "Too many open files" in reason
         (big,) = [obj for obj in report["objects"] if obj["path"] == str(library)]
         assert big["backing"] == "image"
-        assert big["locked_bytes"] > 0
+        assert big["locked_bytes"] > 0 or not locks_fit()
 
 
 @pytest.mark.slow

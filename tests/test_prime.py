@@ -18,7 +18,7 @@ from harness.interpreters import KINDS, python_of
 from harness.kernel import require_huge_files
 from harness.libraries import BIG, build, build_library, chunks_library
 from harness.outside import PMD
-from harness.privileges import drop_memlock
+from harness.privileges import drop_memlock, locks_fit
 from harness.process import Failed, Process, interpreter, left_of
 
 import page_primer
@@ -271,7 +271,7 @@ def test_second_call_does_nothing_and_a_new_library_is_handled(python, images):
         path = next(p for p in report["moved"] if os.path.basename(p).startswith("libcrypto"))
         text = outside.text_of(process.pid, path)
         assert text.huge == text.attainable > 0
-        assert text.locked
+        assert text.locked or not locks_fit()
         process.run("result = hashlib.sha256(b'x').hexdigest()")
 
 

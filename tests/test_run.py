@@ -15,6 +15,7 @@ from harness.gunicorn_server import Gunicorn
 from harness.interpreters import KINDS, python_of
 from harness.kernel import require_huge_files
 from harness.launched import LAUNCHER, RUN, check_primed, environment, is_primed, run
+from harness.privileges import locks_fit
 from harness.servers import NO_CONTROL_SOCKET, Server, children, free_port, wait_for
 
 APP = """
@@ -197,7 +198,7 @@ def test_a_library_that_comes_late(python, images, options, late, moved):
         text = outside.text_of(process.pid, found)
         assert text.attainable > 0
         # What of it is hot by then: a part, or all of it.
-        assert (text.huge > 0 and text.locked) is moved
+        assert (text.huge > 0 and (text.locked or not locks_fit())) is moved
         process.communicate(b"\n")
 
 

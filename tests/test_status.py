@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from harness import outside
+from harness.privileges import locks_fit
 from harness.process import Process, interpreter
 from harness.servers import wait_for
 from harness.terminal import on_terminal, without_colours
@@ -58,7 +59,7 @@ def test_it_tells_what_smaps_tells(every_python, images, backing):
         assert bool(core["copied_bytes"]) == bool(text.huge)
         if backing:
             assert found["locked_bytes"] > 0
-            assert core["locked_bytes"] >= text.span
+            assert core["locked_bytes"] >= text.span or not locks_fit()
             measured = interpreter(report)
             for name in ("code_bytes", "code_huge_bytes", "copied_bytes", "locked_bytes"):
                 assert core[name] == measured[name], name

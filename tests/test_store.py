@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from harness import outside
 from harness.kernel import filesystem, require_huge_files
-from harness.privileges import IS_ROOT, drop_memlock
+from harness.privileges import IS_ROOT, drop_memlock, locks_fit
 from harness.process import Process, interpreter
 
 from page_primer.images import trust
@@ -80,7 +80,7 @@ def test_an_image_on_small_pages_is_written_again(python, images, limit):
         assert huge(process)
         assert outside.text_of(process.pid).locked
         assert (core["path"] in report["moved"], core["backing"]) == (True, "image")
-        assert bool(report["lock_refused_bytes"]) == bool(limit)
+        assert bool(report["lock_refused_bytes"]) == (bool(limit) or not locks_fit())
         if not core["written_bytes"]:
             pytest.skip("this kernel makes a file's small pages huge")
         assert any(note.startswith(f"{where}: 0 of ") for note in core["notes"]), core["notes"]
@@ -321,7 +321,8 @@ def test_default_directories(python, tmp_path):
         found = places(process)
     paths = [path for path, _, _ in found]
     assert f"{tmp_path}/cache/page-primer" in paths
-    assert (paths[0] == "/var/cache/page-primer") == IS_ROOT
+    system = "/var/cache/page-primer"
+    assert (paths[0] == system) == (IS_ROOT or os.path.isdir(system))
     assert [in_memory for _, in_memory, _ in found] == sorted(bool(m) for _, m, _ in found)
     if filesystem("/dev/shm") == "tmpfs":
         size = os.statvfs("/dev/shm").f_blocks * os.statvfs("/dev/shm").f_frsize

@@ -154,7 +154,8 @@ class Bench:
             yield
         finally:
             process.kill()
-            process.communicate()
+            process.wait()
+            process.stderr.close()  # type: ignore[union-attr]  # PIPE
             self.tree.helpers.discard(process.pid)
 
     def _script(self, variant: Variant) -> dict[str, float]:
@@ -187,7 +188,7 @@ def _wait_for_locks(process: subprocess.Popen[str]) -> None:
     while time.monotonic() < end:
         time.sleep(0.1)
         if process.poll() is not None:
-            _, said = process.communicate()
+            said = process.stderr.read()  # type: ignore[union-attr]
             last = (said.strip().splitlines() or ["it ended"])[-1]
             raise Failure(f"vmtouch: {last}")
         with open(f"/proc/{process.pid}/status", encoding="utf-8") as file:

@@ -11,7 +11,7 @@ from elftools.elf.elffile import ELFFile
 
 from harness import outside
 from harness.probes.registry import probe
-from harness.probes.target import Target
+from harness.probes.target import NotHere, Target
 
 
 def build_id(head: bytes) -> str:
@@ -47,7 +47,11 @@ def symbols_by_file(target: Target) -> dict[str, Any]:
         if not os.path.lexists(path):
             found[name] = "no file"
             continue
-        with open(path, "rb") as file:
+        try:
+            file = open(path, "rb")  # closed by the next line
+        except PermissionError:
+            raise NotHere("needs CAP_CHECKPOINT_RESTORE, as root has") from None
+        with file:
             identity = build_id(file.read(4096))
             found[name] = (
                 symbol_at(file, vma.offset + address - vma.start) if identity else "no build-id"
