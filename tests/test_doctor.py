@@ -1052,6 +1052,8 @@ def test_the_command(environ: dict[str, str], status: int, tmp_path: Path) -> No
         pytest.skip("memory is short here")
     assert {one.returncode for one in said.values()} == {status}, text
     assert [problem["code"] for problem in problems] == ["switched-off"] * (status == 2)
-    if locks_fit():  # or there is advice about that, too
-        assert fix == ["unset PAGE_PRIMER"] * (status == 2)
+    if not locks_fit():  # there is advice about that, too, whose lines the screen joins
+        assert ("unset PAGE_PRIMER" in fix) == (status == 2)
+        return
+    assert fix == ["unset PAGE_PRIMER"] * (status == 2)
     assert [ln.strip() for ln in text.splitlines() if "fix:" in ln] == [f"fix: {ln}" for ln in fix]

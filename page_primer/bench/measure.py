@@ -190,13 +190,13 @@ def _wait_for_locks(process: subprocess.Popen[str]) -> None:
         if process.poll() is not None:
             said = process.stderr.read()  # type: ignore[union-attr]
             last = (said.strip().splitlines() or ["it ended"])[-1]
-            raise Failure(f"vmtouch: {last}")
+            raise Failure(last.removeprefix("vmtouch: "))
         with open(f"/proc/{process.pid}/status", encoding="utf-8") as file:
             now = next((line for line in file if line.startswith("VmLck")), "")
         if now == before and now.split()[1:2] not in ([], ["0"]):
             return
         before = now
-    raise Failure("vmtouch: locked nothing")
+    raise Failure("it locked nothing")
 
 
 def _maps(pid: int) -> list[Mapping]:
