@@ -130,9 +130,9 @@ def test_dirty_processes_are_huge_and_locked(kind, images, tmp_path):
         answered = int(server.get("/dirty"))
         assert answered in workers
 
-        # What they say is what differs, as with other workers.
-        assert {pid for pid, _ in server.lines("DEBUG")} >= {arbiter, *workers}
+        # What they say is what differs, as with other workers; where locks are limited, all do.
         if locks_fit():
+            assert {pid for pid, _ in server.lines("DEBUG")} >= {arbiter, *workers}
             assert {pid for pid, _ in server.lines("INFO")} <= {server.master, *workers}
             assert server.lines("WARNING") == []
 
