@@ -222,14 +222,14 @@ def test_verbose_speaks_for_late_libraries_and_forked_children(python, images):
 # ------------------------------------------------------------------------------- pass-through ---
 
 TELL = """
-import json, os, signal, sys
+import gc, json, os, signal, sys
 print(json.dumps([
     sys.argv, sys.orig_argv, sys.stdin.read(), sys.executable, sys.prefix, sys.base_prefix,
     sys.path, sorted(n for n in sys.modules if "sitecustomize" in n), sys.flags.utf8_mode,
     open("/proc/self/comm").read(), os.environ.get("LC_CTYPE"),
     [str(signal.getsignal(n)) for n in (signal.SIGPIPE, signal.SIGHUP, signal.SIGINT)],
     sorted(map(int, signal.pthread_sigmask(signal.SIG_BLOCK, ()))),
-    os.getcwd(),
+    os.getcwd(), gc.isenabled(), gc.get_threshold(),
 ]))
 sys.exit(7)
 """

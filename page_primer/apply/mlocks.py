@@ -65,8 +65,10 @@ class Mlocks:
         for obj in found.objects:
             whole = Range(obj.start, obj.end)
             for mapping in overlapping(found.mappings, obj.start, obj.end):
+                if not mapping.is_locked:
+                    continue
                 part = whole.clip(Range(mapping.start, mapping.end))
-                if mapping.is_locked and not any(part.overlaps(other) for other in known):
+                if not any(part.overlaps(other) for other in known):
                     self._host.append(part)
 
     def release_for_host(self, mappings: Sequence[Mapping] | None = None) -> None:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 import struct
+import sys
 
 from page_primer._lean import is_ours
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence, Set
-    from typing import Any, Protocol, TypeVar
+    from typing import Any, Protocol, TypeAlias, TypeVar
 
     class _Placed(Protocol):
         @property
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
         def end(self) -> int: ...
 
     One = TypeVar("One", bound=_Placed)
+    _Fields: TypeAlias = tuple[int, int, str, int, str, int, str, str]  # of a Mapping, in order
 
 HUGE = ("AnonHugePages", "ShmemPmdMapped", "FilePmdMapped", "Private_Hugetlb", "Shared_Hugetlb")
 
@@ -109,21 +111,24 @@ class Mappings(_Sequence):
     """Mappings in the order of their addresses, packed: a process has hundreds of them, and what
     they take for a moment stays in its heap."""
 
-    __slots__ = ("_rows", "_strings", "ends")
+    __slots__ = ("_length", "_numbers", "_rows", "_strings")
 
-    def __init__(self, found: Iterable[Mapping]) -> None:
-        rows, ends = bytearray(), bytearray()
+    def __init__(self, found: Iterable[_Fields]) -> None:
+        rows, pack = bytearray(), _ROW.pack
         strings: dict[str, int] = {}
-        for one in found:
-            named = (one.permissions, one.device, one.path, one.details)
-            numbers = [strings.setdefault(text, len(strings)) for text in named]
-            rows += _ROW.pack(one.start, one.end, one.offset, one.inode, *numbers)
-            ends += _END.pack(one.end)
+        number = strings.setdefault
+        for start, end, permissions, offset, device, inode, path, details in found:
+            rows += pack(
+                start, end, offset, inode,
+                number(permissions, len(strings)), number(device, len(strings)),
+                number(path, len(strings)), number(details, len(strings)),
+            )  # fmt: skip
         self._rows, self._strings = bytes(rows), [*strings]
-        self.ends = memoryview(bytes(ends)).cast("Q")
+        self._numbers = memoryview(self._rows).cast("Q")  # to find one, without unpacking others
+        self._length = len(rows) // _ROW.size
 
     def __len__(self) -> int:
-        return len(self.ends)
+        return self._length
 
     def __iter__(self) -> Iterator[Mapping]:
         for row in _ROW.iter_unpack(self._rows):
@@ -131,23 +136,39 @@ class Mappings(_Sequence):
 
     def __getitem__(self, index: Any) -> Any:
         if type(index) is slice:
-            return [self[each] for each in range(len(self))[index]]
-        at = range(len(self.ends))[index] * _ROW.size
+            return [self[each] for each in range(self._length)[index]]
+        at = range(self._length)[index] * _ROW.size
         return self._unpacked(_ROW.unpack_from(self._rows, at))
 
     def _unpacked(self, row: tuple[int, ...]) -> Mapping:
-        start, end, offset, inode, *numbers = row
-        permissions, device, path, details = (self._strings[number] for number in numbers)
-        return Mapping(start, end, permissions, offset, device, inode, path, details)
+        start, end, offset, inode, permissions, device, path, details = row
+        text = self._strings
+        return Mapping(
+            start, end, text[permissions], offset, text[device], inode, text[path], text[details]
+        )
+
+    def overlapping(self, start: int, end: int) -> Iterator[Mapping]:
+        """Those that share a byte with [start, end)."""
+        numbers, size, unpack = self._numbers, _ROW.size // 8, _ROW.unpack_from
+        low, high = 0, self._length
+        while low < high:
+            middle = (low + high) // 2
+            if numbers[middle * size + 1] <= start:  # its end
+                low = middle + 1
+            else:
+                high = middle
+        while low < self._length and numbers[low * size] < end:
+            yield self._unpacked(unpack(self._rows, low * _ROW.size))
+            low += 1
 
 
-_ROW, _END = struct.Struct("=4Q4I"), struct.Struct("=Q")
+_ROW = struct.Struct("=4Q4I")
 
 
 def read_maps(pid: int | str = "self") -> Sequence[Mapping]:
     """The mappings of a process, without counters."""
     known: dict[str, str] = {}
-    return Mappings(_mapping(line, known) for line in _parts(f"/proc/{pid}/maps", b"\n") if line)
+    return Mappings(_fields(line, known) for line in _parts(f"/proc/{pid}/maps", b"\n") if line)
 
 
 def read_smaps(pid: int | str = "self") -> list[Mapping]:
@@ -169,7 +190,7 @@ def read_own() -> Sequence[Mapping]:
     known: dict[str, str] = {}
     essences: dict[bytes, str] = {}
     return Mappings(
-        _mapping(line, known, _essence(details, essences))
+        _fields(line, known, _essence(details, essences))
         for line, details in _blocks("/proc/self/smaps")
     )
 
@@ -177,11 +198,14 @@ def read_own() -> Sequence[Mapping]:
 def overlapping(mappings: Sequence[One], start: int, end: int) -> Iterator[One]:
     """Those of mappings or ranges, which are in the order of their addresses and do not overlap,
     that share a byte with [start, end)."""
-    ends = mappings.ends if isinstance(mappings, Mappings) else None
+    if isinstance(mappings, Mappings):
+        packed: Any = mappings  # which are the one kind of what there is
+        yield from packed.overlapping(start, end)
+        return
     low, high = 0, len(mappings)
     while low < high:
         middle = (low + high) // 2
-        if (mappings[middle].end if ends is None else ends[middle]) <= start:
+        if mappings[middle].end <= start:
             low = middle + 1
         else:
             high = middle
@@ -249,11 +273,20 @@ def _essence(details: bytes, known: dict[bytes, str]) -> str:
 
 
 def _mapping(line: bytes, known: dict[str, str], details: str = "") -> Mapping:
-    """Parse a line; strings that were `known` before are not made anew."""
-    addresses, permissions, offset, device, inode, *path = os.fsdecode(line).split(None, 5)
+    return Mapping(*_fields(line, known, details))
+
+
+def _fields(line: bytes, known: dict[str, str], details: str = "") -> _Fields:
+    """Parse a line into a mapping's fields; strings that were `known` before are not made anew."""
+    # As os.fsdecode() does it, of which there is a call a line.
+    text = line.decode(_ENCODING, _ERRORS)
+    addresses, permissions, offset, device, inode, *path = text.split(None, 5)
     start, _, end = addresses.partition("-")
     name = path[0].replace("\\012", "\n") if path else ""
-    return Mapping(
+    return (
         int(start, 16), int(end, 16), known.setdefault(permissions, permissions), int(offset, 16),
         known.setdefault(device, device), int(inode), known.setdefault(name, name), details,
     )  # fmt: skip
+
+
+_ENCODING, _ERRORS = sys.getfilesystemencoding(), sys.getfilesystemencodeerrors()
