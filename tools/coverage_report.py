@@ -42,6 +42,27 @@ exclude_also =
     ^\\s*\\.\\.\\.$
 """
 
+# Imported by every Python's start. What a process has executed is written before it becomes another
+# program, as `patch = execv` does; but that changes the environment, which tests look at.
+MEASURED = """
+import os
+import coverage
+
+coverage.process_startup()
+
+
+def saving(execute):
+    def save_and_execute(*arguments, **options):
+        if (measured := coverage.Coverage.current()) is not None:
+            measured.save()
+        return execute(*arguments, **options)
+
+    return save_and_execute
+
+
+os.execv, os.execve = saving(os.execv), saving(os.execve)
+"""
+
 # Why something is never executed: the first pattern that matches "file function: source line".
 WHY = (
     (r"\.c .*PyErr_NoMemory|\.c .*(list|item|value|text|error) == NULL",
@@ -118,7 +139,8 @@ def make_environment() -> None:
         if not path.name.startswith("__editable__") and path.name != "__pycache__":
             (there / path.name).symlink_to(path)
     (there / "tree.pth").write_text(f"{TREE}\n")
-    (there / "coverage.pth").write_text("import coverage; coverage.process_startup()\n")
+    (there / "measured.py").write_text(MEASURED)
+    (there / "coverage.pth").write_text("import measured\n")
     scripts = Path(sysconfig.get_path("scripts"))
     shebang = re.compile(rb"^#!" + re.escape(os.fsencode(scripts)) + rb"/(python\S*)\n")
     for path in scripts.iterdir():

@@ -86,6 +86,6 @@ def python_of(tmp: Path, base: str) -> str:
         packages = next(home.glob("lib/python3.*/site-packages"))
         paths = [str(Path(page_primer.__file__).parents[1]), sysconfig.get_path("purelib")]
         if "COVERAGE_PROCESS_START" in os.environ:  # make coverage
-            paths.append("import coverage; coverage.process_startup()")
+            paths.append("import measured")
         (packages / "tests.pth").write_text("\n".join(paths) + "\n")
     return str(home / "bin" / "python")
