@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 
 from page_primer import reasons
-from page_primer._lean import is_ours
+from page_primer._lean import asdict, is_ours
+from page_primer._loading import Loading, is_cut_off
 from page_primer.options import Options, unknown_variables
 from page_primer.reasons import Reason, Refusal
 from page_primer.report import Report
@@ -24,7 +24,6 @@ from page_primer.words import counted, mib, shortage
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from threading import get_ident
     from typing import Any
 
     from typing_extensions import Unpack
@@ -33,8 +32,6 @@ if TYPE_CHECKING:
     from page_primer.options import OptionValues
 
     __version__: str
-else:
-    from _thread import get_ident  # threading takes 2 ms to import
 
 __all__ = ["Options", "Report", "__version__", "prime", "restore", "status"]
 
@@ -123,9 +120,8 @@ def status(*, measure: bool = False) -> dict[str, Any]:
         the log warned of), sizes in bytes; docs/health.md and `python -m page_primer.schema health`
         have every field.
     """
-    from page_primer import health  # of those who ask alone
-    from page_primer._lean import asdict
-
+    with Loading():
+        from page_primer import health  # of those who ask alone
     found: dict[str, Any] = asdict(health.read(_refused, measure=measure))
     return found
 
@@ -169,7 +165,9 @@ def _nothing_done(reason: Reason, detail: str | None = None) -> Report:
 def _alone(action: Callable[[Process], Report]) -> Report:
     # Where there is no core, the import of this package says nothing: the report does.
     from page_primer import _core
-    from page_primer.apply.process import process
+
+    with Loading():  # as above, and it is there
+        from page_primer.apply.process import process
 
     def otherwise(is_mine: bool) -> Report:
         return _nothing_done(reasons.IN_SIGNAL_HANDLER if is_mine else reasons.ANOTHER_CALL)
@@ -177,61 +175,35 @@ def _alone(action: Callable[[Process], Report]) -> Report:
     return _core.alone(lambda: action(process), otherwise)
 
 
-_loading: set[int] = set()  # threads that import what a first call needs
-_cut_off = False  # forked amid such an import
-_watched = False  # forks are
-_LONGEST_WAIT = 2.0  # seconds
+_loaded = False
 
 
 def _load() -> Refusal | None:
-    """Import what a call needs, unless memory is too short even for that.
-
-    A child that is forked in the midst of another thread's import has its locks for ever, so forks
-    wait for it, and a child that was forked all the same imports nothing.
-    """
-    global _watched
-    if _cut_off:
+    """Import what a call needs, unless memory is too short even for that."""
+    global _loaded
+    if is_cut_off():
         return Refusal(reasons.CUT_OFF)
-    if _is_loaded() and not _loading:
+    if _loaded:
         return None
-    if not _watched:
-        os.register_at_fork(before=_wait_for_others, after_in_child=_after_fork)
-        _watched = True
-    me = get_ident()
-    outermost = me not in _loading  # another is a signal handler's
-    try:
-        _loading.add(me)
+    with Loading():  # not for `import page_primer`
         refused = _too_little_memory()
         if refused is None:
             import page_primer.apply.process  # noqa: F401
+
+            _loaded = True
         return refused
-    finally:
-        if outermost:
-            _loading.discard(me)
 
 
 def _is_loaded() -> bool:
     return "page_primer.apply.process" in sys.modules
 
 
-def _wait_for_others() -> None:
-    end = time.monotonic() + _LONGEST_WAIT
-    while _loading - {get_ident()} and time.monotonic() < end:
-        time.sleep(0.001)
-
-
-def _after_fork() -> None:
-    global _cut_off
-    _cut_off = _cut_off or bool(_loading - {get_ident()})
-    _loading.intersection_update({get_ident()})
-
-
 def _too_little_memory() -> Refusal | None:
     """The modules that prime take a few megabytes themselves, which may be the last ones; and more
     in each process that is to be forked."""
-    # Not for `import page_primer`.
-    from page_primer import family
-    from page_primer.kernel import memory
+    with Loading():  # not for `import page_primer`
+        from page_primer import family
+        from page_primer.kernel import memory
 
     found = family.shortage(working=0 if _is_loaded() else memory.WORKING)
     if found is None:
@@ -268,7 +240,8 @@ if not TYPE_CHECKING:
         if name != "__version__":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         global __version__
-        from importlib import metadata  # 20 ms
+        with Loading():  # 20 ms
+            from importlib import metadata
 
         # Beside this package first: it need not be the one that sys.path leads to.
         places = [os.path.dirname(os.path.dirname(os.path.abspath(__file__))), *sys.path]

@@ -7,6 +7,7 @@ import os
 import sys
 
 from page_primer import hot
+from page_primer._loading import Loading
 from page_primer.elf.objects import Object, Range
 from page_primer.kernel.memory import Memory
 from page_primer.kernel.smaps import overlapping
@@ -32,7 +33,8 @@ def selects(options: Options, path: str) -> bool:
 def _matches(path: str, patterns: Sequence[str]) -> bool:
     if not patterns:
         return False
-    import fnmatch  # and with it re, only where there are patterns
+    with Loading():  # and with it re, only where there are patterns
+        import fnmatch
 
     name = os.path.basename(path)
     return any(fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(path, p) for p in patterns)

@@ -10,6 +10,7 @@ import sys
 import time
 
 from page_primer._lean import Record, replace, suppress
+from page_primer._loading import Loading
 from page_primer.reasons import Reason
 from page_primer.report import TOTALS, Report
 
@@ -112,7 +113,8 @@ def _is_pending(process: Process) -> bool:
 
 
 def _measured() -> Report:
-    from page_primer import on_process  # of a measurement alone
+    with Loading():  # of a measurement alone
+        from page_primer import on_process
 
     return on_process(_look)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 
 from page_primer._lean import Record, suppress
+from page_primer._loading import Loading
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -358,7 +359,8 @@ def unknown_variables(environ: Mapping[str, str] = os.environ) -> tuple[str, ...
 
 def nearest_variable(name: str) -> str | None:
     """The variable that a misspelt one may have been meant for."""
-    import difflib  # which a start without such a mistake does not need: 3 ms
+    with Loading():
+        import difflib  # which a start without such a mistake does not need: 3 ms
 
     # Without what all have in common, which would make any two alike.
     known = {

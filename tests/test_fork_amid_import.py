@@ -1,5 +1,5 @@
-"""A fork in the midst of another thread's first call, which imports what it needs: the child has
-that thread's import locks, which nobody releases."""
+"""A fork in the midst of another thread's call, which imports what it needs: the child has that
+thread's import locks, which nobody releases."""
 
 import textwrap
 
@@ -9,12 +9,12 @@ from harness.process import Process
 # A slow disk keeps the first call long.
 CODE = """
     import os, sys, threading, time, page_primer
-    options = dict(image_dir={images!r})
-    page_primer._LONGEST_WAIT = {wait}
+    options = dict(image_dir={images!r}, **{options!r})
+    page_primer._loading.LONGEST_WAIT = {wait}
     begun, go_on = threading.Event(), threading.Event()
 
     def slowly(event, arguments):
-        if event == "open" and "page_primer/kernel" in str(arguments[0]):
+        if event == "open" and {module!r} in str(arguments[0]).replace("__pycache__/", ""):
             begun.set()
             go_on.wait({slow})
 
@@ -45,18 +45,30 @@ CODE = """
 """
 
 
-@pytest.mark.parametrize(
-    ("wait", "slow", "reason"),
-    [
-        pytest.param(60, 0.1, None, id="it waits"),
-        pytest.param(
-            0.05, 60, "forked while another thread loaded page-primer", id="it waits no longer"
-        ),
-    ],
-)
-def test_the_child_never_waits_for_a_thread_that_it_does_not_have(
-    python, images, wait, slow, reason
-):
-    code = CODE.format(images=str(images), wait=wait, slow=slow, reason=reason)
+# A module of a first call's, and those that are imported later, where something needs them.
+MODULES = {
+    "page_primer/kernel/memory.": {},
+    "page_primer/backing/image.": {},
+    "page_primer/images/anchors.": {"backing": "memfd"},
+    "page_primer/apply/perfmap.": {"perf_map": True},
+    "page_primer/heap/driver.": {"heap": "arenas"},
+    "page_primer/heap/freeze.": {"freeze": True},
+    "/fnmatch.": {"exclude": "*/numpy/*"},
+}
+
+
+def told(python, images, **given):
     with Process(python) as process:
-        assert process.run(textwrap.dedent(code)) == [True, 0, None]
+        return process.run(textwrap.dedent(CODE.format(images=str(images), **given)))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_fork_waits_for_an_import(python, images, module):
+    given = {"module": module, "options": MODULES[module]}
+    assert told(python, images, wait=60, slow=0.1, reason=None, **given) == [True, 0, None]
+
+
+def test_a_fork_waits_not_for_long(python, images):
+    reason = "forked while another thread loaded page-primer"
+    given = {"module": "page_primer/kernel/memory.", "options": {}}
+    assert told(python, images, wait=0.05, slow=60, reason=reason, **given) == [True, 0, None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from page_primer._lean import replace
+from page_primer._loading import Loading
 from page_primer.kernel.thp import pmd_size
 
 TYPE_CHECKING = False
@@ -52,7 +53,8 @@ class HeapState:
 
     def _made(self) -> Heap:
         if self._heap is None:
-            from page_primer.heap.driver import Heap  # modules that only this option needs
+            with Loading():  # modules that only this option needs
+                from page_primer.heap.driver import Heap
 
             self._heap = Heap()
         return self._heap
@@ -62,7 +64,8 @@ class HeapState:
         not to be."""
         if options.freeze:
             if self._frozen is None:
-                from page_primer.heap.freeze import Frozen  # a module that only this option needs
+                with Loading():  # a module that only this option needs
+                    from page_primer.heap.freeze import Frozen
 
                 self._frozen = Frozen()
             self._frozen.freeze()

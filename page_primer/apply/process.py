@@ -7,6 +7,7 @@ import time
 
 from page_primer import _core, budget, mlock_plan, plan, reasons, survey
 from page_primer._lean import is_ours, replace, suppress
+from page_primer._loading import Loading
 from page_primer.apply.heap import HeapState
 from page_primer.apply.measured import measured
 from page_primer.apply.mlocks import Mlocks
@@ -335,7 +336,8 @@ class Process:
 
     def _write_perf_map(self) -> None:
         if self.options is not None and self.options.perf_map:
-            from page_primer.apply.perfmap import PerfMap  # most processes have none
+            with Loading():  # most processes have none
+                from page_primer.apply.perfmap import PerfMap
 
             self.perf_map = self.perf_map or PerfMap()
             self.perf_map.update(self.registry.primed)

@@ -8,6 +8,7 @@ import os
 
 from page_primer import _core, reasons
 from page_primer._lean import Record, is_ours, suppress
+from page_primer._loading import Loading
 from page_primer.apply import core_files
 from page_primer.backing.pieces import PROT_BTI, Attempt, Prepared, Refused, reason_of
 from page_primer.elf.file import PF_X
@@ -80,7 +81,8 @@ def carry_out(
     Raises:
         NotMoved: no backing was good enough, or the swap was refused. The object is as it was.
     """
-    from page_primer.images.anchors import Anchors  # not where nothing is copied
+    with Loading():  # not where nothing is copied
+        from page_primer.images.anchors import Anchors
 
     anchors = Anchors(move.object, move.near, move.far, places)
     try:
@@ -100,7 +102,8 @@ def _carry_out(
     registry: dict[Key, Primed],
     verified: bool,
 ) -> None:
-    from page_primer import backing  # as above
+    with Loading():  # as above
+        from page_primer import backing
 
     notes = list(move.notes)
     for fresh in (False, True):
@@ -241,7 +244,8 @@ def put_back(primed: Primed) -> None:
         if primed.prepared.backing == "hugetlb":
             # Such a mapping can be cut at whole huge pages only (EINVAL): other memory takes its
             # place first, each region at once, and the file's mappings take that one's.
-            from page_primer.backing import memory as memory_backing  # loaded with that backing
+            with Loading():  # it is there: loaded with that backing
+                from page_primer.backing import memory as memory_backing
 
             between = memory_backing.small(obj, primed.regions, primed.prepared.pmd)
             pieces = [piece.swap for piece in between.pieces] + originals
@@ -260,7 +264,8 @@ def _is_wrong(prepared: Prepared, obj: Object, error: OSError) -> bool:
     modified in memory."""
     if prepared.image is None or not isinstance(error, _core.Error):
         return False
-    from page_primer.backing import memory as memory_backing  # loaded with every backing
+    with Loading():  # it is there: loaded with every backing
+        from page_primer.backing import memory as memory_backing
 
     address = error.start
     piece = next(p for p in prepared.pieces if p.region.start <= address < p.region.end)

@@ -8,6 +8,7 @@ believed only when smaps shows the pages huge.
 from __future__ import annotations
 
 from page_primer._lean import ours, replace
+from page_primer._loading import Loading
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ def directories(options: Options) -> list[Place]:
     """The image directories to try, in order; none where this package has gone since it was loaded
     (an upgrade under a running server), which the attempts will say."""
     try:
-        from page_primer.backing import image  # with what it needs a quarter of our modules
+        with Loading():  # with what it needs a quarter of our modules
+            from page_primer.backing import image
     except ours(ImportError):
         return []
     return image.directories(options)
@@ -49,10 +51,10 @@ def attempts(
         held: the object's anchors, mapped as far as what is prepared needs them.
         fresh: the image that is there has wrong content: write a new one.
     """
-    # Nothing of it is loaded where nothing is copied.
-    from page_primer.backing import image, memory
-    from page_primer.backing.pieces import Prepared
-    from page_primer.images import anchors
+    with Loading():  # not where nothing is copied
+        from page_primer.backing import image, memory
+        from page_primer.backing.pieces import Prepared
+        from page_primer.images import anchors
 
     wanted = ("image", "memfd", "anonymous") if options.backing == "auto" else (options.backing,)
     for name in wanted:

@@ -13,6 +13,7 @@ mapped over code, and an anchor with what it should be.
 
 from __future__ import annotations
 
+import atexit
 import errno
 import os
 import stat
@@ -333,8 +334,6 @@ _transient: dict[int, Image] = {}  # by the descriptor of their locks
 def _remember(image: Image) -> None:
     """An image of a random load phase goes with its last user: at the latest when that ends."""
     if not _transient:
-        import atexit  # most processes have no such image
-
         atexit.unregister(_close_all)
         atexit.register(_close_all)
     _transient[image.lock] = image

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from page_primer._lean import Record, ours
+from page_primer._loading import Loading
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ def parse(mountinfo: str) -> Iterator[Mount]:
 
 def _plain(field: str) -> str:
     if "\\" in field:
-        import re  # too slow an import for what is so rare
+        with Loading():  # too slow an import for what is so rare
+            import re
 
         field = re.sub(r"\\([0-3][0-7]{2})", lambda code: chr(int(code[1], 8)), field)
     return field
