@@ -20,6 +20,12 @@ LONG = (
     "tests/test_bench.py",
     "tests/test_bench_parts.py",
     "tests/test_hostile.py",
+    "tests/test_align_command.py",
+    "tests/test_environments.py",
+    "tests/test_interrupted.py",
+    "tests/test_examples.py",
+    "tests/test_prime.py",
+    "tests/test_warm.py",
 )
 
 
