@@ -13,6 +13,7 @@ import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import signal as _signal
     from types import FrameType, TracebackType
     from typing import Any, ClassVar, TypeVar
     from typing import NamedTuple as NamedTuple
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     Some = TypeVar("Some", bound="Record")
     Error = TypeVar("Error", bound=BaseException)
 else:
+    import _signal  # built in: the module signal imports enum
 
     def dataclass_transform(**_):
         return lambda cls: cls
@@ -184,16 +186,17 @@ _LIBRARY = os.path.dirname(os.path.abspath(os.__file__)) + os.sep
 
 
 def is_ours(error: BaseException) -> bool:
-    """Whether an exception comes of this package's own work: a signal handler of the host, which
-    may run in the midst of it, is other people's code, and what it raises is for them. What the
-    kernel refuses is ours, also where other people have wrapped open().
+    """Whether an exception comes of this package's own work, so that it becomes an outcome: a
+    signal handler of the host, which may run in the midst of it, is other people's code, and what
+    it raises is for them. What the kernel refuses is ours, also where other people have wrapped
+    open(), and so is what an audit hook or a wrapper refuses, which was asked by us.
 
     Its frames tell, and of what another thread has had raised here, which has none
     (PyThreadState_SetAsyncExc(), as time limits of jobs do), its class: other people's are theirs.
     """
     if not _is_known(type(error)):
         return False
-    ours, inside = True, False
+    ours, asked, inside = True, True, False
     trace, before = error.__traceback__, None
     while trace is not None:  # on to where it was raised
         frame = trace.tb_frame
@@ -204,9 +207,16 @@ def is_ours(error: BaseException) -> bool:
             if _interrupted(before, frame):
                 return False
             ours = ours and file.startswith(_LIBRARY) and "site-packages" not in file
+            # A function's own locals tell what it was given; Cython's frames, made up, have none.
+            asked = asked and bool(frame.f_code.co_flags & _NEW_LOCALS)
         trace, before = trace.tb_next, frame
     refused = isinstance(error, OSError) and error.errno is not None
-    return ours or (refused and not isinstance(error, TimeoutError))
+    return ours or ((asked or refused) and not isinstance(error, TimeoutError))
+
+
+_NEW_LOCALS = 2  # inspect.CO_NEWLOCALS
+_FUNCTION: Any = type(is_ours)
+_METHOD: Any = type(suppress().__enter__)
 
 
 def _is_known(kind: type[BaseException]) -> bool:
@@ -220,14 +230,28 @@ def _is_known(kind: type[BaseException]) -> bool:
 
 
 def _interrupted(frame: FrameType | None, by: FrameType) -> bool:
-    """Whether a frame is a signal handler's or a trace function's: it was given the other one."""
-    values = by.f_locals.values()
+    """Whether a frame is a signal handler's or a trace function's: it was given the other one, or
+    its code, or is known to the signal module, since a handler may forget what it was given."""
     # By identity: what else is in there may be equal to nothing, or ask the host's code.
-    return any(v is frame or (type(v) is tuple and any(x is frame for x in v)) for v in values)
+    values = [*by.f_locals.values()]
+    values += [item for value in values if type(value) is tuple for item in value]
+    given = (frame, frame and frame.f_code)
+    if any(value is one for value in values for one in given):
+        return True
+    for number in range(1, _signal.NSIG):
+        handler: Any = _signal.getsignal(number)
+        if not callable(handler):
+            continue
+        function = handler.__func__ if type(handler) is _METHOD else handler
+        if type(function) is _FUNCTION and function.__code__ is by.f_code:
+            return True
+        if any(value is handler for value in values):  # an object that can be called
+            return True
+    return False
 
 
 def ours(*kinds: type[Error]) -> tuple[type[Error], ...]:
     """For `except ours(OSError):`, which leaves alone what a host's signal handler raises: a time
     limit's TimeoutError is an OSError, too."""
     error = sys.exc_info()[1]
-    return kinds if error is None or is_ours(error) else ()
+    return kinds if isinstance(error, kinds) and is_ours(error) else ()

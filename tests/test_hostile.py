@@ -152,9 +152,9 @@ def test_an_unforeseen_failure_around_the_swap(python, images, error, when):
         import page_primer, page_primer.apply.process, page_primer.apply.swap as move
         swap_in = move._swap_in
         # As if it were a line of the package: what the host's own code raises is for the host.
-        exec(compile('''def fails(obj, prepared):
+        exec(compile('''def fails(*given):
             if {when!r} == "after":
-                swap_in(obj, prepared)
+                swap_in(*given)
             raise {error}''', move.__file__, "exec"))
         move._swap_in = fails
         try:
@@ -344,11 +344,11 @@ def test_the_file_is_replaced_in_the_midst_of_a_failing_swap(python, images, tmp
         lib = ctypes.CDLL({str(library)!r})
         fault = ctypes.CDLL(None)
         swap_in = move._swap_in
-        def replaced(obj, prepared):
+        def replaced(obj, *rest):
             if obj.path == {str(library)!r}:
                 os.rename({str(wrong)!r}, obj.path)
                 fault.fault_arm(b"mmap", 2, 12)
-            return swap_in(obj, prepared)
+            return swap_in(obj, *rest)
         move._swap_in = replaced
         page_primer.prime(image_dir={str(images)!r})
         fault.fault_fired()

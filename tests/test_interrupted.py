@@ -70,7 +70,7 @@ def test_what_a_signal_handler_raises_reaches_its_host(python, images, backing, 
 AT_EACH_CALL = """
     import builtins, os, signal, threading, time, traceback, page_primer
     from page_primer import _core
-    def handler(*_): raise {raised}
+    {handler}
     signal.signal(signal.SIGALRM, handler)
     threading.Thread(target=threading.Event().wait, daemon=True).start()
     options = dict(image_dir={images!r})
@@ -110,19 +110,77 @@ AT_EACH_CALL = """
             swallowed.append(where)
         left = -1
         page_primer.restore()
-        at += 1 if at < 20 else 7
+        at += 1 if at < 20 else {step}
     result = at, swallowed
 """
 
 
-@pytest.mark.parametrize("raised", ["TimeoutError('the limit')", "PermissionError(13, 'no', 'x')"])
-def test_a_handlers_error_is_no_answer_of_the_kernels(python, images, raised):
-    """TimeoutError is an OSError, for which reading takes a refusal."""
-    code = AT_EACH_CALL.format(images=str(images), raised=raised)
+FORGETS = "def handler(number, frame): del frame; raise"
+
+
+@pytest.mark.parametrize(
+    ("handler", "raised", "step"),
+    [
+        ("def handler(*_): raise", "TimeoutError('the limit')", 7),
+        ("def handler(*_): raise", "PermissionError(13, 'no', 'x')", 7),
+        (FORGETS, "OSError(62, 'the limit')", 23),
+    ],
+)
+def test_a_handlers_error_is_no_answer_of_the_kernels(python, images, handler, raised, step):
+    """TimeoutError is an OSError, for which reading takes a refusal; and a handler may delete the
+    frame that it was given, by which it is known."""
+    code = AT_EACH_CALL.format(
+        images=str(images), raised=raised, handler=f"{handler} {raised}", step=step
+    )
     with Process(python) as process:
         calls, swallowed = process.run(textwrap.dedent(code))
-    assert calls > 100
+    assert calls > 100, calls
     assert not swallowed, "".join(swallowed)
+
+
+AUDITED = """
+    import os, sys, page_primer
+    options = dict(image_dir={images!r}, backing={backing!r}, keep_profilers=False)
+    page_primer.prime(**options)
+    page_primer.restore()
+    def open_files():
+        paths = [f"/proc/self/fd/{{fd}}" for fd in os.listdir("/proc/self/fd")]
+        return sorted(os.readlink(path) for path in paths if os.path.lexists(path))
+    held = open_files()
+    left, refused, outcomes = -1, 0, []
+    def hook(event, arguments):
+        global left, refused
+        if left > 0:
+            left -= 1
+            if left == 0:
+                refused += 1
+                raise {raised}
+    sys.addaudithook(hook)
+    at = 1
+    while True:
+        left = at
+        report = page_primer.prime(**options)
+        done, left = left > 0, -1
+        page_primer.restore()
+        if done:
+            break
+        outcomes.append(report.reason)
+        at += 1 if at < 12 else 2
+    last = page_primer.prime(**options).reason
+    page_primer.restore()
+    result = refused, len(outcomes), last, held, open_files()
+"""
+
+
+@pytest.mark.parametrize("backing", ["image", "memfd"])
+@pytest.mark.parametrize("raised", ["OSError('no')", "RuntimeError"])
+def test_what_an_audit_hook_refuses_is_an_outcome(python, images, backing, raised):
+    """It was asked by prime(), as the kernel is; it often has no errno to give."""
+    code = AUDITED.format(images=str(images), backing=backing, raised=raised)
+    with Process(python) as process:
+        refused, outcomes, last, before, after = process.run(textwrap.dedent(code))
+    assert refused == outcomes > 15
+    assert (last, after) == (None, before)
 
 
 PROGRAM_AMID = """

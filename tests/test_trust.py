@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from harness import outside
 from harness.interpreters import KINDS, python_of
+from harness.kernel import require_huge_files
 from harness.privileges import needs_root
 from harness.process import Process, interpreter
 from harness.service import NOBODY, OTHER, USER, become, capable, public, public_python
@@ -407,6 +408,36 @@ def test_one_bit_in_a_store_that_cannot_be_written_to(python, images):
         core = interpreter(process.prime(image_dir=str(images)))
         assert core["backing"] in MEMORY
         assert not mapped(process.pid, images)
+
+
+@needs_root
+def test_one_bit_of_a_built_image(public, public_python):
+    """An image that `page-primer build` wrote, for a user who cannot write there, and for one who
+    can."""
+    require_huge_files(public)
+    store = public / "images"
+    command = [public_python, "-m", "page_primer", "build", "--dir", str(store), "--json"]
+    built = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)["built"]
+    with Process(public_python, wrapper=become(USER)) as process:
+        core = interpreter(process.prime(image_dir=str(store)))
+        if core["where"] not in [one["path"] for one in built]:
+            pytest.skip("the interpreter does not lie where the image is for")
+        where = Path(core["where"])
+        at = max(v.offset for v in outside.smaps(process.pid) if v.path == str(where)) + 0x1234
+    where.chmod(0o755)
+    with open(where, "r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 1]))
+    where.chmod(0o555)
+    wrong = where.stat().st_ino
+    for wrapper in (become(USER), ()):
+        with Process(public_python, wrapper=wrapper) as process:
+            core = interpreter(process.prime(image_dir=str(store)))
+            assert any("wrong content" in note for note in core["notes"]), core["notes"]
+            assert core["backing"] == ("image" if not wrapper else core["backing"])
+            assert wrong not in {v.inode for v in outside.smaps(process.pid)}
 
 
 def test_an_anchor_that_differs_in_one_bit(tmp_path, images):

@@ -108,7 +108,7 @@ def _carry_out(
     notes = list(move.notes)
     for fresh in (False, True):
         attempts = backing.attempts(move, pmd, options, places, anchors, fresh)
-        prepared = _choose(attempts, notes, verified)
+        prepared, begun = _choose(attempts, notes, verified), list[bool]()
         try:
             anchors.map(prepared.anchors)
             anchors.unmap(but=prepared.anchors)
@@ -123,9 +123,12 @@ def _carry_out(
             move.object, regions, prepared, tuple(notes), anchors, (os.getpid(), _core.forks())
         )
         try:
-            _swap_in(move.object, prepared)
-        except OSError as error:
-            if not is_ours(error):  # a signal handler's: whether it was swapped, smaps will tell
+            _swap_in(move.object, prepared, begun)
+        except BaseException as error:
+            if not isinstance(error, OSError) or not is_ours(error):
+                if not begun:  # otherwise whether it was swapped, smaps will tell
+                    del registry[key]
+                    prepared.discard()
                 raise
             step = getattr(error, "step", "")
             wrong = step == "compare" and _is_wrong(prepared, move.object, error)
@@ -184,7 +187,8 @@ def _choose(attempts: Iterable[Attempt], notes: list[str], verified: bool) -> Pr
     return best
 
 
-def _swap_in(obj: Object, prepared: Prepared) -> None:
+def _swap_in(obj: Object, prepared: Prepared, begun: list[bool]) -> None:
+    """Swap, and have something in `begun` from the moment when it may have been done."""
     original = os.open(obj.path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         _require_same_file(obj, original)  # or undoing would map another file's code
@@ -198,7 +202,9 @@ def _swap_in(obj: Object, prepared: Prepared) -> None:
             with suppress(OSError):
                 size = region.end - region.start
                 _core.advise(region.start, size, _core.MADV_POPULATE_READ)
-        _core.swap(obj.base, obj.headers, [piece.swap for piece in prepared.pieces], undo)
+        swaps = [piece.swap for piece in prepared.pieces]
+        begun.append(True)
+        _core.swap(obj.base, obj.headers, swaps, undo)
     finally:
         os.close(original)
 

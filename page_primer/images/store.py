@@ -7,8 +7,8 @@
     <store>/.trial                    whether files here are on huge pages (trial.py)
 
 Who can put something in is checked when the store is opened (trust.py), and everything after that
-goes by descriptor. Beside that, an image is compared with live memory, byte for byte, before it is
-mapped over code, and an anchor with what it should be.
+goes by descriptor. Images are compared with live memory, byte for byte, before they are mapped over
+code, and anchors with what they should be.
 """
 
 from __future__ import annotations
@@ -41,8 +41,7 @@ class Missing(Unusable):
 
 
 class Image(Record):
-    """An image in use. `fd` is the file, to map it from; `lock` keeps it from being pruned, and is
-    negative where locks are unavailable."""
+    """An image in use. `lock` keeps it from being pruned (negative: locks are unavailable)."""
 
     path: str
     fd: int
@@ -115,8 +114,7 @@ class Store:
 
         Args:
             wanted: what the image holds.
-            fresh: write a new file even where there is one (its pages are in memory as small ones,
-                or its content is wrong).
+            fresh: write a new file even where one is (its pages are small, or its content wrong).
 
         Raises:
             Missing: it is not there, and this store cannot be written to.
@@ -211,16 +209,16 @@ class Store:
         if built.name == wanted.name:
             return None
         with suppress(FileNotFoundError):
-            folder = os.open(built.name, DIRECTORY, dir_fd=self.fd)
+            folder, lock, found = os.open(built.name, DIRECTORY, dir_fd=self.fd), -1, None
             try:
                 if trust.is_trusted(os.fstat(folder), self._owners):
                     lock = locks.share(folder) if self.writable else -1
                     found = self._open(folder, built, lock)
-                    if found is None and lock >= 0:
-                        os.close(lock)
-                    return found
+                return found
             finally:
                 os.close(folder)
+                if found is None and lock >= 0:
+                    os.close(lock)
         return None
 
     def _make_folder(self, name: str) -> bool:
@@ -244,19 +242,22 @@ class Store:
 
     def _open(self, folder: int, wanted: Layout, lock: int, written: int = 0) -> Image | None:
         name = os.path.basename(wanted.object.path)
+        fd, found = -1, None
         try:
             fd = os.open(name, FILE, dir_fd=folder)
+            status = os.fstat(fd)
+            whole = stat.S_ISREG(status.st_mode) and status.st_size >= wanted.content_end
+            if trust.is_trusted(status, self._owners) and whole:
+                with suppress(OSError):
+                    os.utime(fd)  # the time of last use, for pruning
+                identities = tuple(_identity(os.fstat(one)) for one in (fd, lock) if one >= 0)
+                found = Image(f"{self.path}/{wanted.name}/{name}", fd, lock, written, identities)
+            return found
         except ours(OSError):
             return None
-        status = os.fstat(fd)
-        whole = stat.S_ISREG(status.st_mode) and status.st_size >= wanted.content_end
-        if not trust.is_trusted(status, self._owners) or not whole:
-            os.close(fd)
-            return None
-        with suppress(OSError):
-            os.utime(fd)  # the time of last use, for pruning
-        identities = tuple(_identity(os.fstat(one)) for one in (fd, lock) if one >= 0)
-        return Image(f"{self.path}/{wanted.name}/{name}", fd, lock, written, identities)
+        finally:
+            if found is None and fd >= 0:
+                os.close(fd)
 
     def _write(self, folder: int, wanted: Layout, lock: int) -> Image:
         source = wanted.object.source

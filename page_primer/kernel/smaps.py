@@ -239,7 +239,7 @@ def _parts(path: str, separator: bytes) -> Iterator[bytes]:
             yield from whole
         yield rest
     except OSError as error:
-        if not is_ours(error):
+        if error.errno is None or not is_ours(error):
             raise
         # Of reading, it does not say which file.
         raise type(error)(error.errno, error.strerror, path) from error

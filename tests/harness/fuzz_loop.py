@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import signal
 import time
 import traceback
 from collections.abc import Generator
@@ -20,6 +21,9 @@ _WORDS = [0, 1, 2, 3, 5, 7, 8, 0x10, 0x38, 0x40, 0x7F, 0xFF, 0x1000, 0x4000, 0xF
 _TEXT = [b"\n", b" ", b":", b"-", b"/", b"..", b"\\040", b"\\999", b"\xff", "\u2028".encode(),
          b"\x0b", b"\x1c", b"0", b"99999999999999999999", b" (deleted)", b"\nSize:", b"=", b",",
          "\u00b2".encode(), b"\0", b"max", b"VmFlags:", b" kB"]  # fmt: skip
+
+
+LONGEST = 30.0  # seconds of processor time that one input may take
 
 
 @dataclass
@@ -42,7 +46,8 @@ class Tally:
         """Run a target once; finds that are alike are kept once."""
         self.executions += 1
         try:
-            self.accepted += target.run(data)
+            with within(LONGEST):
+                self.accepted += target.run(data)
         except Exception as error:
             frames = traceback.extract_tb(error.__traceback__)
             where = (
@@ -51,6 +56,22 @@ class Tally:
             kept = self.finds.get(where)
             if kept is None or len(data) < len(kept.data):
                 self.finds[where] = Finding(data, traceback.format_exc())
+
+
+@contextlib.contextmanager
+def within(seconds: float) -> Generator[None, None, None]:
+    """An AssertionError where something takes more processor time, on whatever machine."""
+
+    def too_long(*_: object) -> None:
+        raise AssertionError(f"more than {seconds} s of processor time")
+
+    before = signal.signal(signal.SIGPROF, too_long)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def mutated(data: bytes, rng: random.Random, largest: int) -> bytes:
@@ -113,12 +134,19 @@ def inputs(target: Target, seed: int) -> Generator[bytes, None, None]:
         yield mutated(rng.choice(corpus), rng, target.largest)
 
 
-def run(target: Target, seed: int, *, seconds: float = 1e9, executions: int = 1 << 60) -> Tally:
-    """Run a target for a time, or a number of times, whichever comes first."""
-    tally, end = Tally(), time.monotonic() + seconds
+def run(
+    target: Target,
+    seed: int,
+    tally: Tally | None = None,
+    *,
+    seconds: float = 1e9,
+    executions: int = 1 << 60,
+) -> Tally:
+    """Run a target for some processor time, or a number of times, whichever comes first."""
+    tally, end = Tally() if tally is None else tally, time.process_time() + seconds
     with contextlib.closing(inputs(target, seed)) as endless:
         for data in endless:
             tally.run(target, data)
-            if tally.executions >= executions or time.monotonic() > end:
+            if tally.executions >= executions or time.process_time() > end:
                 break
     return tally
