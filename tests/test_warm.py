@@ -26,6 +26,7 @@ from harness.privileges import needs_root
 from harness.service import public_python
 
 from page_primer.align import files as align
+from page_primer.align import memory
 from page_primer.launcher import warm
 
 __all__ = ["public_python"]
@@ -59,7 +60,7 @@ sys.stdin.read()
 
 @pytest.fixture(scope="session")
 def program() -> str:
-    path = warm.program()
+    path = memory.program()
     assert path, "page-primer-warm is not installed"
     return path
 
@@ -248,6 +249,20 @@ def test_a_file_held_in_small_pages_is_named_and_the_command_runs(
         done = run(program, "-q", small, "--", "echo", "ran")
         assert (done.returncode, done.stdout, done.stderr) == (0, "ran\n", "")
         assert code_of(pid, small).huge == 0
+
+
+def test_what_lies_in_small_pages_of_a_new_file_is_noted(small: Path) -> None:
+    if release() >= (7, 2):
+        pytest.skip("this kernel collapses the pages in place")
+    with small.open("rb") as file:
+        held = mmap.mmap(file.fileno(), outside.PMD, prot=mmap.PROT_READ, offset=outside.PMD)
+        for at in range(0, outside.PMD, mmap.PAGESIZE):
+            held[at]
+        said = "2048 of 4096 KiB on huge pages: other processes map it in small pages"
+        assert memory.missing(str(small)) == f"{said}: `page-primer warm` tries again"
+        held.close()
+    assert memory.missing(str(small)) is None
+    assert huge_in_new_process(small) == WANTED
 
 
 def test_rewrite_gives_new_processes_another_file_of_the_same_name(small: Path) -> None:
@@ -744,7 +759,7 @@ def test_huge_pages_that_a_process_may_not_have_are_named(
 
 
 def page_primer(*words: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
-    return run(Path(warm.program() or "").with_name("page-primer"), *words, **options)
+    return run(Path(memory.program() or "").with_name("page-primer"), *words, **options)
 
 
 def test_the_python_command_names_an_interpreters_file(base: str) -> None:
@@ -812,6 +827,6 @@ def test_a_program_in_the_working_directory_is_not_taken(tmp_path: Path) -> None
     trap = tmp_path / "page-primer-warm"
     trap.write_text("#!/bin/sh\necho trapped\n")
     trap.chmod(0o755)
-    source = "from page_primer.launcher import warm; print(warm.program())"
+    source = "from page_primer.align import memory; print(memory.program())"
     done = run(sys.executable, "-c", source, cwd=tmp_path)
-    assert done.stdout == f"{warm.program()}\n"
+    assert done.stdout == f"{memory.program()}\n"

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from page_primer.align import replace, rewrite, trial, verify
+from page_primer.align import memory, replace, rewrite, trial, verify
 from page_primer.align.aligned import aligned_span
 from page_primer.align.layout import Layout, Span, best_span, covered, lay_out
 from page_primer.align.original import Original, Refused, read
@@ -162,6 +162,8 @@ def align(path: str, *, python: str | None, merge: bool = True) -> str | None:
                 os.close(target)  # what is open for writing cannot be executed
             if (untried := trial.run(original, path, new, python)) is not None:
                 notes.append(untried)
+            if (small := memory.missing(new)) is not None:
+                notes.append(small)
             finish(new, path, fd, status)
     return "; ".join(notes) or None
 

@@ -6,19 +6,18 @@ kernel collapses small pages in place."""
 from __future__ import annotations
 
 import os
-import subprocess
 
 from page_primer.align import files, replace, rewrite
+from page_primer.align.memory import left_small
 from page_primer.align.original import Refused
 
-_HELD = ": other processes map it in small pages\n"  # how page-primer-warm ends its line
+_HELD = ": other processes map it in small pages"  # how page-primer-warm ends its line
 
 
-def rewrite_held(program: str, path: str) -> bool:
+def rewrite_held(path: str) -> bool:
     """Rewrite a file of which page-primer-warm says that others map it in small pages.
 
     Args:
-        program: the path of page-primer-warm.
         path: a file or a link to it.
 
     Returns:
@@ -27,7 +26,7 @@ def rewrite_held(program: str, path: str) -> bool:
     Raises:
         Refused, OSError: it stays as it is.
     """
-    if not _warm(program, path).endswith(_HELD):
+    if not left_small(path).endswith(_HELD):
         return False
     path = os.path.realpath(path)
     with replace.opened(path) as fd:
@@ -37,17 +36,10 @@ def rewrite_held(program: str, path: str) -> bool:
             raise Refused("it has several names")
         with replace.beside(path) as new:
             _copy(fd, new, status.st_size)
-            if _warm(program, new):
+            if left_small(new):
                 raise Refused("the copy is not on huge pages either")
             files.finish(new, path, fd, status)
     return True
-
-
-def _warm(program: str, path: str) -> str:
-    """What page-primer-warm says of a file that is not on huge pages; nothing of others."""
-    words = [program, os.path.join(os.curdir, path)]  # what begins with `-` is an option
-    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, errors="replace", check=False)
-    return done.stdout if done.returncode else ""
 
 
 def _copy(fd: int, new: str, size: int) -> None:

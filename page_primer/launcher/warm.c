@@ -89,8 +89,9 @@ is_huge(int fd, struct span *span, bool collapse)
 
 /* Have a span in memory on huge pages: as it is, collapsed in place, or
  * dropped from the cache and read anew, which changes nothing about pages that
- * others map.  Nothing is dropped any more once the kernel has no huge page to
- * give.  Returns what was done, or why not all of it is huge. */
+ * others map.  That is tried a few times: a kernel that has no huge page just
+ * now begins to make some.  Nothing is dropped any more once it gives none.
+ * Returns what was done, or why not all of it is huge. */
 static const char *
 bring_in(int fd, struct span *span)
 {
@@ -104,13 +105,13 @@ bring_in(int fd, struct span *span)
     fdatasync(fd); /* dirty pages are not dropped */
     if (is_huge(fd, span, true))
         return ", collapsed";
-    for (size_t left = span->length; left; left -= pmd, block.offset += pmd)
-        if (!is_huge(fd, &block, false)) {
+    for (size_t left = span->length; left; left -= pmd, block.offset += pmd) {
+        for (int tries = 0; !is_huge(fd, &block, false) && tries < 4; tries++)
             posix_fadvise(fd, block.offset, pmd, POSIX_FADV_DONTNEED);
-            if (!is_huge(fd, &block, false) && !block.shared)
-                break;
-            shared |= block.huge < pmd;
-        }
+        if (block.huge < pmd && !block.shared)
+            break;
+        shared |= block.huge < pmd;
+    }
     if (is_huge(fd, span, false))
         return ", read anew";
     return shared ? ": other processes map it in small pages"

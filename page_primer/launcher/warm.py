@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
 
-PROGRAM = "page-primer-warm"
 _PATH_MAX, _MOST_PATHS = 4096, 1000
 
 
@@ -27,8 +26,11 @@ def through_warm(command: Sequence[str]) -> list[str]:
         command: an argv; returned as it is where no file is recorded as aligned, or where
             `page-primer-warm` was not built or is not installed beside this package.
     """
-    if (listed := all_listed()) and (path := program()):
-        return [path, "-q", *_of_user(listed), "--", *command]
+    if listed := all_listed():
+        from page_primer.align.memory import program  # of machines with aligned files alone
+
+        if path := program():
+            return [path, "-q", *_of_user(listed), "--", *command]
     return list(command)
 
 
@@ -39,29 +41,6 @@ def _of_user(listed: Sequence[str]) -> list[str]:
         return []
     # Of a list of garbage execv(2) would not take everything.
     return [path for path in listed if len(path) < _PATH_MAX and "\0" not in path][:_MOST_PATHS]
-
-
-def program() -> str | None:
-    """The path of `page-primer-warm`, or None.
-
-    An installer puts it beside the command `page-primer`, in the directory of scripts: that of the
-    prefix which has this package (a virtual environment's, `--user`, `--prefix`), of `--target`, or
-    of the running interpreter where the installation is editable.
-    """
-    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    packages = os.path.dirname(package)
-    places = [
-        os.path.join(packages, "..", "..", "..", "bin"),
-        os.path.join(packages, "bin"),
-        os.path.join(sys.prefix, "bin"),
-    ]
-    if sys.argv and "/" in sys.argv[0]:  # of `-c` and `-` there is no directory
-        places.insert(0, os.path.dirname(os.path.realpath(sys.argv[0])))
-    for place in places:
-        path = os.path.normpath(os.path.join(place, PROGRAM))
-        if os.path.isfile(path) and os.access(path, os.X_OK):
-            return path
-    return None
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -76,6 +55,8 @@ def main(arguments: Sequence[str]) -> int:
     Raises:
         ValueError: an interpreter that cannot be used; the message says why.
     """
+    from page_primer.align.memory import PROGRAM, program  # `run` imports this module
+
     words = list(arguments)
     at = words.index("--") if "--" in words else len(words)
     words, command = words[:at], words[at + 1 :]
@@ -91,7 +72,7 @@ def main(arguments: Sequence[str]) -> int:
     if given.python or given.libraries:
         files += targets(given.python, given.libraries)
     if given.rewrite:
-        _rewrite(path, files or all_listed(), quiet=given.q, command=bool(command))
+        _rewrite(files or all_listed(), quiet=given.q, command=bool(command))
     options = [*["-q"] * given.q, *["--hold"] * given.hold]
     # `./-name`, for the program takes what begins with `-` for an option.
     files = [os.path.join(".", file) if file.startswith("-") else file for file in files]
@@ -99,7 +80,7 @@ def main(arguments: Sequence[str]) -> int:
     return _execute([path, *options, *files, *(["--", *command] if command else [])])
 
 
-def _rewrite(program: str, files: Sequence[str], *, quiet: bool, command: bool) -> None:
+def _rewrite(files: Sequence[str], *, quiet: bool, command: bool) -> None:
     """Print a line about each file that is rewritten, or cannot be: as the program does, before a
     command only failures, on stderr."""
     from page_primer.align.original import Refused  # of this option alone
@@ -109,7 +90,7 @@ def _rewrite(program: str, files: Sequence[str], *, quiet: bool, command: bool) 
     for file in files:
         why, rewritten = None, False
         try:
-            rewritten = rewrite_held(program, file)
+            rewritten = rewrite_held(file)
         except (OSError, ValueError) as error:  # the latter for a name that no file has
             why = getattr(error, "strerror", None) or str(error)
         except Refused as refusal:
@@ -125,7 +106,7 @@ def _rewrite(program: str, files: Sequence[str], *, quiet: bool, command: bool) 
 
 def _execute(command: Sequence[str]) -> int:
     """Returns only if it cannot be executed: an exit status, as a shell's."""
-    import signal  # of this command alone; `run` imports this module
+    import signal  # likewise
 
     # An interpreter ignores these, and what it executes would inherit that.
     for number in (signal.SIGPIPE, signal.SIGXFSZ):
