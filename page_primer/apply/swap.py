@@ -6,7 +6,7 @@ import errno
 import fcntl  # noqa: F401  # a library that copies need: amid the moves all would be surveyed again
 import os
 
-from page_primer import _core, reasons
+from page_primer import _core, backing, reasons
 from page_primer._lean import Record, is_ours, suppress
 from page_primer._loading import Loading
 from page_primer.apply import core_files
@@ -102,13 +102,11 @@ def _carry_out(
     registry: dict[Key, Primed],
     verified: bool,
 ) -> None:
-    with Loading():  # as above
-        from page_primer import backing
-
     notes = list(move.notes)
     for fresh in (False, True):
         attempts = backing.attempts(move, pmd, options, places, anchors, fresh)
-        prepared, begun = _choose(attempts, notes, verified), list[bool]()
+        prepared = _choose(attempts, notes, verified)
+        begun: list[bool] = []
         try:
             anchors.map(prepared.anchors)
             anchors.unmap(but=prepared.anchors)
@@ -117,11 +115,9 @@ def _carry_out(
             raise
         if anchors.problem:
             notes.append(anchors.problem)
-        regions = tuple(piece.region for piece in prepared.pieces)
-        key = key_of(move.object)
-        registry[key] = Primed(
-            move.object, regions, prepared, tuple(notes), anchors, (os.getpid(), _core.forks())
-        )
+        regions, key = tuple(p.region for p in prepared.pieces), key_of(move.object)
+        here = os.getpid(), _core.forks()
+        registry[key] = Primed(move.object, regions, prepared, tuple(notes), anchors, here)
         try:
             _swap_in(move.object, prepared, begun)
         except BaseException as error:
