@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from harness.interpreters import MEASURED
 
 pytest.importorskip("argcomplete", reason="needs argcomplete (the extra `cli`)")
 BIN = Path(sys.executable).parent
@@ -26,7 +27,7 @@ class Shell:
         self.master, slave = pty.openpty()
         environ = {
             "PATH": f"{BIN}:{os.environ['PATH']}", "TERM": "dumb", "HOME": str(directory),
-            "COLUMNS": "500", "INPUTRC": "/dev/null",
+            "COLUMNS": "500", "INPUTRC": "/dev/null", **MEASURED,
         }  # fmt: skip
         self.bash = subprocess.Popen(
             [bash, "--norc", "--noprofile", "-i"], stdin=slave, stdout=slave, stderr=slave,

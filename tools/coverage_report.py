@@ -87,6 +87,27 @@ WHY = (
      "one who has waited his time in vain: the machine's load decides"),
     (r"_heap\.c first_touch: heap\.(skip|stalls)",
      "the kernel takes long for a huge page: the machine's load decides"),
+    (r"\.py .*(ImportError|not on Windows|sys\.platform)|bench/machine\.py judge: .*not built",
+     "of an installation without its C core or an extra, or not on Linux"),
+    (r"doctor/(checks\.py (judge_kernel|judge_shmem|shmem_fix|judge_thp|thp_fix)|"
+     r"directories\.py (_not_huge|image_fix))|backing/image\.py directories: reason = .files",
+     "of other kernels and settings: `make kernels` boots them"),
+    (r"bench/interpreter\.py (_lay_out|Copy\._make: copy)",
+     "a static interpreter: the one that is measured has a libpython"),
+    (r"bench/counters\.py (available|_of_processor)",
+     "hardware counters of other processors: virtual machines may have none"),
+    (r"bench/load\.py (generator|send|_by_aiohttp)", "h2load is taken where it is installed"),
+    (r"bench/\w+\.py .*raise (CutShort|Failure)|bench/.* except subprocess\.TimeoutExpired",
+     "a server, a broker or a load generator that fails at this very moment"),
+    (r"align/(original|rewrite|layout|verify|files|replace)\.py .*(raise Refused|return None)|"
+     r"\.py .*(raise|except) (CannotLayOut|elf\.Malformed|Malformed)",
+     "a file that contradicts itself, or changes meanwhile: `make fuzz` makes some of them"),
+    (r"\.py .*(except BaseException|: raise$)",
+     "a host's signal handler raises at this very moment: test_interrupted.py tries many"),
+    (r"\.py .*except (ours\()?\(?(OSError|FileNotFoundError|PermissionError)",
+     "a file or a process that ends or is withdrawn between two looks"),
+    (r"doctor/alignment\.py (_libc|_hints)|heap/malloc\.py other_allocator",
+     "of other C libraries than this machine's"),
 )  # fmt: skip
 
 

@@ -19,8 +19,11 @@ from elftools.elf.elffile import ELFFile
 
 import page_primer
 
-__all__ = ["BASE", "INTERPRETERS", "KINDS", "is_shared", "python_of"]
+__all__ = ["BASE", "INTERPRETERS", "KINDS", "MEASURED", "is_shared", "python_of"]
 
+
+# Of an environment that is made anew, what `make coverage` needs.
+MEASURED = {name: os.environ[name] for name in ["COVERAGE_PROCESS_START"] if name in os.environ}
 
 # The one that the running virtual environment is of.
 BASE: str = sys._base_executable  # type: ignore[attr-defined]
@@ -103,7 +106,7 @@ def python_of(tmp: Path, base: str) -> str:
             subprocess.run([base, "-m", "venv", "--without-pip", str(home)], check=True)
         packages = next(home.glob("lib/python3.*/site-packages"))
         paths = [str(Path(page_primer.__file__).parents[1]), sysconfig.get_path("purelib")]
-        if "COVERAGE_PROCESS_START" in os.environ:  # make coverage
+        if MEASURED:
             paths.append("import measured")
         (packages / "tests.pth").write_text("\n".join(paths) + "\n")
     return str(home / "bin" / "python")
