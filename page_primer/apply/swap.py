@@ -115,8 +115,7 @@ def _carry_out(
         except BaseException:
             prepared.discard()
             raise
-        if anchors.problem:
-            notes.append(anchors.problem)
+        notes += [anchors.problem] if anchors.problem else []
         regions = tuple(piece.region for piece in prepared.pieces)
         key = key_of(move.object)
         registry[key] = Primed(
