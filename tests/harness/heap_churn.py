@@ -125,7 +125,7 @@ def main() -> int:
     after = state()
     made = _core.arenas_counts()[3]
     print(f"{churn.done} operations, {made} regions; regions, mappings, KiB: {before} -> {after}")
-    # Sanitizers keep what was freed for a while, and what they know of it, in mappings of their own.
+    # Sanitizers keep what was freed, and what they know of it, in mappings of their own.
     sanitized = "san.so" in os.environ.get("LD_PRELOAD", "") or "TSAN_OPTIONS" in os.environ
     maps, size = (64, 256 << 10) if sanitized else (4, 2 << 10)
     most = before[0] + 1, before[1] + maps, before[2] + size
