@@ -39,7 +39,7 @@ work(void *argument)
         if (handle != NULL)
             dlclose(handle);
         atomic_fetch_add(&rounds, 1);
-        usleep(20000); /* there may be few processors */
+        usleep(60000); /* there may be few processors */
     }
     return NULL;
 }
