@@ -21,6 +21,7 @@
 # make sanitize    the C core under sanitizers, and 10,000 cycles of prime() and restore()
 # make fuzz    what reads others' files and text, fuzzed (FUZZ="--seconds 600 align")
 # make tools-matrix   every tool on every interpreter and backing; writes docs/tools.md
+#              (MATRIX='--shape "CPython 3.11*"': a part of it)
 # make kernels Debian's Python and an aligned libpython under other kernels, in qemu, x86-64 and
 #              (root) arm64; writes docs/kernels.md (KERNELS="6.12 7.3", ARM64=: a part of it)
 #
@@ -136,9 +137,9 @@ PIE = $(if $(DEBIAN),/usr/lib/$(DEBIAN)/$(ARCHIVE):lib$(DEBIAN)-dev)
 
 tools-matrix: $(VENV)/.dev
 	tools/system-packages gdb:gdb perf:linux-perf valgrind:valgrind nsenter:util-linux \
-	    debootstrap:debootstrap needrestart:needrestart eu-stack:elfutils $(PIE) \
+	    debootstrap:debootstrap needrestart:needrestart eu-stack:elfutils lldb:lldb $(PIE) \
 	    /usr/share/gdb/auto-load/usr/bin/$(DEBIAN)-gdb.py:$(DEBIAN)-dbg
-	$(BIN)/python tools/matrix.py
+	$(BIN)/python tools/matrix.py $(MATRIX)
 
 # Of Debian's own Python, whatever $(PYTHON) is; the runner is named by KERNEL_BOOT.
 ARM64 = 6.12 7.2 7.3

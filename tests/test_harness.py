@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from harness import kernel_log
-from harness.probes import PROBES
+from harness.probes import PROBES, perf
 from harness.scopes import LONG, scope_of
 
 ROOT = Path(__file__).parents[1]
@@ -127,3 +127,15 @@ def test_what_takes_long_is_there():
         assert not function or f"def {function}(" in text, scope
         assert scope_of(f"{scope}[3.11-a::b]" if function else f"{scope}::test_it") == scope
     assert scope_of("tests/test_heap.py::test_it[1]") == "tests/test_heap.py"
+
+
+def test_perf_is_judged_by_what_it_can_know():
+    """Of several files at one path it knows the symbols of one; a memfd has no path."""
+    line = "{}/1 1.0: PERF_RECORD_MMAP2 {}/1: [0x7f00(0x1000) @ 0 {} {} 0]: r-xp {}"
+    libc, memfd = "/usr/lib/libc.so.6", "/memfd:page-primer (deleted)"
+    mapped = [
+        (1, "fe:00", 11, libc), (2, "00:2d", 11, libc), (1, "fe:00", 12, "/usr/bin/python3"),
+        (2, "fe:00", 12, "/usr/bin/python3"), (1, "00:01", 13, memfd), (1, "00:01", 14, memfd),
+    ]  # fmt: skip
+    script = "\n".join(line.format(pid, pid, at, ino, path) for pid, at, ino, path in mapped)
+    assert perf.of_several_files(script) == {libc}

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 _MADE = re.compile(r"(<!-- made by [^\n]* -->\n)(.*?)(<!-- end -->\n)", re.DOTALL)
-_CHAPTER = "### "
+CHAPTER = "### "
 
 
 def enter(document: Path, title: str, text: str, *, last: bool = False) -> None:
@@ -23,12 +23,12 @@ def enter(document: Path, title: str, text: str, *, last: bool = False) -> None:
     found = _MADE.search(whole)
     if found is None:
         raise ValueError(f"{document} has no part that is made by a tool")
-    first, *parts = found[2].split(_CHAPTER)
+    first, *parts = found[2].split(CHAPTER)
     chapters = dict(part.split("\n", 1) for part in parts)
     if last:
         chapters.pop(title, None)
     chapters[title] = f"\n{text}\n"
-    body = "".join(f"{_CHAPTER}{title}\n{text}" for title, text in chapters.items())
+    body = "".join(f"{CHAPTER}{title}\n{text}" for title, text in chapters.items())
     document.write_text(f"{whole[: found.start(2)]}{first}{body}{whole[found.start(3) :]}")
 
 

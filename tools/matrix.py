@@ -15,10 +15,10 @@ import argparse
 import fnmatch
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 import traceback
@@ -48,12 +48,13 @@ from harness.probes import (  # noqa: E402
 )
 from harness.probes.commands import last_line, run, tool  # noqa: E402
 
-KEPT = ROOT / ".venv-tools"  # a Debian unstable, and memray for each interpreter: built once
-WAITING = 3600  # seconds, for debootstrap
-# What Debian unstable has of tools: its own interpreter's, and what runs in the worker.
-IN_CHROOT = ("sys.remote_exec", "pdb -p", "faulthandler", "a C++ *", "backtrace(3)")
+KEPT = ROOT / ".venv-tools"  # copies of interpreters, and memray for each: made once
+WAITING = 3600  # seconds, for Debian unstable
 ALIGNED = ", aligned"
+# Of Debian unstable, in which this program runs with that one's own tools. There its interpreter
+# is one of the machine's.
 UNSTABLE = "CPython 3.14 (Debian unstable), static, not PIE"
+THERE = "CPython 3.14.[0-9]*, static, not PIE"
 SYMBOL = {WORKS: "works", NOTE: "note", CANNOT: "cannot", ABSENT: "-"}
 
 # Why, where it is known; the first that matches tool, way and interpreter.
@@ -86,7 +87,6 @@ def shapes(pattern: str) -> Iterator[Shape | str]:
         yield from both(f"CPython {version}, static PIE", pattern, pie)
     else:
         yield f"a static PIE: needs {debian_python.PACKAGE} to build it from"
-    yield from both(UNSTABLE, pattern, unstable)
 
 
 def both(name: str, pattern: str, build: Callable[[], Shape]) -> Iterator[Shape | str]:
@@ -137,44 +137,27 @@ def install_memray(python: str) -> None:
         subprocess.run([*pip, "install", *options, "memray"], check=False)
 
 
-def unstable() -> Shape:
-    """Debian unstable's interpreter, in a chroot that is built once."""
-    if os.geteuid() != 0 or not shutil.which("debootstrap"):
-        raise NotBuilt("needs root and debootstrap")
-    root = KEPT / "unstable"
-    if not (root / "done").exists():
-        shutil.rmtree(root, ignore_errors=True)
-        command = [
-            "debootstrap",
-            "--variant=minbase",
-            "--include=python3",
-            "sid",
-            str(root),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=WAITING, check=False)
-        if done.returncode:
-            raise NotBuilt(f"debootstrap: {last_line(done.stdout + done.stderr)}")
-        (root / "mnt/repository").mkdir()
-        (root / "done").touch()
-    python = max(path.name for path in (root / "usr/bin").glob("python3.[0-9][0-9]"))
-    packages = os.path.relpath(sysconfig.get_path("purelib"), ROOT)
-    path = f"/mnt/repository:/mnt/repository/{packages}"
-    enter = (
-        'mount -t proc proc "$0/proc" && mount --bind /sys "$0/sys" && '
-        'mount -t tmpfs tmpfs "$0/dev/shm" && '
-        f'mount --bind "{ROOT}" "$0/mnt/repository" && exec chroot "$0" "$@"'
-    )
-    wrapper = ("unshare", "--mount", "sh", "-c", enter, str(root), "env", f"PYTHONPATH={path}")
-    return Shape("", f"/usr/bin/{python}", str(root), wrapper)
+def of_unstable(pattern: str, probe: str, page: Page) -> Iterator[str]:
+    """Enter Debian unstable's chapters, made there by this program; in words why there is none."""
+    wanted = [end for end in ("", ALIGNED) if fnmatch.fnmatch(UNSTABLE + end, pattern)]
+    if not wanted:
+        return
+    there = THERE + (wanted[0] if len(wanted) == 1 else "*")
+    options = shlex.join(["--shape", there, "--probe", probe, "--output", "-"])
+    done = subprocess.run(
+        [str(ROOT / "tools/debian"), "sid", f"make tools-matrix MATRIX={shlex.quote(options)}"],
+        stdout=subprocess.PIPE, text=True, timeout=WAITING, check=False,
+    )  # fmt: skip
+    said, *parts = done.stdout.split(chapters.CHAPTER)
+    for part in parts:
+        title, _, text = part.partition("\n")
+        page.enter(UNSTABLE + (ALIGNED if title.endswith(ALIGNED) else ""), f"{text.strip()}\n")
+    if len(parts) < len(wanted):
+        yield f"{UNSTABLE}: {last_line(said)}"
 
 
 def twin_of(shape: Shape) -> Shape:
     """An aligned copy of a shape."""
-    if shape.chroot:
-        twin = replace(shape, python=f"{shape.python}-aligned")
-        shutil.copy2(shape.chroot + shape.python, shape.chroot + twin.python)
-        aligned.align(twin.python, *shape.wrapper, shape.python)
-        return twin
     home = Path(shape.python).parents[2] / "aligned"
     home.mkdir(exist_ok=True)
     found = aligned.copy_of(shape.python, home)
@@ -229,8 +212,6 @@ Table = dict[str, dict[str, Verdict]]
 
 def examine(shape: Shape, ways: list[Way], module: Path, wanted: list[str]) -> Table:
     """The verdicts for an interpreter: by tool, by way."""
-    if shape.chroot:
-        wanted = [name for name in wanted if any(fnmatch.fnmatch(name, p) for p in IN_CHROOT)]
     ways = ways_of(shape, ways)
     unprimed = look(shape, UNPRIMED, module, wanted)
     table: Table = {name: {} for name in wanted}
@@ -238,7 +219,8 @@ def examine(shape: Shape, ways: list[Way], module: Path, wanted: list[str]) -> T
         primed = look(shape, way, module, wanted)
         for name in wanted:
             table[name][way.name] = judge(name, unprimed[name], primed[name])
-            print(f"{shape.name} | {way.name} | {name}: {table[name][way.name]}", flush=True)
+            said = f"{shape.name} | {way.name} | {name}: {table[name][way.name]}"
+            print(said, file=sys.stderr, flush=True)
     return table
 
 
@@ -259,7 +241,8 @@ def render(shape: str, table: Table, ways: list[Way]) -> Iterator[str]:
     notes: dict[str, int] = {}
     release = ".".join(os.uname().release.split(".")[:2])
     machine = f"Linux {release} ({os.uname().machine})"
-    yield f"Run on {time.strftime('%Y-%m-%d, %H:%M UTC', time.gmtime())}, on {machine}.\n\n"
+    yield f"Run on {time.strftime('%Y-%m-%d, %H:%M UTC', time.gmtime())}, on {machine}, with\n"
+    yield f"{versions()}.\n\n"
     yield f"| tool | {' | '.join(way.name for way in ways)} |\n"
     yield "|---|" + "---|" * len(ways) + "\n"
     for name, verdicts in table.items():
@@ -289,16 +272,22 @@ def versions() -> str:
     return ", ".join(found)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--shape", default="*", metavar="PATTERN")
-    parser.add_argument("--probe", default="*", metavar="PATTERN[;PATTERN...]")
-    parser.add_argument("--jobs", type=int, default=2, metavar="N")
-    parser.add_argument("--output", default=str(ROOT / "docs" / "tools.md"), metavar="FILE")
-    options = parser.parse_args()
-    patterns = options.probe.split(";")
-    wanted = [n for n in PROBES if any(fnmatch.fnmatch(n, pattern) for pattern in patterns)]
-    # The same path in the chroot as here.
+class Page:
+    """Where chapters go: a document that has them, or standard output."""
+
+    def __init__(self, path: str) -> None:
+        self.document = None if path == "-" else Path(path)
+
+    def enter(self, title: str, text: str, *, last: bool = False) -> None:
+        if self.document:
+            chapters.enter(self.document, title, text, last=last)
+        elif not last:
+            print(f"{chapters.CHAPTER}{title}\n\n{text}", flush=True)
+
+
+def matrix(found: list[Shape], wanted: list[str], jobs: int, page: Page) -> None:
+    """Enter a chapter for each interpreter, as soon as it is done: it stays when the rest is cut
+    off."""
     with (
         tempfile.TemporaryDirectory(prefix="page-primer-", dir="/var/tmp") as disk,
         tempfile.TemporaryDirectory(prefix="page-primer-", dir="/dev/shm") as memory,
@@ -306,23 +295,35 @@ def main() -> int:
     ):
         ways = probes.ways(Path(disk), Path(memory))
         probes.build_module(Path(scratch))
-        found = list(shapes(options.shape))
-        chosen = [shape for shape in found if isinstance(shape, Shape)]
-        with ThreadPoolExecutor(options.jobs) as pool:
+        with ThreadPoolExecutor(jobs) as pool:
             examined = {
-                pool.submit(examine, shape, ways, Path(scratch), wanted): shape for shape in chosen
+                pool.submit(examine, shape, ways, Path(scratch), wanted): shape for shape in found
             }
-            for done in as_completed(examined):  # what is done stays when the rest is cut off
+            for done in as_completed(examined):
                 shape = examined[done]
                 text = "".join(render(shape.name, done.result(), ways_of(shape, ways)))
-                chapters.enter(Path(options.output), shape.name, text)
-                print(text)
+                page.enter(shape.name, text)
     shutil.rmtree(perf.BUILD_IDS, ignore_errors=True)
-    absent = "".join(f"- {reason}.\n" for reason in found if isinstance(reason, str))
-    chapters.enter(
-        Path(options.output), "Not tried", absent or "Nothing of what is here.\n", last=True
-    )
-    chapters.enter(Path(options.output), "Versions", f"{versions()}.\n", last=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--shape", default="*", metavar="PATTERN")
+    parser.add_argument("--probe", default="*", metavar="PATTERN[;PATTERN...]")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N")
+    parser.add_argument("--output", default=str(ROOT / "docs" / "tools.md"), metavar="FILE",
+                        help="- is standard output")  # fmt: skip
+    options = parser.parse_args()
+    patterns = options.probe.split(";")
+    wanted = [n for n in PROBES if any(fnmatch.fnmatch(n, pattern) for pattern in patterns)]
+    page = Page(options.output)
+    found = list(shapes(options.shape))
+    if chosen := [shape for shape in found if isinstance(shape, Shape)]:
+        matrix(chosen, wanted, options.jobs, page)
+    absent = [reason for reason in found if isinstance(reason, str)]
+    absent += of_unstable(options.shape, options.probe, page)
+    text = "".join(f"- {reason}.\n" for reason in absent)
+    page.enter("Not tried", text or "Nothing of what is here.\n", last=True)
     return 0
 
 

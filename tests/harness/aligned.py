@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,13 +36,12 @@ class Copy:
     env: Mapping[str, str] = field(default_factory=dict)
 
 
-def align(path: str, *command: str, env: Mapping[str, str] | None = None) -> None:
+def align(path: str, python: str, env: Mapping[str, str] | None = None) -> None:
     """Align a file by the command, run by an interpreter that has the package. The machine's list
     of aligned files stays as it is."""
-    own_list = f"{path}.list"  # beside it, in a chroot too
     done = subprocess.run(
-        [*command, "-m", "page_primer", "align", path], capture_output=True, text=True,
-        env={**os.environ, **(env or {}), "PAGE_PRIMER_ALIGNED": own_list}, timeout=300,
+        [python, "-m", "page_primer", "align", path], capture_output=True, text=True,
+        env={**os.environ, **(env or {}), "PAGE_PRIMER_ALIGNED": f"{path}.list"}, timeout=300,
         check=False,
     )  # fmt: skip
     if done.returncode:
@@ -86,9 +85,8 @@ def rewritten(copy: Copy, directory: Path, block: int) -> Copy:
     return twin
 
 
-def where(python: str, wrapper: Sequence[str] = ()) -> tuple[str, str | None]:
+def where(python: str) -> tuple[str, str | None]:
     """The program of an interpreter, outside virtual environments, and its libpython if it has
     one."""
-    command = [*wrapper, python, "-c", _QUESTION]
-    program, library = json.loads(subprocess.check_output(command, text=True))
+    program, library = json.loads(subprocess.check_output([python, "-c", _QUESTION], text=True))
     return program, library

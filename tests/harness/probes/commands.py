@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.probes.target import NotHere, Target
+from harness.probes.target import NotHere
 
-__all__ = ["gdb", "inside", "last_line", "run", "tool"]
+__all__ = ["gdb", "last_line", "run", "tool"]
 
 
 def run(
@@ -45,10 +45,3 @@ def gdb(*commands: str, target: Sequence[str], **options: Any) -> str:
     arguments = [part for command in commands for part in ("-ex", command)]
     quiet = ["-iex", "set debuginfod enabled off", "-iex", "set auto-load safe-path /"]
     return run(tool("gdb"), "-nx", *quiet, *target, "-batch", *arguments, **options)
-
-
-def inside(target: Target, *command: str, **options: Any) -> str:
-    """Run a command where the target runs: in its mount namespace and root directory."""
-    if target.shape.chroot:
-        command = ("nsenter", "--target", str(target.pid), "--mount", "--root", *command)
-    return run(*command, **options)

@@ -73,13 +73,13 @@ def functions(path: str, _mtime: int) -> list[tuple[int, int, str]]:
 class Symbols:
     """The functions of a process by address, read from its objects' own files."""
 
-    def __init__(self, pid: int, root: str = "") -> None:
+    def __init__(self, pid: int) -> None:
         found: dict[tuple[int, int], set[str]] = {}
         vmas = outside.smaps(pid)
         for path in {v.path for v in vmas if v.path.startswith("/") and "w" in v.perms}:
             with contextlib.suppress(Exception):
-                bias = outside.load_bias(path, vmas, root + path)
-                for start, end, name in functions(root + path, os.stat(root + path).st_mtime_ns):
+                bias = outside.load_bias(path, vmas)
+                for start, end, name in functions(path, os.stat(path).st_mtime_ns):
                     found.setdefault((bias + start, bias + end), set()).add(name)
         self._ranges = sorted(found.items())
         self._starts = [key[0] for key, _ in self._ranges]
@@ -123,7 +123,7 @@ def samples_of(target: Target, *scope: str, first: str = "") -> Samples:
     script = run(tool("perf"), "--buildid-dir", str(BUILD_IDS), "script", "-i", str(data),
                  "--pid", str(target.pid), "-F", "ip,sym,dso", "--show-mmap-events")  # fmt: skip
     data.unlink(missing_ok=True)
-    symbols, samples = Symbols(target.pid, target.shape.chroot), Samples()
+    symbols, samples = Symbols(target.pid), Samples()
     confused = of_several_files(script)
     for line in script.splitlines():
         found = re.match(r"\s*([0-9a-f]+) (.+?) \((.*)\)\s*$", line)
@@ -147,9 +147,11 @@ def samples_of(target: Target, *scope: str, first: str = "") -> Samples:
 
 def of_several_files(script: str) -> set[str]:
     """The paths that processes of several root directories have mapped as different files: a
-    container's libc and the machine's. perf names the symbols of all of them by one."""
+    container's libc and the machine's. perf names the symbols of all of them by one. A memfd's name
+    is no path: several may have it, and perf finds no file for any."""
     files: dict[str, set[str]] = {}
-    for found in re.finditer(r"MMAP2 .* ([0-9a-f]+:[0-9a-f]+ \d+) \d+\]: \S+ (/.*)", script):
+    mapped = r"MMAP2 .* ([0-9a-f]+:[0-9a-f]+ \d+) \d+\]: \S+ (/(?!memfd:).*)"
+    for found in re.finditer(mapped, script):
         files.setdefault(found[2], set()).add(found[1])
     return {path for path, several in files.items() if len(several) > 1}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from harness.probes.commands import inside, last_line
+from harness.probes.commands import last_line, run
 from harness.probes.registry import probe
 from harness.probes.target import Failed, NotHere, Target
 from harness.servers import wait_for
@@ -21,11 +21,10 @@ with open(%r, "w") as file:
 def remote_exec(target: Target) -> list[str]:
     """A script run in the worker by another interpreter: the stack that it finds itself on."""
     here = target.directory
-    there = str(here).removeprefix(target.shape.chroot)
-    (here / "script.py").write_text(EXECUTED % f"{there}/executed")
-    execute = f"import sys; sys.remote_exec({target.pid}, '{there}/script.py')"
+    (here / "script.py").write_text(EXECUTED % f"{here}/executed")
+    execute = f"import sys; sys.remote_exec({target.pid}, '{here}/script.py')"
     with target.spinning():
-        said = inside(target, target.shape.python, "-c", execute)
+        said = run(target.shape.python, "-c", execute)
         if "has no attribute 'remote_exec'" in said:
             raise NotHere("Python before 3.14")
         if said:
@@ -38,9 +37,8 @@ def remote_exec(target: Target) -> list[str]:
 @probe("pdb -p")
 def pdb(target: Target) -> set[str]:
     with target.spinning():
-        said = inside(target, target.shape.python, "-m", "pdb", "-p", str(target.pid),
-                      stdin="where\nquit\n")  # fmt: skip
-    if "option -p not recognized" in said:
+        said = run(target.shape.python, "-m", "pdb", "-p", str(target.pid), stdin="where\nquit\n")
+    if "option -p not recognized" in said or "unrecognized arguments: -p" in said:
         raise NotHere("Python before 3.14")
     found = set(re.findall(r"\.py\(\d+\)(\w+)\(\)", said))
     if "app" not in found:

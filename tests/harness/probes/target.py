@@ -36,13 +36,11 @@ class Failed(Exception):
 
 @dataclass(frozen=True)
 class Shape:
-    """An interpreter to serve with. One in a chroot is entered by `wrapper`; `aligned` is a copy of
-    it that `page-primer align` has aligned, and `env` what that needs to find its libpython."""
+    """An interpreter to serve with. `aligned` is a copy of it that `page-primer align` has aligned,
+    and `env` what that needs to find its libpython."""
 
     name: str
     python: str
-    chroot: str = ""
-    wrapper: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict, hash=False)
     aligned: Shape | None = None
 
@@ -104,20 +102,15 @@ class Target:
                 raise NotHere("there is no aligned copy")
             shape = shape.aligned
         self.shape, self.way = shape, way
-        self.directory = Path(
-            tempfile.mkdtemp(prefix="page-primer-tools-", dir=shape.chroot + "/tmp")
-        )
+        self.directory = Path(tempfile.mkdtemp(prefix="page-primer-tools-"))
         shutil.copy(HERE / "toolsapp.py", self.directory)
-        if shape.chroot:
-            shutil.copy(module / "frames.abi3.so", self.directory)
-        else:  # one file, so that one image serves all
-            os.symlink(module / "frames.abi3.so", self.directory / "frames.abi3.so")
+        # One file, so that one image serves all.
+        os.symlink(module / "frames.abi3.so", self.directory / "frames.abi3.so")
         os.mkfifo(self.directory / "release")
         port = free_port()
         conf = [] if late else ["-c", CONF]
         command = [
-            *shape.wrapper, shape.python, "-m", "gunicorn", *conf,
-            "--chdir", str(self.directory).removeprefix(shape.chroot),
+            shape.python, "-m", "gunicorn", *conf, "--chdir", str(self.directory),
             "--bind", f"127.0.0.1:{port}", "--timeout", "600", "--log-level", "debug",
             *NO_CONTROL_SOCKET, "toolsapp:app",
         ]  # fmt: skip
@@ -158,18 +151,15 @@ class Target:
             raise NotHere(f"nothing to move: {said[0]}")
         if said is None or said[2] != wanted:
             raise Failed(f"not primed: {said[0] if said else self.server.log()}")
-        if not self.shape.chroot:
-            text = outside.text_of(self.pid)
-            # What may be left for profilers is the head of what has a random address.
-            whole = text.fixed or (wanted == "image" and self.interpreter.endswith(".so.1.0"))
-            if text.huge < (text.attainable if whole else 1):
-                raise Failed(f"not primed: {text}")
+        text = outside.text_of(self.pid)
+        # What may be left for profilers is the head of what has a random address.
+        whole = text.fixed or (wanted == "image" and self.interpreter.endswith(".so.1.0"))
+        if text.huge < (text.attainable if whole else 1):
+            raise Failed(f"not primed: {text}")
 
     def require_huge(self) -> None:
         """Raises Failed unless all whole huge pages of the code are huge on the interpreter's own
         file; NotHere if the kernel gives such files none."""
-        if self.shape.chroot:
-            return
         text = outside.text_of(self.pid)
         if any(vma.path != text.path for vma in text.span_vmas):
             raise Failed(f"moved: {text}")

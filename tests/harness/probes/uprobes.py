@@ -4,30 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import threading
 
 from elftools.elf.elffile import ELFFile
 
 from harness import outside
-from harness.probes.commands import last_line, run
+from harness.probes.commands import last_line, run, tool
 from harness.probes.registry import probe
-from harness.probes.target import Failed, NotHere, Target
+from harness.probes.target import UNPRIMED, Failed, NotHere, Target
 
 FUNCTION = "PySequence_Tuple"  # a request to spin calls it
 
 # A tracefs of our own, for the machine may have none mounted; the events are of all. What others
-# have set stays: a line is appended, and the one event is taken away. An instance of our own has
-# the hits of the one process.
+# have set stays: a line is appended, and the one event is taken away. perf counts the hits of the
+# one process, and the kernel sets the breakpoint in no other.
 SCRIPT = """
 mount -t tracefs none "$1" || exit 77
-mine=$1/instances/$2
-trap 'echo 0 >"$mine/events/$2/enable"; rmdir "$mine"; echo "-:$2/call" >>"$1/uprobe_events"
-      umount "$1"' EXIT
-echo "p:$2/call $3:$4" >>"$1/uprobe_events" && mkdir "$mine" || exit 1
-echo "common_pid == $5" >"$mine/events/$2/call/filter" || exit 1
-echo 1 >"$mine/events/$2/enable" && sleep 2
-echo "hits $(grep -c call: "$mine/trace")"
+trap 'echo "-:$2/call" >>"$1/uprobe_events"; umount "$1"' EXIT
+echo "p:$2/call $3:$4" >>"$1/uprobe_events" || exit 1
+"$6" stat -x, -e "$2:call" -p "$5" sleep 2
 """
 
 
@@ -43,17 +40,18 @@ def hit(target: Target, path: str) -> str:
     """Whether a uprobe on a file fires while the worker works, in words."""
     if os.geteuid() != 0 or shutil.which("unshare") is None:
         raise NotHere("needs root and unshare")
-    if target.shape.chroot:
-        raise NotHere("not in a chroot")
     mount = target.directory / "tracing"
     mount.mkdir(exist_ok=True)
     group = f"page_primer_{target.pid}_{threading.get_ident():x}"
     with target.spinning():
         said = run("unshare", "--mount", "sh", "-c", SCRIPT, "sh", str(mount), group, path,
-                   hex(offset_of(path, FUNCTION)), str(target.pid))  # fmt: skip
-    if "hits" not in said:
+                   hex(offset_of(path, FUNCTION)), str(target.pid), tool("perf"))  # fmt: skip
+    counted = re.search(rf"^(\d+),,{group}:call,", said, re.MULTILINE)
+    if not counted:
         raise Failed(last_line(said))
-    return "it fires" if int(said.split("hits")[1].split()[0]) else "it does not fire"
+    if counted[1] == "0" and target.way == UNPRIMED:
+        raise Failed("it does not fire")
+    return "it fires" if int(counted[1]) else "it does not fire"
 
 
 @probe("uprobe on the interpreter's path")
