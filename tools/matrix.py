@@ -60,6 +60,8 @@ SYMBOL = {WORKS: "works", NOTE: "note", CANNOT: "cannot", ABSENT: "-"}
 # Why, where it is known; the first that matches tool, way and interpreter.
 WHY = (
     ("pystack remote --native", "[ma]*", "*", "elfutils unwinds by what is at the mapping's path"),
+    ("pystack remote --native", "image*", "*",
+     "elfutils finds a debug package by build-id, and an image has one of its own"),
     ("py-spy *--native", "[ma]*", "*", "py-spy unwinds by what is at the mapping's path"),
     ("perf record*", "memfd", "*", "perf looks for symbols at the path, and a memfd has none"),
     ("perf record*", "anonymous", "*", "perf knows anonymous memory by a perf map: see the column"),
