@@ -46,7 +46,7 @@ from harness.probes import (  # noqa: E402
     Way,
     perf,
 )
-from harness.probes.commands import last_line, run, tool  # noqa: E402
+from harness.probes.commands import run, tool  # noqa: E402
 
 KEPT = ROOT / ".venv-tools"  # copies of interpreters, and memray for each: made once
 WAITING = 3600  # seconds, for Debian unstable
@@ -150,12 +150,13 @@ def of_unstable(pattern: str, probe: str, page: Page) -> Iterator[str]:
         [str(ROOT / "tools/debian"), "sid", f"make tools-matrix MATRIX={shlex.quote(options)}"],
         stdout=subprocess.PIPE, text=True, timeout=WAITING, check=False,
     )  # fmt: skip
-    said, *parts = done.stdout.split(chapters.CHAPTER)
-    for part in parts:
+    for part in done.stdout.split(chapters.CHAPTER)[1:]:
         title, _, text = part.partition("\n")
-        page.enter(UNSTABLE + (ALIGNED if title.endswith(ALIGNED) else ""), f"{text.strip()}\n")
-    if len(parts) < len(wanted):
-        yield f"{UNSTABLE}: {last_line(said)}"
+        end = ALIGNED if title.endswith(ALIGNED) else ""
+        page.enter(UNSTABLE + end, f"{text.strip()}\n")
+        wanted.remove(end)
+    for end in wanted:
+        yield f"{UNSTABLE + end}: tools/debian ended with status {done.returncode}"
 
 
 def twin_of(shape: Shape) -> Shape:
