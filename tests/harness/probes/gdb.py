@@ -66,7 +66,6 @@ def breakpoint_in_moved_code(target: Target) -> tuple[list[str], bool]:
 @probe("gdb py-bt")
 def py_bt(target: Target) -> list[str]:
     """Python's own extension of gdb, which needs debug information of the interpreter."""
-    program = os.path.realpath(f"/proc/{target.pid}/exe")
     version = json.loads(target.get("version"))
     places = [
         f"{version['base']}/bin/python{version['number']}-gdb.py",
@@ -74,7 +73,7 @@ def py_bt(target: Target) -> list[str]:
     ]
     script = next((place for place in places if os.path.exists(place)), None)
     if script is None:
-        raise NotHere(f"no python-gdb.py for {program}")
+        raise NotHere(f"no python{version['number']}-gdb.py here")
     with target.held():
         said = gdb(f"source {script}", "py-bt", target=["-p", str(target.pid)])
     found = re.findall(r'^  File ".*?([^/"]*)", line (\d+), in (\S+)', said, re.MULTILINE)
