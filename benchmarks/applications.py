@@ -98,6 +98,17 @@ def application(environ, start_response):
     return [body]
 """
 
+TORCH = """
+import torch
+torch.set_num_threads(1)
+layers = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.ReLU(), torch.nn.Linear(256, 8))
+def application(environ, start_response):
+    with torch.no_grad():
+        body = f"<li>{layers(torch.ones(4, 64)).sum().item()}".encode()
+    start_response("200 OK", [("Content-Length", str(len(body)))])
+    return [body]
+"""
+
 # Django's and Flask's `application` is a WSGI application; this wraps it.
 COLLECTING = """
 import gc
@@ -127,6 +138,7 @@ def application(environ, start_response):
 
 APPLICATIONS = {
     "django": DJANGO, "flask": FLASK, "small": SMALL, "arrays": ARRAYS, "duckdb": DUCKDB,
+    "torch": TORCH,
     "pyarrow": ARRAYS.replace('sys.modules["pyarrow"] = None', "import pyarrow"),
 }  # fmt: skip
 

@@ -1,10 +1,11 @@
-"""What a gunicorn server's workers take of memory, unprimed and primed, or with and without `heap`
-and `freeze`.
+"""What a server's workers take of memory, unprimed and primed, or with and without `heap` and
+`freeze`.
 
-    python benchmarks/memory.py --code [--application small|arrays|django|flask] [--aligned PYTHON]
-                                       [--server gunicorn|uvicorn]
-    python benchmarks/memory.py        [--application ...] [--collect]
-                                both:  [--workers N] [--requests N] [--rounds N] [--json]
+    python benchmarks/memory.py --code [--application small|arrays|torch|django|flask]
+                                       [--server gunicorn|uvicorn|celery] [--aligned PYTHON]
+                                       [--container] [--workers N,N,...]
+    python benchmarks/memory.py        [--application ...] [--collect] [--workers N]
+                                both:  [--requests N] [--rounds N] [--json]
 
 Each variant is a server of its own, preloaded or not; every round runs all of them in turns, and
 printed are medians. After so many requests a worker, from smaps and /proc/PID/stat:
@@ -19,8 +20,10 @@ printed are medians. After so many requests a worker, from smaps and /proc/PID/s
 --code is about what is moved and locked, with the defaults, with images in the temporary directory
 (TMPDIR). `small` is a WSGI application of the standard library, `arrays` loads numpy and pandas
 (without pyarrow, unless --application pyarrow). --aligned names an interpreter that `page-primer
-align` was run on, with the same packages. In a container: run this under one, with the virtual
-environment and TMPDIR where the overlay is.
+align` was run on, with the same packages. --container runs the servers as in one with Docker's
+defaults, as a user without privileges: overlay file systems over /usr, /opt, /root, /home and /var,
+so an interpreter elsewhere is not in it (root only). With several numbers of workers each has its
+rows. Celery's queues are files, and its tasks call the application.
 
 Without --code, code is not moved and not locked (PAGE_PRIMER_REMAP=0, PAGE_PRIMER_MLOCK=0): that is
 about the heap. `plain` is without page-primer, `page-primer` with it and neither `heap` nor
@@ -33,18 +36,28 @@ a process that lives long does now and then. Django is not among page-primer's o
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
 import json
 import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from applications import APPLICATIONS
-from served import faults, serve
+from served import Server, faults, serve
+from worker import Worker, work
 
+from page_primer.bench import machine
 from page_primer.kernel import smaps
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+from harness.container import container
+
+SERVERS = ("gunicorn", "uvicorn", "celery")
 CODE_VARIANTS: dict[str, dict[str, str] | None] = {"unprimed": None, "primed": {}}
 VARIANTS: dict[str, dict[str, str] | None] = {
     "plain": None,
@@ -63,15 +76,27 @@ CODE_COLUMNS = (
 def measure(
     given: argparse.Namespace,
     settings: dict[str, str] | None,
+    workers: int,
     *,
     preload: bool,
     python: str = sys.executable,
+    wrapper: Sequence[str] = (),
 ) -> dict[str, float]:
     """One server's numbers, memory in MiB."""
-    with tempfile.TemporaryDirectory(prefix="page-primer-memory-") as directory, serve(
-        directory, given.application, settings, given.workers,
-        preload=preload, collect=given.collect, python=python, server=given.server,
-    ) as server:  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="page-primer-memory-"))
+        server: Server | Worker
+        if given.server == "celery":
+            server = stack.enter_context(
+                work(directory, given.application, settings, workers, python, wrapper)
+            )
+        else:
+            server = stack.enter_context(
+                serve(
+                    directory, given.application, settings, workers, preload=preload,
+                    collect=given.collect, python=python, server=given.server, wrapper=wrapper,
+                )
+            )  # fmt: skip
         pids = server.workers()
         started = [faults(pid) for pid in pids]
         server.ask_many(given.requests)
@@ -110,19 +135,33 @@ def heap_runs(given: argparse.Namespace) -> Iterator[tuple[str, dict[str, float]
             if given.only and given.only not in title:
                 continue
             settings = None if settings is None else {**off, **settings}
-            yield title, measure(given, settings, preload=preload)
+            yield title, measure(given, settings, given.workers[0], preload=preload)
 
 
 def code_runs(given: argparse.Namespace) -> Iterator[tuple[str, dict[str, float]]]:
     """One round of unprimed and primed: titles and numbers."""
     pythons = {"": sys.executable, **({"aligned, ": given.aligned} if given.aligned else {})}
-    with tempfile.TemporaryDirectory(prefix="page-primer-memory-") as images:
-        for prefix, python in pythons.items():
-            for name, settings in CODE_VARIANTS.items():
-                if settings is not None:
-                    settings = {"PAGE_PRIMER_IMAGE_DIR": f"{images}/images", **settings}
-                title = f"{prefix}{name}"
-                yield title, measure(given, settings, preload=given.preload, python=python)
+    with contextlib.ExitStack() as stack:
+        images = stack.enter_context(tempfile.TemporaryDirectory(prefix="page-primer-memory-"))
+        wrapper: Sequence[str] = ()
+        if given.container:
+            upper = tempfile.TemporaryDirectory(prefix="page-primer-memory-", dir="/srv")
+            wrapper = container(Path(stack.enter_context(upper)))
+            os.chown(images, 1000, 1000)  # as whom it runs
+        for workers in given.workers:
+            for prefix, python in pythons.items():
+                for name, settings in CODE_VARIANTS.items():
+                    if settings is not None:
+                        settings = {"PAGE_PRIMER_IMAGE_DIR": f"{images}/images", **settings}
+                    yield f"{workers}: {prefix}{name}", measure(
+                        given, settings, workers,
+                        preload=given.preload, python=python, wrapper=wrapper,
+                    )  # fmt: skip
+
+
+def counts(text: str) -> list[int]:
+    """Numbers of workers, with commas between them."""
+    return [int(number) for number in text.split(",")]
 
 
 def main() -> None:
@@ -130,15 +169,20 @@ def main() -> None:
     parser.add_argument("--code", action="store_true", help="what is moved and locked")
     parser.add_argument("--aligned", metavar="PYTHON", help="with --code: aligned, too")
     parser.add_argument("--preload", action="store_true", help="with --code: load it in the master")
-    parser.add_argument("--server", choices=("gunicorn", "uvicorn"), default="gunicorn")
+    parser.add_argument("--server", choices=SERVERS, default="gunicorn")
     parser.add_argument("--application", choices=APPLICATIONS, default="django")
-    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--container", action="store_true", help="with --code: as in one (root)")
+    parser.add_argument("--workers", type=counts, default=[4], help="with --code: 1,4,16")
     parser.add_argument("--requests", type=int, default=250, help="a worker")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--collect", action="store_true", help="full collections, too")
     parser.add_argument("--only", default="", help="variants whose title contains this")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
+    if given.application == "torch" and importlib.util.find_spec("torch") is None:
+        raise SystemExit("torch is not installed here")
+    if not given.code and (given.container or given.server == "celery" or len(given.workers) > 1):
+        parser.error("--container, --server celery and several --workers are for --code")
     runs: dict[str, list[dict[str, float]]] = {}
     variants, columns = (code_runs, CODE_COLUMNS) if given.code else (heap_runs, COLUMNS)
     for _ in range(given.rounds):
@@ -149,10 +193,14 @@ def main() -> None:
         for title, found in runs.items()
     }
     if given.json:
-        print(json.dumps(table, indent=2))
+        told = {name: getattr(given, name) for name in ("application", "server", "requests")}
+        told |= {"container": given.container, "rounds": given.rounds}
+        print(json.dumps({**told, "machine": machine.describe(), "mib": table}, indent=2))
         return
     load = ", ".join(f"{figure:.1f}" for figure in os.getloadavg())
-    served = f"{given.server}, {given.application}, {given.workers} workers"
+    many = ", ".join(map(str, given.workers))
+    served = f"{given.server}, {given.application}, {many} workers"
+    served += " as in a container" * given.container
     print(f"{served}, {given.requests} requests each; MiB")
     print(f"load average {load}")
     print(f"{'':34}" + "".join(f"{column:>12}" for column in columns))

@@ -96,6 +96,7 @@ def serve(  # noqa: PLR0913  # each is a choice that a benchmark offers
     run: Sequence[str] = (),
     python: str = sys.executable,
     server: str = "gunicorn",
+    wrapper: Sequence[str] = (),
 ) -> Iterator[Server]:
     """A server whose workers have answered.
 
@@ -104,21 +105,17 @@ def serve(  # noqa: PLR0913  # each is a choice that a benchmark offers
         collect: a full collection at every fiftieth request of a worker, as a process that lives
             long does now and then.
         run: options of `page-primer run`, which then starts it.
+        wrapper: a command that runs it, in its own place.
     """
-    source = APPLICATIONS[application] + (COLLECTING if collect else "") + ARENAS
-    Path(directory, "served.py").write_text(source)
-    if application in PREPARED:
-        subprocess.run([python, "served.py"], cwd=directory, check=True)
+    write(directory, application, python, collect=collect)
+    primed = settings is not None
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    primed = settings is not None
     module = _command(server, workers, port, f"{directory}/log", primed=primed, preload=preload)
     command = [*(["-m", "page_primer", "run", *run, "--", python] if run else []), "-m", *module]
-    settings = {"PAGE_PRIMER_APP": "served:application", **(settings or {})} if primed else {}
     process = subprocess.Popen(
-        [python, *command],
-        cwd=directory, env={**os.environ, "OPENBLAS_NUM_THREADS": "1", **settings},
+        [*wrapper, python, *command], cwd=directory, env=environment(settings),
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
@@ -129,6 +126,21 @@ def serve(  # noqa: PLR0913  # each is a choice that a benchmark offers
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(60)
+
+
+def write(directory: str, application: str, python: str, *, collect: bool = False) -> None:
+    """Write served.py, which has the application, and what that needs; others may run it, too."""
+    os.chmod(directory, 0o777)
+    source = APPLICATIONS[application] + (COLLECTING if collect else "") + ARENAS
+    Path(directory, "served.py").write_text(source)
+    if application in PREPARED:
+        subprocess.run([python, "served.py"], cwd=directory, check=True)
+
+
+def environment(settings: dict[str, str] | None) -> dict[str, str]:
+    """A server's: with page-primer's settings, or None, without it."""
+    ours = {} if settings is None else {"PAGE_PRIMER_APP": "served:application", **settings}
+    return {**os.environ, "OPENBLAS_NUM_THREADS": "1", **ours}
 
 
 def faults(pid: int) -> int:

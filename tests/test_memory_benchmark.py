@@ -1,0 +1,34 @@
+"""benchmarks/memory.py: what it prints is of the servers that it was told to start."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "memory.py"
+
+
+@pytest.mark.parametrize(
+    ("counts", "given"), [((1,), ("--server", "celery")), ((1, 2), ("--container",))]
+)
+def test_a_row_for_each_variant(counts, given):
+    if "--container" in given and os.geteuid():
+        pytest.skip("mounts overlay file systems: needs root")
+    command = [sys.executable, str(SCRIPT), "--code", "--application", "small", "--json"]
+    done = subprocess.run(
+        [*command, "--workers", ",".join(map(str, counts)), "--requests", "1", *given],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["mib"].keys() == {
+        f"{count}: {variant}" for count in counts for variant in ("unprimed", "primed")
+    }
+    assert found["container"] == ("--container" in given)
+    for title, row in found["mib"].items():
+        assert row["PSS tree"] == pytest.approx(row["a worker"] * int(title[0])), title
+        assert row["RSS"] > row["private"] > 0, title
+        assert (row["code huge"] > 0) == (row["locked"] > 0) == ("un" not in title), title
