@@ -161,7 +161,10 @@ def code_runs(given: argparse.Namespace) -> Iterator[tuple[str, dict[str, float]
 
 def counts(text: str) -> list[int]:
     """Numbers of workers, with commas between them."""
-    return [int(number) for number in text.split(",")]
+    found = [int(number) for number in text.split(",")]
+    if min(found) < 1:
+        raise ValueError
+    return found
 
 
 def main() -> None:
@@ -183,6 +186,8 @@ def main() -> None:
         raise SystemExit("torch is not installed here")
     if not given.code and (given.container or given.server == "celery" or len(given.workers) > 1):
         parser.error("--container, --server celery and several --workers are for --code")
+    if given.container and (os.geteuid() or given.server == "celery"):
+        parser.error("--container needs root, and a --server other than celery")
     runs: dict[str, list[dict[str, float]]] = {}
     variants, columns = (code_runs, CODE_COLUMNS) if given.code else (heap_runs, COLUMNS)
     for _ in range(given.rounds):

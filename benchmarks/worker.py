@@ -56,7 +56,14 @@ class Worker:
     def _ask(self) -> set[int]:
         """A task for each child; returns which of them answered."""
         sent = [self._tasks.ask.delay("/") for _ in range(self.count)]
-        answers = [result.get(timeout=60, interval=0.02) for result in sent]
+        end = time.monotonic() + 300  # each may have to import its application first
+        while not all(result.ready() for result in sent):
+            if self._process.poll() is not None:
+                raise SystemExit("the worker has ended")
+            if time.monotonic() > end:
+                raise SystemExit("the worker does not answer")
+            time.sleep(0.02)
+        answers = [result.get() for result in sent]
         if not all(good for _, good in answers):
             raise SystemExit("the application answers something else")
         return {pid for pid, _ in answers}
@@ -66,8 +73,6 @@ class Worker:
         seen: set[int] = set()
         end = time.monotonic() + 120
         while time.monotonic() < end:
-            if self._process.poll() is not None:
-                raise SystemExit("the worker has ended")
             seen |= self._ask()
             found = family(self.master)[1:]
             if len(found) == self.count and set(found) <= seen:
@@ -96,6 +101,7 @@ def work(
         process = subprocess.Popen(
             [*wrapper, python, *command], cwd=directory,
             env={**environment(settings), "C_FORCE_ROOT": "1"}, stdout=log, stderr=log,
+            start_new_session=True,
         )  # fmt: skip
     sys.path.insert(0, directory)
     try:
@@ -106,4 +112,8 @@ def work(
         sys.path.remove(directory)
         sys.modules.pop("tasks", None)
         process.send_signal(signal.SIGTERM)
-        process.wait(60)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()

@@ -1,5 +1,5 @@
-"""The cases of ../shared/cases, each an input on which the first edition fell short: which test
-holds what its right column says."""
+"""Inputs on which an earlier edition fell short (where they are beside the repository, in
+../shared/cases): which test holds what is right for each."""
 
 import ast
 import os
@@ -65,7 +65,7 @@ def test_a_far_segment(tmp_path, shift):
     refused = ran(*primer, "align", file)
     assert refused.returncode == 1, refused
     assert "far apart" in refused.stdout + refused.stderr
-    # A shell's word for a signal, with and without our command before it.
+    # How it ends, with and without our command before it.
     words = f'exec "$@" {file} -c 1'
     alone, primed = (
         ran("sh", "-c", words, "sh", *way) for way in (["env"], [*primer, "run", "--"])

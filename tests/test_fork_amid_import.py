@@ -18,6 +18,8 @@ CODE = """
             begun.set()
             go_on.wait({slow})
 
+    for name in ("fnmatch",):  # a .pth file may have it
+        sys.modules.pop(name, None)
     sys.addaudithook(slowly)
     thread = threading.Thread(target=lambda: page_primer.prime(**options))
     thread.start()

@@ -235,8 +235,8 @@ main(int argc, char **argv)
     for (int i = 0; i < paths; i++)
         good &= warm(argv[i]);
     fflush(stdout);
-    while (held)
-        pause();
+    for (; held; pause()) /* for a signal that our caller had blocked, too */
+        sigprocmask(SIG_SETMASK, &(sigset_t){0}, NULL);
     if (!command)
         return !good;
     signal(SIGPIPE, pipe);

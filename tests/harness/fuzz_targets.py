@@ -302,6 +302,7 @@ def _load(path: Path) -> bytes | None:
             faulthandler.disable()  # a library that is broken may crash, as its original does
             signal.signal(signal.SIGPROF, signal.SIG_DFL)
             signal.setitimer(signal.ITIMER_PROF, 5)  # not by the clock: a machine may be busy
+            signal.alarm(300)  # but what waits for ever takes no processor time
             answer = ctypes.CDLL(str(path)).answer
             os.write(writer, bytes(answer(n % 2) & 0xFF for n in range(8)))
         finally:
