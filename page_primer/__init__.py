@@ -24,6 +24,7 @@ from page_primer.words import counted, mib, shortage
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from types import ModuleType
     from typing import Any
 
     from typing_extensions import Unpack
@@ -106,6 +107,9 @@ def restore() -> Report:
     return on_process(lambda process: process.restore())
 
 
+_health: ModuleType | None = None
+
+
 def status(*, measure: bool = False) -> dict[str, Any]:
     """Say how this process is primed, as plain data ready for `json.dumps()`: for a health
     endpoint. It primes nothing, and never raises for what the environment refuses.
@@ -120,9 +124,12 @@ def status(*, measure: bool = False) -> dict[str, Any]:
         the log warned of), sizes in bytes; docs/health.md and `python -m page_primer.schema health`
         have every field.
     """
-    with Loading():
-        from page_primer import health  # of those who ask alone
-    found: dict[str, Any] = asdict(health.read(_refused, measure=measure))
+    global _health
+    if _health is None:
+        with Loading():  # of those who ask alone
+            from page_primer import health
+        _health = health
+    found: dict[str, Any] = asdict(_health.read(_refused, measure=measure))
     return found
 
 
@@ -166,8 +173,7 @@ def _alone(action: Callable[[Process], Report]) -> Report:
     # Where there is no core, the import of this package says nothing: the report does.
     from page_primer import _core
 
-    with Loading():  # as above, and it is there
-        from page_primer.apply.process import process
+    process: Process = sys.modules[_DRIVER].process
 
     def otherwise(is_mine: bool) -> Report:
         return _nothing_done(reasons.IN_SIGNAL_HANDLER if is_mine else reasons.ANOTHER_CALL)
@@ -175,6 +181,7 @@ def _alone(action: Callable[[Process], Report]) -> Report:
     return _core.alone(lambda: action(process), otherwise)
 
 
+_DRIVER = "page_primer.apply.process"
 _loaded = False
 
 
@@ -195,7 +202,7 @@ def _load() -> Refusal | None:
 
 
 def _is_loaded() -> bool:
-    return "page_primer.apply.process" in sys.modules
+    return _DRIVER in sys.modules
 
 
 def _too_little_memory() -> Refusal | None:

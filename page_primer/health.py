@@ -10,7 +10,6 @@ import sys
 import time
 
 from page_primer._lean import Record, replace, suppress
-from page_primer._loading import Loading
 from page_primer.reasons import Reason
 from page_primer.report import TOTALS, Report
 
@@ -113,8 +112,7 @@ def _is_pending(process: Process) -> bool:
 
 
 def _measured() -> Report:
-    with Loading():  # of a measurement alone
-        from page_primer import on_process
+    from page_primer import on_process  # of a measurement alone
 
     return on_process(_look)
 
