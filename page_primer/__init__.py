@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import os
 import sys
+from _thread import get_ident
 
 from page_primer import reasons
 from page_primer._lean import asdict, is_ours
-from page_primer._loading import Loading, is_cut_off
+from page_primer._loading import Loading, is_cut_off, threads
 from page_primer.options import Options, unknown_variables
 from page_primer.reasons import Reason, Refusal
 from page_primer.report import Report
@@ -137,6 +138,7 @@ def on_process(action: Callable[[Process], Report]) -> Report:
     """Do something to this process, one thing at a time; where that cannot be, the report says why.
     Whatever surprise the environment has, the server runs on; what a signal handler of the host
     raises reaches the host, after the call has come to its end."""
+    outermost = get_ident() not in threads
     try:
         refused = _unsupported() or _load()
         if refused is None:
@@ -149,6 +151,11 @@ def on_process(action: Callable[[Process], Report]) -> Report:
         if not is_ours(error):
             raise
         refused = Refusal(reasons.UNEXPECTED, f"{type(error).__name__}: {error}")
+    finally:
+        # What a signal handler raised may have kept Loading() from its end. No Python code begins
+        # here, at which another might.
+        if outermost:
+            threads.discard(get_ident())
     return _nothing_done(refused.reason, refused.detail)
 
 

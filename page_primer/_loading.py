@@ -14,7 +14,7 @@ from _thread import get_ident  # threading takes 2 ms to import
 
 LONGEST_WAIT = 2.0  # seconds
 
-_threads: set[int] = set()  # that import
+threads: set[int] = set()  # that import
 _cut_off = False
 _watched = False  # forks are
 
@@ -26,7 +26,7 @@ class Loading:
 
     def __init__(self) -> None:
         self._me = get_ident()
-        self._outermost = self._me not in _threads  # another is a signal handler's
+        self._outermost = self._me not in threads  # another is a signal handler's
 
     def __enter__(self) -> None:
         global _watched
@@ -34,14 +34,14 @@ class Loading:
             os.register_at_fork(before=_wait_for_others, after_in_child=_after_fork)
             _watched = True
         try:
-            _threads.add(self._me)
+            threads.add(self._me)
         except BaseException:  # a signal handler's
             self.__exit__()
             raise
 
     def __exit__(self, *_: object) -> None:
         if self._outermost:
-            _threads.discard(self._me)
+            threads.discard(self._me)
 
 
 def is_cut_off() -> bool:
@@ -51,11 +51,11 @@ def is_cut_off() -> bool:
 
 def _wait_for_others() -> None:
     end = time.monotonic() + LONGEST_WAIT
-    while _threads - {get_ident()} and time.monotonic() < end:
+    while threads - {get_ident()} and time.monotonic() < end:
         time.sleep(0.001)
 
 
 def _after_fork() -> None:
     global _cut_off
-    _cut_off = _cut_off or bool(_threads - {get_ident()})
-    _threads.intersection_update({get_ident()})
+    _cut_off = _cut_off or bool(threads - {get_ident()})
+    threads.intersection_update({get_ident()})

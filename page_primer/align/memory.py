@@ -40,9 +40,12 @@ def left_small(path: str) -> str:
     if found is None:
         return ""
     path = os.path.join(os.curdir, path)  # what begins with `-` is an option
-    done = subprocess.run(
-        [found, path], stdout=subprocess.PIPE, text=True, errors="replace", check=False
-    )
+    try:
+        done = subprocess.run(
+            [found, path], stdout=subprocess.PIPE, text=True, errors="replace", check=False
+        )
+    except OSError:  # it cannot be executed here
+        return ""
     return done.stdout.strip().removeprefix(f"{path}: ") if done.returncode else ""
 
 

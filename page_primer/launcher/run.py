@@ -57,7 +57,8 @@ def run(command: Sequence[str], settings: Mapping[str, str]) -> int:
     try:
         through = through_warm(command)
         if len(through) > len(command):
-            with suppress(OSError):  # as without it, should it make too long a command line
+            # As without it, should it make a command line too long, or not to be encoded here.
+            with suppress(OSError, ValueError):
                 _execute(through)
         _execute(command)
     except OSError as error:

@@ -187,7 +187,7 @@ warm_listed(void)
     const char *name = getenv("PAGE_PRIMER_ALIGNED");
     bool named = name && *name;
     int fd = open(named ? name : "/var/lib/page-primer/aligned", OPEN_ANY);
-    ssize_t size = read(fd, text, sizeof text - 1);
+    ssize_t size = fd < 0 ? -1 : read(fd, text, sizeof text - 1);
     bool good = size >= 0 || !named;
 
     if (!good)
