@@ -95,7 +95,7 @@ def prime(options: Options | None = None, /, **values: Unpack[OptionValues]) -> 
         raise TypeError("prime() takes either Options or keyword arguments")
     if not options.enabled:
         return _nothing_done(reasons.SWITCHED_OFF)
-    loaded = _is_loaded()
+    loaded = _process is not None
     return on_process(lambda process: _prime(process, options, loaded))
 
 
@@ -180,7 +180,8 @@ def _alone(action: Callable[[Process], Report]) -> Report:
     # Where there is no core, the import of this package says nothing: the report does.
     from page_primer import _core
 
-    process: Process = sys.modules[_DRIVER].process
+    process = _process
+    assert process is not None  # by _load()
 
     def otherwise(is_mine: bool) -> Report:
         return _nothing_done(reasons.IN_SIGNAL_HANDLER if is_mine else reasons.ANOTHER_CALL)
@@ -188,28 +189,23 @@ def _alone(action: Callable[[Process], Report]) -> Report:
     return _core.alone(lambda: action(process), otherwise)
 
 
-_DRIVER = "page_primer.apply.process"
-_loaded = False
+_process: Process | None = None  # once what a call needs is imported
 
 
 def _load() -> Refusal | None:
     """Import what a call needs, unless memory is too short even for that."""
-    global _loaded
+    global _process
     if is_cut_off():
         return Refusal(reasons.CUT_OFF)
-    if _loaded:
+    if _process is not None:
         return None
-    with Loading():  # not for `import page_primer`
+    with Loading():
         refused = _too_little_memory()
         if refused is None:
-            import page_primer.apply.process  # noqa: F401
+            from page_primer.apply.process import process  # not for `import page_primer`
 
-            _loaded = True
+            _process = process
         return refused
-
-
-def _is_loaded() -> bool:
-    return _DRIVER in sys.modules
 
 
 def _too_little_memory() -> Refusal | None:
@@ -219,7 +215,7 @@ def _too_little_memory() -> Refusal | None:
         from page_primer import family
         from page_primer.kernel import memory
 
-    found = family.shortage(working=0 if _is_loaded() else memory.WORKING)
+    found = family.shortage(working=0 if _process else memory.WORKING)
     if found is None:
         return None
     detail = shortage(found)
@@ -254,6 +250,8 @@ if not TYPE_CHECKING:
         if name != "__version__":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         global __version__
+        if is_cut_off():
+            return "unknown"
         with Loading():  # 20 ms
             from importlib import metadata
 

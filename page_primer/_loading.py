@@ -2,8 +2,8 @@
 
 A child that is forked while another thread imports a module has that module's lock for ever, and
 would wait for it at its own import. So what is imported by a call is imported under `Loading()`:
-forks wait for its end, though not for long, and a child that was forked all the same imports
-nothing more (`is_cut_off()`).
+forks wait for its end, though not for long. A child that was forked all the same `is_cut_off()`:
+its calls of prime() and restore() do nothing, and import nothing.
 """
 
 from __future__ import annotations

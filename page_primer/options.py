@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 
 from page_primer._lean import Record, suppress
-from page_primer._loading import Loading
+from page_primer._loading import Loading, is_cut_off
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -359,6 +359,8 @@ def unknown_variables(environ: Mapping[str, str] = os.environ) -> tuple[str, ...
 
 def nearest_variable(name: str) -> str | None:
     """The variable that a misspelt one may have been meant for."""
+    if is_cut_off():
+        return None
     with Loading():
         import difflib  # which a start without such a mistake does not need: 3 ms
 

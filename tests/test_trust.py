@@ -350,6 +350,17 @@ def test_an_image_of_a_private_program_is_private(public, public_python):
 # ---------------------------------------------------------------------------------- one bit of it
 
 
+def change_bit(image: Path, at: int) -> None:
+    """What a store's owner can do to a file that nobody may write to."""
+    image.chmod(0o755)
+    with open(image, "r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 0x10]))
+    image.chmod(0o555)
+
+
 @pytest.mark.parametrize("name", ["interpreter", "library"])
 @pytest.mark.parametrize("at", ["first", "last"])
 def test_one_bit(python, images, name, at):
@@ -372,13 +383,7 @@ def test_one_bit(python, images, name, at):
             if at == "first"
             else max(v.offset + v.end - v.start for v in vmas) - outside.PAGE
         )
-    where.chmod(0o755)
-    with open(where, "r+b") as file:
-        file.seek(offset)
-        byte = file.read(1)[0]
-        file.seek(offset)
-        file.write(bytes([byte ^ 0x10]))
-    where.chmod(0o555)
+    change_bit(where, offset)
     wrong = where.stat().st_ino
     with Process(python) as process:
         process.run("import ssl")
@@ -424,13 +429,7 @@ def test_one_bit_of_a_built_image(public, public_python):
             pytest.skip("the interpreter does not lie where the image is for")
         where = Path(core["where"])
         at = max(v.offset for v in outside.smaps(process.pid) if v.path == str(where)) + 0x1234
-    where.chmod(0o755)
-    with open(where, "r+b") as file:
-        file.seek(at)
-        byte = file.read(1)[0]
-        file.seek(at)
-        file.write(bytes([byte ^ 1]))
-    where.chmod(0o555)
+    change_bit(where, at)
     wrong = where.stat().st_ino
     for wrapper in (become(USER), ()):
         with Process(public_python, wrapper=wrapper) as process:

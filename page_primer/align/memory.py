@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 PROGRAM = "page-primer-warm"
+_SECONDS = 120
 _ON_HUGE_PAGES = " on huge pages"
 
 
@@ -42,9 +43,10 @@ def left_small(path: str) -> str:
     path = os.path.join(os.curdir, path)  # what begins with `-` is an option
     try:
         done = subprocess.run(
-            [found, path], stdout=subprocess.PIPE, text=True, errors="replace", check=False
-        )
-    except OSError:  # it cannot be executed here
+            [found, path], stdout=subprocess.PIPE, text=True, errors="replace", check=False,
+            timeout=_SECONDS,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):  # it cannot be executed, or the disk has stopped
         return ""
     return done.stdout.strip().removeprefix(f"{path}: ") if done.returncode else ""
 

@@ -11,6 +11,7 @@ import sys
 
 from page_primer import _unsupported, on_process, prime
 from page_primer._lean import suppress
+from page_primer._loading import Loading
 from page_primer.options import Options, flag
 
 TYPE_CHECKING = False
@@ -38,7 +39,8 @@ def start() -> None:
     report = prime(options)
     os.register_at_fork(after_in_child=_lock_in_child)
     if report.reason is None and _wants(LATE, True):
-        from page_primer.launcher import imports as late  # not of processes that want none
+        with Loading():  # not of processes that want none
+            from page_primer.launcher import imports as late
 
         late.watch(options, _tell)
     _tell(report)
@@ -48,9 +50,10 @@ def _start_arenas(options: Options) -> None:
     """Have the modules that prime() imports, and all after them, in huge arenas. Whatever is in the
     way, prime() has to say."""
     with suppress(ImportError, OSError):
-        from page_primer.heap import arenas  # of this option alone
-        from page_primer.heap.refusal import refusal
-        from page_primer.kernel import memory, thp
+        with Loading():  # of this option alone
+            from page_primer.heap import arenas
+            from page_primer.heap.refusal import refusal
+            from page_primer.kernel import memory, thp
 
         huge = thp.pmd_size()
         if _unsupported() is None and refusal(options, huge, list(memory.bounds())) is None:
@@ -70,7 +73,8 @@ def say(line: str) -> None:
     exit fail with status 120. The signals for a closed pipe and a file that may not grow are
     consumed, since a host that embeds Python may not ignore them.
     """
-    import signal  # with enum: milliseconds, for the few that have something to say
+    with Loading():  # with enum: milliseconds, for the few that have something to say
+        import signal
 
     stderr = sys.__stderr__
     if stderr is None:  # closed: its number may be another file's by now
@@ -95,7 +99,8 @@ def _lock_in_child() -> None:
     try:
         report = on_process(lambda process: process.lock_in_child())
         if _wants(VERBOSE, False):
-            from page_primer.words import mib  # only for this line
+            with Loading():  # only for this line
+                from page_primer.words import mib
 
             locked = mib(report.lock_wanted_bytes - report.lock_refused_bytes)
             say(f"page-primer[{os.getpid()}]: forked from {os.getppid()}, {locked} locked again")

@@ -59,7 +59,7 @@ def run(command: Sequence[str], settings: Mapping[str, str]) -> int:
         if len(through) > len(command):
             # As without it, should it make a command line too long, or not to be encoded here.
             with suppress(OSError, ValueError):
-                _execute(through)
+                _execute(through, script=False)
         _execute(command)
     except OSError as error:
         say(f"page-primer: {command[0]}: {error.strerror}")
@@ -85,8 +85,8 @@ def _undo_coercion() -> None:
             os.environ["LC_CTYPE"] = os.fsdecode(given[b"LC_CTYPE"])
 
 
-def _execute(command: Sequence[str]) -> NoReturn:
-    """As execvp(3) does: a script without `#!` is the shell's.
+def _execute(command: Sequence[str], *, script: bool = True) -> NoReturn:
+    """As execvp(3) does: a script without `#!` is the shell's, unless it can be none.
 
     Raises:
         OSError: the command cannot be executed.
@@ -99,7 +99,7 @@ def _execute(command: Sequence[str]) -> NoReturn:
     try:
         for path in _candidates(command[0]):
             try:
-                _execute_file(path, command)
+                _execute_file(path, command, script=script)
             except OSError as error:
                 if error.errno == errno.EACCES or refusal.errno != errno.EACCES:
                     refusal = error
@@ -119,10 +119,10 @@ def _candidates(name: str) -> Iterator[str]:
             yield f"{directory}/{name}" if directory else name
 
 
-def _execute_file(path: str, command: Sequence[str]) -> NoReturn:
+def _execute_file(path: str, command: Sequence[str], *, script: bool) -> NoReturn:
     try:
         os.execv(path, list(command))
     except OSError as error:
-        if error.errno != errno.ENOEXEC:
+        if error.errno != errno.ENOEXEC or not script:
             raise
         os.execv("/bin/sh", ["/bin/sh", path, *command[1:]])

@@ -106,7 +106,8 @@ bring_in(int fd, struct span *span)
     if (is_huge(fd, span, true))
         return ", collapsed";
     for (size_t left = span->length; left; left -= pmd, block.offset += pmd) {
-        for (int tries = 0; !is_huge(fd, &block, false) && tries < 4; tries++)
+        for (int tries = 4; !is_huge(fd, &block, false) && tries;
+             tries = block.shared ? 0 : tries - 1)
             posix_fadvise(fd, block.offset, pmd, POSIX_FADV_DONTNEED);
         if (block.huge < pmd && !block.shared)
             break;
