@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 from elftools.elf.elffile import ELFFile
-from harness.libraries import build_library
+from harness.libraries import build_library, chunks_library
+from harness.outside import PMD
 from harness.process import Process, interpreter
 
 from page_primer import reasons
@@ -127,6 +128,26 @@ def test_symbols_are_the_originals(primed):
     for path, image, _ in primed[0]:
         assert symbols(image) == symbols(path)
         assert symbols(path)[0]
+
+
+def test_symbols_have_their_versions_where_the_rest_is_a_hole(python, images, tmp_path):
+    """What is before the first chunk that moved, as of any library at a random address."""
+    (tmp_path / "versions").write_text("CHUNKS_1 { global: touch; where; local: *; };")
+    library = chunks_library(tmp_path, f"-Wl,--version-script={tmp_path}/versions")
+    with Process(python) as process:
+        process.run(
+            f"import ctypes; lib = ctypes.CDLL({str(library)!r}); lib.touch(4, {PMD}); result = 0"
+        )
+        report = process.prime(image_dir=str(images), backing="image")
+        (obj,) = [obj for obj in report["objects"] if obj["path"] == str(library)]
+    listed = [
+        subprocess.run(["nm", "-D", "--defined-only", path], capture_output=True, text=True).stdout
+        for path in (library, obj["where"])
+    ]
+    assert "touch@@CHUNKS_1" in listed[0]
+    assert listed[0] == listed[1]
+    done = subprocess.run(["readelf", "-aW", obj["where"]], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_the_build_id_is_its_own(primed):

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 _FNV = 0xDD268DBCAAC550362D98C384C4E576CCC8B1536847B6BBB31023B4C8CAEE0535, (1 << 168) + 0x163
 
 _KEPT_SECTIONS = (".gnu_debuglink", ".gnu_debugaltlink", ".gnu_debugdata", ".note.stapsdt")
-_TOOLS_KINDS = (elf.SHT_DYNSYM, elf.SHT_DYNAMIC, elf.SHT_NOTE)
+_TOOLS_KINDS = (elf.SHT_DYNSYM, elf.SHT_DYNAMIC, elf.SHT_NOTE, *elf.SHT_GNU_VERSIONS)
 _TOOLS_SECTIONS = (".eh_frame", ".eh_frame_hdr")
 _DEBUG_SECTIONS = (".debug_", ".zdebug_")
 _COPY_BLOCK = 8 << 20  # bytes

@@ -10,7 +10,7 @@ from page_primer._lean import ours
 from page_primer.elf.objects import Object, Source
 
 # Part of an image's name in the store: raise it when what layout.py writes changes.
-LAYOUT_VERSION = 4
+LAYOUT_VERSION = 5
 ANCHOR = "anchor"  # ends the name of one (anchors.py)
 # In the names of what `page-primer build` writes: it is for files that have been copied since, by
 # layers of a container, which change all but a file's content and the second of its change.

@@ -47,9 +47,9 @@ void touch(int n, int bytes)
 """
 
 
-def chunks_library(directory):
+def chunks_library(directory, *flags):
     """In small pages: written in large pieces its pages could be huge as they are."""
-    linked = build(directory, "linked.so", CHUNKS, "-shared", "-fPIC").read_bytes()
+    linked = build(directory, "linked.so", CHUNKS, "-shared", "-fPIC", *flags).read_bytes()
     with open(directory / "libchunks.so", "wb", buffering=0) as file:
         for start in range(0, len(linked), 16384):
             file.write(linked[start : start + 16384])
