@@ -151,6 +151,23 @@ def test_a_narrow_table_drops_columns_then_cuts_names_and_breaks_none(monkeypatc
     assert "…" in tables.fit(found, 50)
 
 
+def test_where_names_would_be_too_short_more_columns_go(monkeypatch):
+    monkeypatch.setattr(terminal, "can_write", lambda _: True)
+    rows = (("libpython3.11.so.1.0", "100 %", "5.7 MiB", "image in /var/cache"),)
+    found = table("object", "huge", "locked", "on", rows=rows, object={"cuts": "end"},
+                  locked={"goes": -2}, on={"cuts": "path", "goes": -1})  # fmt: skip
+    titles = [tables.fit(found, width).split("\n")[0].split() for width in (60, 50, 36, 28, 20)]
+    assert titles == [
+        ["object", "huge", "locked", "on"],
+        ["object", "huge", "locked", "on"],
+        ["object", "huge", "locked"],
+        ["object", "huge"],
+        ["object", "huge"],
+    ]
+    (name, *_) = tables.fit(found, 36).splitlines()[1].split()
+    assert name == "libpython3.11.so.…"
+
+
 def test_paths_lose_folders_before_a_column_is_left_out(monkeypatch):
     monkeypatch.setattr(terminal, "can_write", lambda _: True)
     rows = (("/opt/venv/lib/python3.11/site-packages/pyarrow/libarrow.so.2600", "26.8 MiB", "17"),)

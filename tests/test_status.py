@@ -1,10 +1,15 @@
 """`page-primer status`, compared with smaps as the tests read them."""
 
+import fcntl
 import json
 import os
+import pty
+import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
 
 import pytest
 from harness import outside
@@ -244,7 +249,7 @@ def test_bars_are_what_smaps_has(python, images):
 def test_lines_fit_the_terminal(python, images):
     with Process(python) as process:
         process.prime(image_dir=str(images))
-        for columns in (70, 80, 120):
+        for columns in (40, 60, 70, 80, 120):
             for words in ([], ["--all"], ["--each"]):
                 text = on_terminal(*STATUS, *words, str(process.pid), columns=columns)
                 text = without_colours(text)
@@ -282,6 +287,79 @@ def test_watch():
     finally:
         sleeper.kill()
         sleeper.wait()
+
+
+class Watch:
+    """`status --watch` on a terminal of some size."""
+
+    def __init__(self, pid, columns, rows, **environ):
+        self.master, slave = pty.openpty()
+        self.resize(columns, rows)
+        given = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES", "NO_COLOR")}
+        self.process = subprocess.Popen(
+            [*STATUS, "--watch", "--interval", "1000", str(pid)], stdout=slave,
+            env={**given, "TERM": "xterm", "PYTHONIOENCODING": "utf-8", **environ},
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )  # fmt: skip
+        os.close(slave)
+
+    def resize(self, columns, rows):
+        fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("4H", rows, columns, 0, 0))
+
+    def read(self, last):
+        """What comes up to some last bytes; empty: to the end."""
+        text = b""
+        while not (last and text.endswith(last)):
+            try:
+                text += os.read(self.master, 1)
+            except OSError:  # EIO: nobody has the terminal open any more
+                assert not last, text
+                break
+        return text.decode().replace("\r\n", "\n")
+
+    def frame(self):
+        """The lines of one screen."""
+        text = self.read(b"\x1b[J\x1b[?7h")
+        start, _, text = text.partition("\x1b[?7l\x1b[H")
+        assert start in ("", "\x1b[2J"), start
+        text = without_colours(text).removesuffix("\x1b[J\x1b[?7h")
+        assert text.endswith("\n")
+        lines = text[:-1].split("\n")
+        assert all(line.startswith("\x1b[K") for line in lines), lines
+        return [line.removeprefix("\x1b[K") for line in lines]
+
+    def end(self):
+        self.process.send_signal(signal.SIGINT)
+        text = self.read(b"")
+        os.close(self.master)
+        assert self.process.wait(60) == 0
+        return text
+
+
+def test_watch_on_a_terminal(python):
+    """Each screen is written over the one before and fits; another size is another screen at once;
+    Ctrl-C leaves the cursor on a line of its own."""
+    with Process(python) as process:
+        watch = Watch(process.pid, 60, 8)
+        lines = watch.frame()
+        assert lines[0].startswith(f"{process.pid}  ")
+        assert len(lines) == 7, lines
+        assert re.fullmatch(r"  and \d+ more lines", lines[-1]), lines
+        assert max(map(len, lines)) <= 60, lines
+        watch.resize(100, 60)
+        watch.process.send_signal(signal.SIGWINCH)  # not the terminal's foreground here
+        lines = watch.frame()
+        assert "small, locked" in lines[-1], lines
+        assert 60 < max(map(len, lines)) <= 100, lines
+        assert watch.end() == "\x1b[?7h\n"
+
+
+def test_watch_on_a_terminal_that_cannot_move_its_cursor(python):
+    with Process(python) as process:
+        watch = Watch(process.pid, 80, 8, TERM="dumb")
+        text = watch.read(b" small\r\n\r\n")
+        assert text.startswith(f"{process.pid}  ")
+        assert (text + watch.end()).count("\x1b") == 0
 
 
 def test_what_is_not_locked_has_a_reason():

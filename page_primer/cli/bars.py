@@ -30,9 +30,15 @@ def bar(sizes: Mapping[str, int], width: int) -> str:
     return "".join(terminal.styled(_sign(kind) * count, kind[3]) for kind, count in parts)
 
 
-def legend() -> str:
-    """What the signs mean, in one line."""
-    return "  ".join(f"{terminal.styled(_sign(kind), kind[3])} {kind[4]}" for kind in KINDS)
+def legend(columns: int | None) -> list[str]:
+    """What the signs mean, in lines of so many columns; None: in one."""
+    lines = [""]
+    for kind in KINDS:
+        meaning = f"  {terminal.styled(_sign(kind), kind[3])} {kind[4]}"
+        if lines[-1] and columns and terminal.length(lines[-1] + meaning) > columns:
+            lines.append("")
+        lines[-1] += meaning
+    return lines
 
 
 def _sign(kind: Sequence[str]) -> str:

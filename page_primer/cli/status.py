@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -89,8 +90,10 @@ def run(given: argparse.Namespace) -> int:
         return _show_once(given)
     try:
         return _watch(given)
-    except KeyboardInterrupt:
-        return 0  # how one ends it
+    except KeyboardInterrupt:  # how one ends it
+        if terminal.can_draw() and not given.json:
+            print(terminal.LEAVE, end="")
+        return 0
 
 
 def _show_once(given: argparse.Namespace) -> int:
@@ -107,22 +110,24 @@ def _show_once(given: argparse.Namespace) -> int:
 
 def _watch(given: argparse.Namespace) -> int:
     """Show it again and again, until the process has ended."""
-    is_terminal = terminal.is_terminal() and not given.json
-    if is_terminal:
-        print("\x1b[2J", end="")
+    draws = terminal.can_draw() and not given.json
+    if draws:
+        print(terminal.CLEAR, end="")
+    # Held back, so that it is there to be waited for.
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGWINCH])
     seen = False
     while (found := _look(given)) and any(process.problem is None for process in found):
         seen = True
         if given.json:
             print(json.dumps([process.as_dict() for process in found]), flush=True)
-        elif is_terminal:
-            # Over what is there, for a screen that is cleared first flickers.
-            lines = _screen(given, found)[: terminal.height() - 1]
-            print("\x1b[H" + "".join(f"{line}\x1b[K\n" for line in lines) + "\x1b[J", end="",
-                  flush=True)  # fmt: skip
+        elif draws:
+            print(terminal.screen(_screen(given, found)), end="", flush=True)
         else:
             print("\n".join([*_screen(given, found), ""]), flush=True)
-        time.sleep(given.interval)
+        until = time.monotonic() + given.interval
+        while (left := until - time.monotonic()) > 0:
+            if signal.sigtimedwait([signal.SIGWINCH], left) and draws:
+                break  # the terminal has another size
     if not seen:
         return _show_once(given)
     print(f"page-primer: {_nothing(given)} any more", file=sys.stderr)
@@ -155,7 +160,7 @@ def _screen(given: argparse.Namespace, found: Sequence[ProcessStatus]) -> list[s
     if len(others) > _MOST:
         lines[-1:] = [f"  and {counted(len(others) - _MOST, 'process', 'es')} more (--json)", ""]
     if any(process.objects for process in found):
-        lines.append(f"  {bars.legend()}")
+        lines += bars.legend(terminal.width())
     if not given.python_only and not is_python(given.pid):
         lines += [*([""] if lines[-1] else []), *_below(given.pid)]
     while not lines[-1]:
@@ -182,14 +187,14 @@ def _titled(pid: int, command: str) -> str:
 
 _SIZES = ("locked_bytes", "copied_bytes", "shared_bytes", "pss_bytes")
 _OBJECT = (
-    Column("object", left=True, cuts="end"), Column("memory", left=True), Column("code"),
-    Column("huge"), Column("locked"), Column("copied", goes=1), Column("shared", goes=3),
-    Column("PSS", goes=2), Column("on", left=True, cuts="path"),
+    Column("object", left=True, cuts="end"), Column("memory", left=True, goes=-4),
+    Column("code", goes=-3), Column("huge"), Column("locked", goes=-2), Column("copied", goes=1),
+    Column("shared", goes=3), Column("PSS", goes=2), Column("on", left=True, cuts="path", goes=-1),
 )  # fmt: skip
 _PROCESS = (
-    Column("process"), Column("memory", left=True), Column("code"), Column("huge"),
-    Column("locked"), Column("copied", goes=1), Column("shared", goes=3), Column("PSS", goes=2),
-    Column("heap", goes=4), Column("command", left=True, cuts="end"),
+    Column("process"), Column("memory", left=True, goes=-3), Column("code", goes=-1),
+    Column("huge"), Column("locked", goes=-2), Column("copied", goes=1), Column("shared", goes=3),
+    Column("PSS", goes=2), Column("heap", goes=4), Column("command", left=True, cuts="end"),
 )  # fmt: skip
 
 

@@ -1,13 +1,15 @@
 """One renderer of tables, for a terminal of any width and for a pipe.
 
 Where a table is too wide, first the column that wraps is folded, between words; then paths lose
-folders; then columns that may go are left out; then names are cut, with a sign that they were. A
-note, printed beneath its row, never is cut or folded, so that it can be copied.
+folders; then columns that may go are left out; then names are cut, with a sign that they were, and
+where that leaves too little of them, more columns go. A note, printed beneath its row, never is cut
+or folded, so that it can be copied.
 """
 
 from __future__ import annotations
 
 import re
+import sys
 import textwrap
 
 from page_primer._lean import Record
@@ -30,7 +32,9 @@ class Column(Record):
     left: bool = False  # names stand to the left, numbers to the right
     wraps: bool = False
     cuts: str = ""  # where it may be cut: "end", "start", or "path" for what is a path
-    goes: int = 0  # it may be left out: the highest number first; 0: never
+    # It may be left out, the highest number first: above 0 before names are cut, below 0 where they
+    # would become shorter than can be read. 0: never.
+    goes: int = 0
 
 
 class Table(Record):
@@ -119,13 +123,14 @@ def fit(table: Table, width: int | None, *, cut: bool = True) -> str:
             continue
         if _shrink(table, sizes, excess, _READABLE, lambda column: column.cuts == "path"):
             continue
-        droppable = [n for n, column in enumerate(table.columns) if column.goes]
-        if droppable:
-            least = max(droppable, key=lambda n: table.columns[n].goes)
-            table = table.without(least)
-            sizes = table.sizes()
-        elif not _shrink(table, sizes, excess, _SHORTEST, lambda column: bool(column.cuts)):
+        least = max(range(len(sizes)), key=lambda n: table.columns[n].goes or -sys.maxsize)
+        goes = table.columns[least].goes
+        if goes <= 0 and _shrink(table, sizes, excess, _SHORTEST, lambda column: bool(column.cuts)):
+            continue
+        if not goes:
             break
+        table = table.without(least)
+        sizes = table.sizes()
     return "\n".join(_lines(table, sizes))
 
 

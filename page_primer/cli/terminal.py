@@ -8,12 +8,19 @@ import shutil
 import sys
 import unicodedata
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 BOLD, DIM = "1", "2"
 RED, GREEN, YELLOW, CYAN = "31", "32", "33", "36"
 
 _SEQUENCE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
 ELLIPSIS = "…"
+CLEAR = "\x1b[2J"
+# At the begin of a line of its own, with lines that wrap.
+LEAVE = "\x1b[?7h\n"
 _PATHS = ("/", "./", "../")  # how they begin
 _ROOM = 8  # columns of a path behind words, at least
 _IN_A_PIPE = 100  # columns, unless COLUMNS says something else
@@ -25,8 +32,24 @@ def is_terminal() -> bool:
 
 def has_colours() -> bool:
     """A terminal that knows them, unless NO_COLOR is set (https://no-color.org)."""
-    dumb = os.environ.get("TERM", "dumb") == "dumb"
-    return is_terminal() and not dumb and not os.environ.get("NO_COLOR")
+    return can_draw() and not os.environ.get("NO_COLOR")
+
+
+def can_draw() -> bool:
+    """A terminal that can move its cursor."""
+    return is_terminal() and os.environ.get("TERM", "dumb") != "dumb"
+
+
+def screen(lines: Sequence[str]) -> str:
+    """What writes these lines over the ones that are there, for a screen that is cleared first
+    flickers. No line wraps, or the next would be where no line of this is."""
+    rows = shutil.get_terminal_size((80, 24)).lines - 1  # the last one is the cursor's
+    if len(lines) > rows > 1:
+        shown = rows - 1
+        lines = [*lines[:shown], f"  and {len(lines) - shown} more lines"]
+    # A line is cleared before: after one that fills it, its last character would go (xterm).
+    written = "".join(f"\x1b[K{line}\n" for line in lines)
+    return f"\x1b[?7l\x1b[H{written}\x1b[J\x1b[?7h"
 
 
 def width() -> int | None:
@@ -37,10 +60,6 @@ def width() -> int | None:
 def width_of_sentences() -> int:
     """Columns to fold sentences to, in a pipe too."""
     return shutil.get_terminal_size((_IN_A_PIPE, 24)).columns
-
-
-def height() -> int:
-    return shutil.get_terminal_size((80, 24)).lines
 
 
 def can_write(text: str) -> bool:
