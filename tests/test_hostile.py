@@ -12,7 +12,7 @@ import pytest
 from harness import outside
 from harness.faults import build_fault
 from harness.interpreters import INTERPRETERS, python_of
-from harness.kernel import require_huge_files
+from harness.kernel import filesystem, require_huge_files
 from harness.libraries import build_library
 from harness.privileges import locks_fit
 from harness.process import Process, interpreter, left_of
@@ -449,7 +449,9 @@ def test_random_load_addresses_on_overlayfs(tmp_path):
         f"lowerdir={prefix},upperdir=$PWD/up,workdir=$PWD/scratch {prefix}"
     )
     wrapper = ["unshare", "--mount", "sh", "-c", f'{mount} && exec "$@"', "sh"]
-    if subprocess.run([*wrapper, "true"], capture_output=True).returncode:
+    if filesystem(prefix) == "overlayfs":  # on another, files would have no path in maps
+        wrapper = []
+    elif subprocess.run([*wrapper, "true"], capture_output=True).returncode:
         pytest.skip("mounting an overlay is not allowed here")
     python = python_of(tmp_path, shared[-1])
     images = tmp_path / "images"

@@ -10,6 +10,7 @@ import pytest
 from elftools.elf.elffile import ELFFile
 from harness.libraries import build_library, chunks_library
 from harness.outside import PMD
+from harness.placement import require_one_address
 from harness.process import Process, interpreter
 
 from page_primer import reasons
@@ -160,6 +161,7 @@ def test_the_build_id_is_its_own(primed):
 
 
 def test_the_same_image_is_written_the_same(python, tmp_path):
+    require_one_address(python)
     files = []
     for name in ("one", "two"):
         with Process(python) as process:

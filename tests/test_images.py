@@ -17,6 +17,7 @@ from harness.container_runs import restart
 from harness.interpreters import is_shared
 from harness.kernel import filesystem
 from harness.libraries import build_library
+from harness.placement import require_executable
 from harness.privileges import needs_root
 from harness.process import Process, interpreter
 
@@ -39,6 +40,7 @@ def library(tmp_path):
     """A library that is loaded at a random address: the loader aligns those of a disk."""
     if filesystem("/dev/shm") != "tmpfs":
         pytest.skip("/dev/shm is no tmpfs here")
+    require_executable("/dev/shm")
     directory = Path(tempfile.mkdtemp(prefix="page-primer-test-", dir="/dev/shm"))
     built = build_library(tmp_path, "libbig.so")
     path = directory / "libbig.so"

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from harness import outside
 from harness.kernel import require_huge_files
+from harness.placement import require_executable
 from harness.process import Process
 
 PMD = outside.PMD
@@ -154,6 +155,7 @@ def test_in_place_by_name_copies_nothing(python, small, images):
 
 def test_collapse_in_place_on_tmpfs(python, linked, images):
     require_huge_files("/dev/shm")
+    require_executable("/dev/shm")
     path = copy(linked, Path(f"/dev/shm/page-primer-test-{os.getpid()}.so"), 32 << 10)
     try:
         with Process(python) as process:
@@ -175,6 +177,7 @@ def test_collapse_in_place_on_tmpfs(python, linked, images):
 
 def test_a_deleted_file_can_have_huge_pages_in_place(python, linked, images):
     require_huge_files("/dev/shm")
+    require_executable("/dev/shm")
     path = copy(linked, Path(f"/dev/shm/page-primer-test-gone-{os.getpid()}.so"), 32 << 10)
     try:
         with Process(python) as process:

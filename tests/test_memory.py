@@ -9,6 +9,7 @@ import pytest
 from harness import outside
 from harness.cgroup import Cgroup
 from harness.gunicorn_server import Gunicorn, require_no_failure
+from harness.placement import require_executable
 from harness.process import Process, interpreter
 
 from page_primer import family
@@ -235,6 +236,8 @@ import json.tool, decimal, http.client  # it lives on
 def test_a_small_cgroup_is_never_killed_by_priming(python, images, limit, backing):
     """The interpreter and OpenSSL, 5 MiB each, and a limit that the rest of the process fits. What
     is written to a tmpfs cannot be reclaimed, debug information included."""
+    if backing == "image on tmpfs":
+        require_executable("/dev/shm")
     with (
         Cgroup(limit * MIB) as cgroup,
         tempfile.TemporaryDirectory(prefix="page-primer-", dir="/dev/shm") as memory,

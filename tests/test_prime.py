@@ -18,6 +18,7 @@ from harness.interpreters import KINDS, python_of
 from harness.kernel import require_huge_files
 from harness.libraries import BIG, build, build_library, chunks_library
 from harness.outside import PMD
+from harness.placement import require_executable, require_one_address
 from harness.privileges import drop_memlock, locks_fit
 from harness.process import Failed, Process, interpreter, left_of
 
@@ -36,6 +37,7 @@ def image_dir(request, images):
         yield str(images)
         return
     require_huge_files("/dev/shm")
+    require_executable("/dev/shm")
     path = Path(f"/dev/shm/page-primer-test-{os.getpid()}")
     yield str(path)
     subprocess.run(["rm", "-rf", str(path)], check=True)
@@ -43,7 +45,7 @@ def image_dir(request, images):
 
 def check_all_huge(pid):
     text = outside.text_of(pid)
-    assert text.huge == text.attainable > 0, text
+    text.require_huge()
     if text.attainable == text.size:
         assert text.executable
     return text
@@ -55,11 +57,12 @@ def test_image_puts_all_attainable_text_on_huge_pages(every_python, image_dir):
         report = process.prime(image_dir=image_dir)
         text = check_all_huge(process.pid)
         core = interpreter(report)
-        assert core["backing"] == "image"
-        assert core["where"].startswith(image_dir + "/")
-        assert os.path.basename(core["where"]) == os.path.basename(core["path"])
-        # The whole read-only span is the image's: a profiler sees one file, and only one.
-        assert {v.path for v in text.span_vmas} == {core["where"]}
+        if text.attainable:
+            assert core["backing"] == "image"
+            assert core["where"].startswith(image_dir + "/")
+            assert os.path.basename(core["where"]) == os.path.basename(core["path"])
+            # The whole read-only span is the image's: a profiler sees one file, and only one.
+            assert {v.path for v in text.span_vmas} == {core["where"]}
         assert report["locked_bytes"] > core["code_bytes"]
         assert text.locked
 
@@ -75,6 +78,7 @@ def test_image_puts_all_attainable_text_on_huge_pages(every_python, image_dir):
 def test_no_copy_of_the_interpreter_is_needed_twice(python, images):
     """A second process maps the image that the first one wrote."""
     require_huge_files(images.parent)
+    require_one_address(python)
     with Process(python) as one, Process(python) as two:
         first = interpreter(one.prime(image_dir=str(images)))
         second = interpreter(two.prime(image_dir=str(images)))
@@ -98,7 +102,9 @@ def test_memory_backings(every_python, images, backing, keep_profilers):
             # Header and first code stay on the file; the rest is huge.
             assert any(v.path == core["path"] and "x" in v.perms for v in text.span_vmas)
             left = left_of(report, os.path.basename(core["path"]))
-            assert "kept for profilers" in left or "nothing is left but" in core["notes"][0]
+            # At a random address they may lie before the first whole huge page anyway.
+            if not text.phase or text.huge < text.attainable:
+                assert "kept for profilers" in left or "nothing is left but" in core["notes"][0]
         else:
             assert text.huge == text.attainable
         assert core["code_huge_bytes"] == pytest.approx(text.huge, abs=2 * 4096 + 0x8000)
@@ -356,8 +362,7 @@ def test_default_memlock_locks_the_interpreter_first_and_tells_the_rest(every_py
             "logger.addHandler(Keep()); logger.setLevel(logging.DEBUG); logger.propagate = False\n"
             "report.log(logger); result = lines"
         )
-        (warning,) = [line for level, line in lines if level == "WARNING"]
-        assert "not locked" in warning
+        (warning,) = [line for level, line in lines if level == "WARNING" and "not locked" in line]
         assert "RLIMIT_MEMLOCK is 8.0 MiB" in warning
         assert "LimitMEMLOCK=" in warning
         assert "--ulimit memlock=" in warning
@@ -477,12 +482,12 @@ def test_environment_is_used(python, images):
 def test_limit_bounds_the_bytes_copied(python, images):
     with Process(python) as process:
         process.run("import ssl")
-        report = process.prime(image_dir=str(images), limit=0)
+        report = process.prime(image_dir=str(images), limit=0, private_limit=0)
         moved = [obj for obj in report["objects"] if obj["copied_bytes"]]
         assert [obj["interpreter"] for obj in moved] == [True]
         others = {why for o in report["objects"] if not o["interpreter"]
                   for s in o["segments"] for why in s["left"]}  # fmt: skip
-        assert "over the limit" in others
+        assert {"over the limit", "over the limit for private copies"} & others, others
 
 
 def test_include_and_exclude(python, images):

@@ -15,8 +15,16 @@ from harness.gunicorn_server import Gunicorn
 from harness.interpreters import KINDS, python_of
 from harness.kernel import require_huge_files
 from harness.launched import LAUNCHER, RUN, check_primed, environment, is_primed, run
+from harness.placement import require_one_address
 from harness.privileges import locks_fit
-from harness.servers import NO_CONTROL_SOCKET, Server, children, free_port, wait_for
+from harness.servers import (
+    NO_CONTROL_SOCKET,
+    Server,
+    children,
+    free_port,
+    patient_uvicorn,
+    wait_for,
+)
 
 APP = """
 import os
@@ -64,7 +72,10 @@ SERVERS = {  # command, and processes at least
         3,
     ),
     # The parent, multiprocessing's resource tracker, and the workers.
-    "uvicorn": (http("uvicorn", "--workers", "4", "--port", "{}", "served:app"), 6),
+    "uvicorn": (
+        http("uvicorn", "--workers", "4", *patient_uvicorn(), "--port", "{}", "served:app"),
+        6,
+    ),
     "hypercorn": (http("hypercorn", "-w", "2", "--bind", "127.0.0.1:{}", "served:app"), 3),
     "granian": (
         http("granian", "--interface", "asgi", "--workers", "2", "--port", "{}", "served:app"),
@@ -94,9 +105,8 @@ def test_servers(kind, images, tmp_path, name):
         )
         texts = check_primed(server.family())
         assert int(server.get()) in server.family()
-        # One copy of the read-only span for all of them.
         assert len({text.path for text in texts}) == 1
-        assert sum(text.pss for text in texts) == pytest.approx(texts[0].span, rel=0.05)
+        outside.require_one_copy(texts)
     assert server.process.returncode in (0, -signal.SIGTERM), server.log()
 
 
@@ -196,9 +206,12 @@ def test_a_library_that_comes_late(python, images, options, late, moved):
             v.path for v in outside.smaps(process.pid) if "libcrypto" in v.path and "w" in v.perms
         )
         text = outside.text_of(process.pid, found)
-        assert text.attainable > 0
-        # What of it is hot by then: a part, or all of it.
-        assert (text.huge > 0 and (text.locked or not locks_fit())) is moved
+        # What of it is hot by then: a part, or all of it; at a random address perhaps nothing.
+        if moved:
+            assert text.huge or text.phase, text
+            assert text.locked or not locks_fit(), text
+        else:
+            assert not text.locked, text
         process.communicate(b"\n")
 
 
@@ -505,8 +518,8 @@ def test_first_starts_at_the_same_time(kind, images):
         for process in processes:
             assert process.stdout.readline()
         texts = check_primed([process.pid for process in processes])
-        assert len({text.span_vmas[0].path for text in texts}) == 1
-        assert len(written(images)) == 1
+        outside.require_one_copy(texts)
+        assert len(written(images)) == len(outside.require_one_image(texts))
     finally:
         for process in processes:
             process.communicate()
@@ -530,6 +543,7 @@ def read_small(path):
 @pytest.mark.parametrize("read", [False, True], ids=["dropped", "read as small pages"])
 def test_pages_that_are_no_longer_in_memory(kind, images, read):
     """As after a restart of the machine, or when somebody copied the store."""
+    require_one_address(kind)
     run([kind, "-c", ""], images)
     (image,) = written(images)
     drop(image)

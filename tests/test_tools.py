@@ -16,6 +16,7 @@ from harness import aligned, outside, probes
 from harness.debian_python import ARCHIVE, PACKAGE, build_pie
 from harness.elves import huge_files_here
 from harness.interpreters import INTERPRETERS, python_of
+from harness.placement import require_executable
 from harness.probes import PROBES, UNPRIMED, WORKS, NotHere, Shape, Target, cores, perf
 from harness.probes.commands import gdb
 from harness.probes.gdb import frames_of
@@ -97,14 +98,19 @@ def targets(scratch):
 
     def target(form, way, late=False):
         key = form, way, late
+        if way == "image on tmpfs":
+            require_executable("/dev/shm")
         if key not in running:
             what = shape(form, disk)
             if ways[way].aligned:
                 what = replace(what, aligned=twin_of(what, disk / f"aligned-{form}"))
             made = Target(what, ways[way], disk, late=late)
-            running[key] = stack.enter_context(made)
+            stack.enter_context(made)
+            if not outside.text_of(made.pid).attainable:
+                pytest.skip("no whole huge page at this random load address")
             if way != UNPRIMED.name and not late:
                 made.require_primed()
+            running[key] = made
         return running[key]
 
     with contextlib.ExitStack() as stack:
@@ -127,7 +133,7 @@ def shape(form, directory):
 
 
 def twin_of(what, directory):
-    directory.mkdir()
+    directory.mkdir(exist_ok=True)
     if reason := huge_files_here(directory):
         pytest.skip(reason)
     found = aligned.copy_of(what.python, directory)

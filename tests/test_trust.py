@@ -383,6 +383,8 @@ def test_one_bit(python, images, name, at):
             if at == "first"
             else max(v.offset + v.end - v.start for v in vmas) - outside.PAGE
         )
+    if not where.exists() and chosen[0]["sharing"] == "private":
+        pytest.skip("an image of a random load address goes with its last process")
     change_bit(where, offset)
     wrong = where.stat().st_ino
     with Process(python) as process:

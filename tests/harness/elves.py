@@ -133,13 +133,21 @@ def copy_of_libpython(python: str, to: Path) -> Path | None:
 def huge_files_here(directory: Path) -> str | None:
     """Why files in a directory are not mapped huge by the kernel itself; None where they are."""
     program = (
-        "import mmap, os, sys\n"
+        "import ctypes, mmap, os, sys\n"
         "fd = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)\n"
         "size = 2 * int(sys.argv[2])\n"
         "for at in range(0, size, size // 2): os.pwrite(fd, bytes([144]) * (size // 2), at)\n"
         "os.fsync(fd)\n"
-        "m = mmap.mmap(fd, size, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_EXEC)\n"
-        "m[0], m[size // 2], m[-1]\n"
+        # At a huge page boundary, as the loader maps what is aligned: on overlayfs other mappings
+        # have any address.
+        "libc = ctypes.CDLL(None)\n"
+        "libc.mmap.restype, libc.mmap.argtypes = ctypes.c_void_p, [\n"
+        "    ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]\n"
+        "at = libc.mmap(None, 2 * size, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)\n"
+        "at = -(-at // (size // 2)) * (size // 2)\n"
+        "at = libc.mmap(at, size, mmap.PROT_READ | mmap.PROT_EXEC,\n"
+        "               mmap.MAP_PRIVATE | 0x10, fd, 0)\n"  # MAP_FIXED
+        "ctypes.string_at(at, 1), ctypes.string_at(at + size // 2, 1)\n"
         "text = open('/proc/self/smaps').read().split(sys.argv[1])[1]\n"
         "print(text.split('FilePmdMapped:')[1].split()[0])"
     )

@@ -20,6 +20,10 @@ from harness.process import Process, interpreter
 HERE = Path(__file__).parent
 
 
+# There may be another mount below: in a container of its own PID namespace another /proc.
+_NONE_AT = "umount -l {0}; while umount -l {0} 2>/dev/null; do :; done"
+
+
 def namespace(*flags: str, set_up: str = "") -> Callable[[Made, ExitStack], Made]:
     """In namespaces of its own, after a shell has run `set_up`, in which {folder} is ours."""
 
@@ -458,7 +462,7 @@ TABLE = (
     # What a process sees.
     Environment(
         "/proc not mounted", "umount", (NOT,), "No such file[^']*",
-        namespace("--mount", set_up="umount -l /proc"), undoes=True,
+        namespace("--mount", set_up=_NONE_AT.format("/proc")), undoes=True,
     ),
     Environment(
         "/proc with hidden processes", "mounted hidepid=2,subset=pid", (PRIMED, OTHERWISE), "",
@@ -466,7 +470,7 @@ TABLE = (
     ),
     Environment(
         "/sys not mounted", "umount", (NOT,), "no huge pages on this kernel",
-        namespace("--mount", set_up="umount -l /sys"),
+        namespace("--mount", set_up=_NONE_AT.format("/sys")),
     ),
     Environment(
         "user namespace, root there", "unshare --map-root-user", (PRIMED, OTHERWISE), "",

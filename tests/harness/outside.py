@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -100,6 +101,7 @@ class Text:
     locked: bool
     executable: bool  # all of it is mapped r-x
     fixed: bool  # of an ET_EXEC
+    phase: int  # its load bias modulo a huge page; where that is random, `attainable` is, too
     span_vmas: list[Vma]  # the mappings of the read-only span
 
     @property
@@ -114,6 +116,11 @@ class Text:
     def moved(self) -> list[Vma]:
         """Of the span, what is mapped from elsewhere: of a library, its hot chunks."""
         return [v for v in self.span_vmas if v.path != self.path]
+
+    def require_huge(self) -> None:
+        """All that can be is on huge pages; at a huge page boundary, some can."""
+        assert self.huge == self.attainable, self
+        assert self.attainable or self.phase, self
 
     def require_hot_chunks_huge(self) -> None:
         """What was moved of a library is on huge pages, and all that is touched of it is locked
@@ -183,7 +190,27 @@ def text_of(pid: int, path: str | None = None) -> Text:
             executable &= vma.perms[:3] == "r-x"
             locked &= "lo" in vma.flags
     span_vmas = [v for v in vmas if span_start <= v.start and v.end <= span_end]
-    return Text(path, high - low, attainable, huge, locked, executable, fixed, span_vmas)
+    return Text(
+        path, high - low, attainable, huge, locked, executable, fixed, base % PMD, span_vmas
+    )
+
+
+def require_one_image(texts: Iterable[Text]) -> dict[int, int]:
+    """Processes map one image of the interpreter; or, where the loader has put it at random
+    addresses, those in which it is at the same one modulo a huge page. Returns the images' sizes,
+    by that."""
+    moved = [text for text in texts if text.attainable]
+    spans = {text.phase: text.span for text in moved}
+    assert len({vma.path for text in moved for vma in text.span_vmas}) == len(spans), moved
+    return spans
+
+
+def require_one_copy(texts: Iterable[Text]) -> None:
+    """These are all processes that map it, and share its memory."""
+    texts = list(texts)
+    expected = sum(require_one_image(texts).values())
+    pss = sum(text.pss for text in texts if text.attainable)
+    assert abs(pss - expected) <= expected // 20, (pss, expected, texts)
 
 
 @dataclass
