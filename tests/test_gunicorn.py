@@ -20,7 +20,7 @@ from harness import outside
 from harness.gunicorn_server import APP, CONF, Gunicorn, require_no_failure
 from harness.interpreters import BASE, python_of
 from harness.launched import is_primed
-from harness.privileges import IS_ROOT, locks_fit
+from harness.privileges import IS_ROOT
 from harness.servers import check, children, wait_for
 
 
@@ -100,6 +100,12 @@ def test_unrelated_server_maps_the_same_image(python, images, tmp_path):
             outside.require_one_copy(texts)
 
 
+def is_handled(pid, path):
+    """Whether a late library is moved, or locked, where at a random address none of it is hot."""
+    text = outside.text_of(pid, path)
+    return text.huge or (text.phase and text.locked)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("worker_class", ["sync", "gthread"])
 def test_late_library_of_an_unpreloaded_app(python, images, tmp_path, worker_class):
@@ -117,10 +123,10 @@ def test_late_library_of_an_unpreloaded_app(python, images, tmp_path, worker_cla
             if not paths:
                 pytest.skip("this interpreter has no libcrypto of its own to load")
             (path,) = paths
-            wait_for(lambda pid=pid, path=path: outside.text_of(pid, path).huge, "libcrypto")
+            wait_for(lambda pid=pid, path=path: is_handled(pid, path), "libcrypto")
             text = outside.text_of(pid, path)
-            assert text.huge == text.attainable > 0
-            assert text.locked or not locks_fit()
+            text.require_hot_chunks_huge()
+            assert text.moved or text.phase, text
 
 
 @pytest.mark.slow
@@ -378,7 +384,7 @@ def test_user_and_group(python, public_directory):
         for pid in server.workers:
             paths = {v.path for v in outside.smaps(pid) if "libcrypto" in v.path and "w" in v.perms}
             for path in paths:
-                wait_for(lambda pid=pid, path=path: outside.text_of(pid, path).huge, "libcrypto")
+                wait_for(lambda pid=pid, path=path: is_handled(pid, path), "libcrypto")
         require_no_failure(server)
 
 
@@ -484,7 +490,8 @@ def test_py_spy_and_gdb_name_the_frames(every_python, images, tmp_path):
             ["gdb", "-p", str(worker), "-batch", "-ex", "thread apply all bt"],
             stdin=subprocess.DEVNULL, capture_output=True, text=True,
         ).stdout  # fmt: skip
-        assert "_PyEval_EvalFrameDefault" in gdb, gdb
+        # The evaluation loop itself is of parts that have no names, where it is compiled so (3.14).
+        assert re.search("_PyEval_EvalFrameDefault|PyEval_EvalCode", gdb), gdb
         assert "select" in gdb, gdb
         server.get()
 

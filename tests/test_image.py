@@ -81,7 +81,9 @@ def test_content_is_the_originals_at_its_addresses(primed):
 
 def test_tools_find_in_a_part_of_a_library_what_they_read_in_the_whole(primed):
     """Symbols and unwind tables, by section; the rest of the file is a hole."""
-    path, image, _ = next(one for one in primed[0] if "libcrypto" in one[0])
+    path, image, _ = next((one for one in primed[0] if "libcrypto" in one[0]), (None,) * 3)
+    if image is None:
+        pytest.skip("at its load address no huge page of libcrypto is hot, or there is none")
     with open(path, "rb") as one, open(image, "rb") as two:
         whole, part = ELFFile(one), ELFFile(two)
         for name in (".dynsym", ".dynstr", ".eh_frame", ".eh_frame_hdr"):

@@ -17,7 +17,7 @@ from harness.debian_python import ARCHIVE, PACKAGE, build_pie
 from harness.elves import huge_files_here
 from harness.interpreters import INTERPRETERS, python_of
 from harness.placement import require_executable
-from harness.probes import PROBES, UNPRIMED, WORKS, NotHere, Shape, Target, cores, perf
+from harness.probes import PROBES, UNPRIMED, WORKS, Failed, NotHere, Shape, Target, cores, perf
 from harness.probes.commands import gdb
 from harness.probes.gdb import frames_of
 from harness.process import Process, interpreter
@@ -153,6 +153,8 @@ def unprimed(targets):
                 )
             except NotHere as reason:
                 seen[form, name] = reason
+            except Failed as reason:  # of this Python or system, primed or not
+                seen[form, name] = NotHere(f"{name} fails on an unprimed one: {reason}")
         if isinstance(seen[form, name], NotHere):
             pytest.skip(str(seen[form, name]))
         return seen[form, name]
