@@ -1,6 +1,9 @@
 """Every system call of the swap is made to fail in its turn: the process runs on, the report says
 at which step, and all mappings are whole."""
 
+import json
+import os
+import subprocess
 from errno import EACCES, EAGAIN, EINTR, EINVAL, EIO, ENOMEM, EPERM
 
 import pytest
@@ -9,6 +12,7 @@ from harness.faults import build_fault
 from harness.interpreters import KINDS, python_of
 from harness.kernel import release
 from harness.process import Process, interpreter
+from harness.system_calls import TESTS
 
 # What a program does that would notice code gone wrong.
 EXERCISE = (
@@ -232,3 +236,19 @@ def test_reading_that_is_interrupted_goes_on(python, preload):
     )
     with Process(python, env={"LD_PRELOAD": preload}) as process:
         assert process.run(code) == [True, 1]
+
+
+def test_every_allocation_may_fail(python, preload):
+    """Of the interpreter's and of the core's own: a MemoryError, and nothing is left behind."""
+    done = subprocess.run(
+        [python, "-m", "harness.scarce"], cwd=TESTS, env={**os.environ, "LD_PRELOAD": preload},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    # What the interpreter keeps of a module that was not loaded is its own matter.
+    assert found.pop("load_core")["memory"] > 20
+    assert {name: one for name, one in found.items() if one["blocks"] > 0} == {}
+    assert found["objects"]["malloc"] == 1 and found["objects"]["calloc"] == 2
+    assert found["arenas_regions"]["malloc"] == 1 and found["swap"]["calloc"] > 0
+    assert all(found[name]["memory"] > 5 for name in ("map", "lock", "swap", "dump_before"))

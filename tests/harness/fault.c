@@ -1,5 +1,6 @@
 /* Preloaded into a process under test: lets the nth call that page_primer._core makes of a function
- * fail, as the kernel might.  Calls from elsewhere are not touched.
+ * fail, as the kernel might.  Calls from elsewhere are not touched.  The interpreter's own memory
+ * ("memory") fails whoever wants it.
  */
 
 #define _GNU_SOURCE
@@ -31,14 +32,14 @@ fault_fired(void)
 }
 
 static int
-fails(const char *function, void *caller)
+is_armed(const char *function)
 {
-    Dl_info from;
+    return armed != NULL && strcmp(armed, function) == 0;
+}
 
-    if (armed == NULL || strcmp(armed, function) != 0)
-        return 0;
-    if (!dladdr(caller, &from) || strstr(from.dli_fname, "/_core.") == NULL)
-        return 0;
+static int
+is_due(void)
+{
     if (--countdown != 0)
         return 0;
     /* From here on nothing may look up a symbol: there may be a hole where its table was. */
@@ -47,8 +48,6 @@ fails(const char *function, void *caller)
     errno = number;
     return 1;
 }
-
-#define CALLER __builtin_return_address(0)
 
 static __typeof__(&mmap) real_mmap;
 static void *(*real_mremap)(void *, size_t, size_t, int, ...);
@@ -71,6 +70,19 @@ resolve(void)
     real_pread = dlsym(RTLD_NEXT, "pread");
     real_prctl = dlsym(RTLD_NEXT, "prctl");
 }
+
+static int
+fails(const char *function, void *caller)
+{
+    Dl_info from;
+
+    if (real_mmap == NULL) /* another library's constructor came first */
+        resolve();
+    return is_armed(function) && dladdr(caller, &from)
+        && strstr(from.dli_fname, "/_core.") != NULL && is_due();
+}
+
+#define CALLER __builtin_return_address(0)
 
 void *
 mmap(void *address, size_t length, int protection, int flags, int fd,
@@ -135,16 +147,19 @@ long
 syscall(long call, ...)
 {
     long arguments[6];
+    const char *name;
     va_list rest;
 
     va_start(rest, call);
     for (int i = 0; i < 6; i++)
         arguments[i] = va_arg(rest, long);
     va_end(rest);
-    if ((call == SYS_mlock || call == SYS_mlock2) && fails("mlock", CALLER))
-        return -1;
-    if ((call == SYS_geteuid && fails("geteuid", CALLER))
-        || (call == SYS_capget && fails("capget", CALLER)))
+    name = call == SYS_mlock || call == SYS_mlock2 ? "mlock"
+        : call == SYS_geteuid                      ? "geteuid"
+        : call == SYS_capget                       ? "capget"
+        : call == SYS_memfd_create                 ? "memfd_create"
+                                                   : "syscall";
+    if (fails(name, CALLER))
         return -1;
     return real_syscall(call, arguments[0], arguments[1], arguments[2],
                         arguments[3], arguments[4], arguments[5]);
@@ -176,4 +191,91 @@ prctl(int option, ...)
         return -1;
     return real_prctl(option, arguments[0], arguments[1], arguments[2],
                       arguments[3]);
+}
+
+/* ---------------------------------------------------------------------- memory --- */
+
+extern void *
+__libc_malloc(size_t);
+extern void *
+__libc_calloc(size_t, size_t);
+
+void *
+malloc(size_t size)
+{
+    /* Not before it is armed: to resolve the others may take memory. */
+    return is_armed("malloc") && fails("malloc", CALLER) ? NULL
+                                                         : __libc_malloc(size);
+}
+
+void *
+calloc(size_t count, size_t size)
+{
+    return is_armed("calloc") && fails("calloc", CALLER)
+        ? NULL
+        : __libc_calloc(count, size);
+}
+
+/* As in CPython's Include/cpython/pymem.h. */
+typedef struct {
+    void *ctx;
+    void *(*malloc)(void *ctx, size_t size);
+    void *(*calloc)(void *ctx, size_t count, size_t size);
+    void *(*realloc)(void *ctx, void *pointer, size_t size);
+    void (*free)(void *ctx, void *pointer);
+} allocator;
+
+static allocator before[3]; /* by domain */
+
+static void *
+memory_malloc(void *ctx, size_t size)
+{
+    allocator *of = ctx;
+
+    if (is_armed("memory") && is_due())
+        return NULL;
+    return of->malloc(of->ctx, size);
+}
+
+static void *
+memory_calloc(void *ctx, size_t count, size_t size)
+{
+    allocator *of = ctx;
+
+    if (is_armed("memory") && is_due())
+        return NULL;
+    return of->calloc(of->ctx, count, size);
+}
+
+static void *
+memory_realloc(void *ctx, void *pointer, size_t size)
+{
+    allocator *of = ctx;
+
+    if (is_armed("memory") && is_due())
+        return NULL;
+    return of->realloc(of->ctx, pointer, size);
+}
+
+static void
+memory_free(void *ctx, void *pointer)
+{
+    allocator *of = ctx;
+
+    of->free(of->ctx, pointer);
+}
+
+/* Once, before "memory" is armed. */
+void
+fault_memory(void)
+{
+    void (*get)(int, allocator *) = dlsym(RTLD_DEFAULT, "PyMem_GetAllocator");
+    void (*set)(int, allocator *) = dlsym(RTLD_DEFAULT, "PyMem_SetAllocator");
+
+    for (int domain = 0; domain < 3; domain++) {
+        get(domain, &before[domain]);
+        set(domain,
+            &(allocator){&before[domain], memory_malloc, memory_calloc,
+                         memory_realloc, memory_free});
+    }
 }
