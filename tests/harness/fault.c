@@ -6,22 +6,32 @@
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
+#include <pthread.h>
 #include <stdarg.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <sys/types.h>
+#include <unistd.h>
 
 static const char *armed;
-static int countdown, number, fired;
+static int countdown, times, number, fired;
 
 void
 fault_arm(const char *function, int nth, int errno_to_set)
 {
     armed = function;
     countdown = nth;
+    times = 1;
     number = errno_to_set;
     fired = 0;
+}
+
+/* After fault_arm(): so many calls fail, one after the other. */
+void
+fault_times(int count)
+{
+    times = count;
 }
 
 int
@@ -40,11 +50,12 @@ is_armed(const char *function)
 static int
 is_due(void)
 {
-    if (--countdown != 0)
+    if (--countdown > 0)
         return 0;
     /* From here on nothing may look up a symbol: there may be a hole where its table was. */
-    armed = NULL;
-    fired = 1;
+    if (--times == 0)
+        armed = NULL;
+    fired++;
     errno = number;
     return 1;
 }
@@ -57,6 +68,10 @@ static __typeof__(&munmap) real_munmap;
 static long (*real_syscall)(long, ...);
 static ssize_t (*real_pread)(int, void *, size_t, off_t);
 static int (*real_prctl)(int, ...);
+static void *(*real_sbrk)(intptr_t);
+static __typeof__(&pthread_cond_timedwait) real_timedwait;
+static int (*real_atfork)(void (*)(void), void (*)(void), void (*)(void),
+                          void *);
 
 __attribute__((constructor)) static void
 resolve(void)
@@ -69,6 +84,9 @@ resolve(void)
     real_syscall = dlsym(RTLD_NEXT, "syscall");
     real_pread = dlsym(RTLD_NEXT, "pread");
     real_prctl = dlsym(RTLD_NEXT, "prctl");
+    real_sbrk = dlsym(RTLD_NEXT, "sbrk");
+    real_timedwait = dlsym(RTLD_NEXT, "pthread_cond_timedwait");
+    real_atfork = dlsym(RTLD_NEXT, "__register_atfork");
 }
 
 static int
@@ -90,6 +108,9 @@ mmap(void *address, size_t length, int protection, int flags, int fd,
 {
     if (fails("mmap", CALLER))
         return MAP_FAILED;
+    /* Kernels before 4.17 do not know the flag, and take the address for a hint. */
+    if ((flags & MAP_FIXED_NOREPLACE) && fails("mmap by a hint", CALLER))
+        flags &= ~MAP_FIXED_NOREPLACE;
     /* Kernels before 6.12 unmap what a MAP_FIXED replaces before their last checks. */
     if ((flags & MAP_FIXED) && fails("mmap with a hole", CALLER)) {
         real_munmap(address, length);
@@ -124,6 +145,8 @@ mremap(void *old, size_t old_size, size_t new_size, int flags, ...)
 int
 madvise(void *address, size_t length, int advice)
 {
+    if (fails("madvise that takes long", CALLER))
+        usleep(20000);
     return fails("madvise", CALLER) ? -1
                                     : real_madvise(address, length, advice);
 }
@@ -191,6 +214,33 @@ prctl(int option, ...)
         return -1;
     return real_prctl(option, arguments[0], arguments[1], arguments[2],
                       arguments[3]);
+}
+
+void *
+sbrk(intptr_t increment)
+{
+    if (increment != 0 && fails("sbrk", CALLER))
+        return (void *)-1;
+    return real_sbrk(increment);
+}
+
+int
+pthread_cond_timedwait(pthread_cond_t *condition, pthread_mutex_t *mutex,
+                       const struct timespec *until)
+{
+    if (fails("pthread_cond_timedwait", CALLER))
+        return number;
+    return real_timedwait(condition, mutex, until);
+}
+
+/* What pthread_atfork() is, which glibc links into each library. */
+int
+__register_atfork(void (*before)(void), void (*after)(void),
+                  void (*child)(void), void *library)
+{
+    if (fails("pthread_atfork", CALLER))
+        return number;
+    return real_atfork(before, after, child, library);
 }
 
 /* ---------------------------------------------------------------------- memory --- */

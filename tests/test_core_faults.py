@@ -1,0 +1,215 @@
+"""The core's functions, each with a system call or a C library's function that fails beneath it."""
+
+import mmap
+from errno import EAGAIN, EEXIST, EINTR, EMFILE, ENOMEM, ETIMEDOUT
+
+import pytest
+from harness.faults import build_fault
+from harness.process import Process
+
+PAGE = mmap.PAGESIZE
+START = f"""
+import ctypes, os, sys, threading
+from page_primer import _core
+fault, PAGE = ctypes.CDLL(None), {PAGE}
+def arm(name, nth, number, times=1):
+    global armed
+    fault.fault_arm(armed := name, nth, number)
+    fault.fault_times(times)
+def error(function, *arguments):
+    try:
+        return function(*arguments)
+    except _core.Error as raised:
+        return [raised.errno, raised.step]
+def mappings():
+    with open("/proc/self/maps") as file:
+        return file.read()
+ANONYMOUS = _core.MAP_PRIVATE | _core.MAP_ANONYMOUS
+def memory(pages=1):
+    at = _core.reserve(pages * PAGE, PAGE, 0)
+    _core.map(at, pages * PAGE, _core.PROT_READ | _core.PROT_WRITE, ANONYMOUS, -1, 0)
+    return at
+"""
+
+
+@pytest.fixture(scope="module")
+def process(python, tmp_path_factory):
+    preload = build_fault(tmp_path_factory.mktemp("fault"))
+    with Process(python, env={"LD_PRELOAD": preload}) as process:
+        process.run(START)
+        yield process
+
+
+@pytest.mark.parametrize(
+    ("call", "step"),
+    [
+        ("_core.map, at, PAGE, 1, flags, -1, 0", "map"),
+        ("_core.dump_before, at + PAGE, 1, file.fileno(), PAGE", "dump"),
+    ],
+)
+def test_a_kernel_that_takes_an_address_for_a_hint(process, call, step):
+    """Linux before 4.17 maps elsewhere what must not replace anything."""
+    code = (
+        "at = memory(); flags = ANONYMOUS | _core.MAP_FIXED_NOREPLACE\n"
+        "with open(sys.executable, 'rb') as file:\n"
+        "    before = mappings(); arm(b'mmap by a hint', 1, 0)\n"
+        f"    got = error({call})\n"
+        "result = got, fault.fault_fired(), mappings() == before; _core.unmap(at, PAGE)"
+    )
+    assert process.run(code) == [[EEXIST, step], 1, True]
+
+
+@pytest.mark.parametrize("number", [EAGAIN, EINTR])
+def test_populating_is_tried_again(process, number):
+    code = (
+        f"at = memory(); arm(b'madvise', 1, {number}, 7); got = error(_core.populate, at, PAGE)\n"
+        "fired = fault.fault_fired()\n"
+        f"arm(b'madvise', 1, {number}, 99); result = got, fired, error(_core.populate, at, PAGE)\n"
+        "fault.fault_fired(); _core.unmap(at, PAGE)"
+    )
+    assert process.run(code) == [None, 7, [number, "populate"]]
+
+
+def test_a_file_that_cannot_be_unmapped(process):
+    code = (
+        f"arm(b'munmap', 1, {ENOMEM})\n"
+        "with open(sys.executable, 'rb') as file: got = error(_core.placed, PAGE, file.fileno())\n"
+        "result = got, fault.fault_fired()"
+    )
+    assert process.run(code) == [[ENOMEM, "unmap"], 1]
+
+
+def test_a_page_for_core_files_without_a_descriptor(process):
+    code = (
+        "import resource; before = resource.getrlimit(resource.RLIMIT_NOFILE); at = memory()\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (3, before[1]))\n"
+        "result = error(_core.dump_page, at)\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, before); _core.unmap(at, PAGE)"
+    )
+    assert process.run(code) == [EMFILE, "dump"]
+
+
+@pytest.mark.parametrize(("times", "outcome"), [(3, [ENOMEM, "replace"]), (9999, [ENOMEM, "undo"])])
+def test_putting_back_is_tried_for_long(process, times, outcome):
+    """The memory that is replaced here is nobody's, so that it may stay a hole."""
+    code = (
+        "at, copy = memory(), memory(); before = mappings()\n"
+        "with open(sys.executable, 'rb') as file:\n"
+        "    for area in (at, copy): _core.fill(area, PAGE, file.fileno(), 0)\n"
+        "    _, base, headers = _core.objects()[2][0]\n"
+        "    piece = (at, PAGE, 1, copy, file.fileno(), 0)\n"
+        f"    arm(b'mmap with a hole', 1, {ENOMEM}, {times})\n"
+        "    got = error(_core.swap, base, headers, [piece], [piece])\n"
+        "fired = fault.fault_fired(); there = f'{at:x}-{at + PAGE:x} r--p' in mappings()\n"
+        "result = got, fired, there; _core.unmap(at, PAGE); _core.unmap(copy, PAGE)"
+    )
+    got, fired, there = process.run(code)
+    assert got == outcome
+    # The replacement, and at most a thousand attempts to undo it.
+    assert (fired, there) == ((3, True) if times == 3 else (1001, False))
+
+
+def test_what_waits_in_vain_is_told_so(process):
+    """A call, for another thread's; and a fork, after which calls go on."""
+    process.run(
+        "begun, over = threading.Event(), threading.Event()\n"
+        "def busy(): begun.set(); over.wait()\n"
+        "thread = threading.Thread(target=_core.alone, args=(busy, print)); thread.start()\n"
+        "begun.wait()"
+    )
+    code = f"arm(b'pthread_cond_timedwait', 1, {ETIMEDOUT})\n"
+    code += "result = _core.alone(lambda: 1, lambda mine: ['not called', mine])"
+    assert process.run(code) == ["not called", False]
+    code = f"arm(b'pthread_cond_timedwait', 1, {ETIMEDOUT}); _core.before_fork()\n"
+    code += "result = fault.fault_fired(); _core.after_fork()"
+    assert process.run(code) == 1
+    assert process.run("over.set(); thread.join(); result = _core.alone(lambda: 1, print)") == 1
+
+
+@pytest.mark.parametrize(("function", "moved"), [("malloc", True), ("sbrk", False)])
+def test_the_heap_cannot_be_aligned(process, function, moved):
+    """Without a block more, the break is moved all the same; without address space, it is not."""
+    code = (
+        "brk = lambda: sbrk(0) or 0; sbrk = fault.sbrk; sbrk.restype = ctypes.c_void_p\n"
+        # So that nearly a huge page's worth is missing: blocks are taken of malloc first.
+        "fault.sbrk(ctypes.c_ssize_t(-brk() % (1 << 21) + PAGE))\n"
+        f"arm({function.encode()!r}, 1, {ENOMEM}); before = brk()\n"
+        "try: _core.heap_align(1 << 21); got = None\n"
+        "except OSError as raised: got = raised.errno\n"
+        "result = got, fault.fault_fired(), brk() % (1 << 21) == 0"
+    )
+    assert process.run(code) == [None if moved else ENOMEM, 1, moved]
+
+
+# Arenas as pymalloc asks for them, but by hand, in regions that are as small as they may be and
+# that the interpreter's own arenas do not fit in.
+ARENAS = """
+SIZE = 256 << 10
+class Arenas(ctypes.Structure):
+    _fields_ = [("ctx", ctypes.c_void_p),
+                ("alloc", ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)),
+                ("free", ctypes.PYFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p,
+                                           ctypes.c_size_t))]
+installed = _core.arenas_install(SIZE)
+now = Arenas()
+ctypes.PyDLL(None).PyObject_GetArenaAllocator(ctypes.byref(now))
+take = lambda: now.alloc(now.ctx, SIZE)
+give = lambda address: now.free(now.ctx, address, SIZE)
+counts = lambda: dict(zip("regions given spare made small unadvised slowest".split(),
+                          _core.arenas_counts()))
+"""
+
+
+@pytest.fixture
+def arenas(python, tmp_path_factory):
+    """A process of its own, where every arena taken is given back at the end."""
+    preload = build_fault(tmp_path_factory.mktemp("fault"))
+    with Process(python, env={"LD_PRELOAD": preload}) as process:
+        process.run(START + ARENAS)
+        if process.run("result = installed") != "active":
+            pytest.skip("this interpreter has no arenas")
+        yield process
+        process.run("for address in taken: give(address)")
+        assert process.run("result = _core.arenas_retire(), counts()['regions']") == [True, 0]
+
+
+def test_a_region_or_the_table_of_them_cannot_be_mapped(arenas):
+    """The allocator before gives what ours cannot list."""
+    code = "taken, seen = [], []\n"
+    code += f"for nth in (1, 2, 3): arm(b'mmap', nth, {ENOMEM}); taken.append(take()); "
+    code += "seen.append([fault.fault_fired(), counts()['regions']])\nresult = seen"
+    # A region takes one mapping, or two where the first one is not aligned; then the table's.
+    assert arenas.run(code) in ([[1, 0], [1, 0], [1, 0]], [[1, 0], [1, 0], [0, 1]])
+    assert arenas.run("result = all(ctypes.memset(at, 1, SIZE) == at for at in taken)") is True
+
+
+def test_the_table_of_regions_cannot_grow(arenas):
+    code = f"taken = [take() for _ in range(128)]; arm(b'mremap', 1, {ENOMEM})\n"
+    code += "taken.append(take()); result = fault.fault_fired(), counts()['regions']"
+    assert arenas.run(code) == [1, 128]
+    code = "taken += [take() for _ in range(9)]\nresult = counts()['regions'], len({*taken})"
+    assert arenas.run(code) == [137, 138]
+    assert arenas.run("result = all(ctypes.memset(at, 1, SIZE) == at for at in taken)") is True
+
+
+def test_regions_go_without_advice_while_the_kernel_is_slow(arenas):
+    code = (
+        "arm(b'madvise that takes long', 1, 0); taken = [take()]; fired = fault.fault_fired()\n"
+        "seen = [counts()['unadvised']]\n"
+        "for _ in range(3): taken.append(take()); seen.append(counts()['unadvised'])\n"
+        "result = fired, seen, counts()['slowest'] > 15_000_000"
+    )
+    fired, unadvised, slow = arenas.run(code)
+    assert fired == 1 and slow
+    # Two, of which the first one comes next, and then it is tried again.
+    assert unadvised == [0, 1, 2, 2]
+
+
+def test_forks_that_cannot_be_watched(python, tmp_path):
+    with Process(python, env={"LD_PRELOAD": build_fault(tmp_path)}) as process:
+        process.run(START)
+        code = f"arm(b'pthread_atfork', 1, {ENOMEM}); result = _core.arenas_install(1 << 21)"
+        if (got := process.run(code)) == "none":
+            pytest.skip("this interpreter has no arenas")
+        assert got == "fork"
+        assert process.run("result = _core.arenas_install(1 << 21)") == "active"
