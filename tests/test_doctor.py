@@ -34,7 +34,7 @@ from page_primer.doctor.probes import Trial
 from page_primer.doctor.render import Row
 from page_primer.elf.file import PF_R, PF_W, PF_X
 from page_primer.elf.objects import Object, Segment
-from page_primer.kernel.mounts import Mount, mount_of
+from page_primer.kernel.mounts import Mount, mount_of, parse
 from page_primer.options import Options
 from page_primer.survey import Survey
 
@@ -562,23 +562,25 @@ def test_mount_of() -> None:
         "25 22 8:2 / /mnt/a rw - xfs /dev/sda2 ro\n"
         "garbage\n"
     )
-    assert mount_of("/mnt/ab", mountinfo).point == "/"
-    assert mount_of("/", mountinfo).filesystem == "overlay"
-    blank = mount_of("/mnt/a b/c", mountinfo)
+    mounts = list(parse(mountinfo))
+    assert [*parse(mountinfo, "xfs")] == [mounts[-1]]
+    assert mount_of("/mnt/ab", mounts).point == "/"
+    assert mount_of("/", mounts).filesystem == "overlay"
+    blank = mount_of("/mnt/a b/c", mounts)
     assert (blank.point, blank.filesystem) == ("/mnt/a b", "tmpfs")
     assert "noexec" in blank.options
-    later = mount_of("/mnt/a", mountinfo)  # hides the earlier one
+    later = mount_of("/mnt/a", mounts)  # hides the earlier one
     assert later.filesystem == "xfs"
     assert "ro" in later.options
-    assert mount_of("/mnt", "") == Mount("", "")
+    assert mount_of("/mnt", []) == Mount("", "")
 
 
 def test_mount_of_agrees_with_the_kernel(tmp_path: Path) -> None:
-    mountinfo = Path("/proc/self/mountinfo").read_text()
+    mounts = list(parse(Path("/proc/self/mountinfo").read_text()))
     for path in ("/", "/proc", "/sys/kernel", str(tmp_path.resolve())):
-        mount = mount_of(path, mountinfo)
+        mount = mount_of(path, mounts)
         assert os.stat(path).st_dev == os.stat(mount.point).st_dev, path
-    assert mount_of("/proc/self", mountinfo).filesystem == "proc"
+    assert mount_of("/proc/self", mounts).filesystem == "proc"
 
 
 @pytest.mark.parametrize(

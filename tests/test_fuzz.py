@@ -82,7 +82,7 @@ def test_a_cgroup_of_any_name_has_its_limit(tmp_path, name):
 def test_a_mount_point_of_any_name_is_found(name):
     text = f"1 0 0:1 / / rw - ext4 x rw\n2 1 0:2 / /mnt/{name} rw - tmpfs x rw\n"
     plain = name.replace("\\134", "\\")
-    assert mounts.mount_of(f"/mnt/{plain}/images", text).filesystem == "tmpfs"
+    assert mounts.mount_of(f"/mnt/{plain}/images", mounts.parse(text)).filesystem == "tmpfs"
 
 
 def test_status_of_a_process_with_a_made_up_file_has_an_end(tmp_path, python):

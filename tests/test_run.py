@@ -639,6 +639,29 @@ def test_an_old_interpreter(images):
         assert (other.stdout, other.stderr) == (plain.stdout, "")
 
 
+# Milliseconds each, with what they import in turn.
+SLOW = {"collections", "contextlib", "dataclasses", "enum", "functools", "importlib", "inspect",
+        "re", "signal", "subprocess", "threading", "typing", "warnings"}  # fmt: skip
+
+
+def test_a_start_imports_nothing_slow(python, images):
+    """Neither the launcher nor the process that it becomes, be there aligned files or not."""
+    listed = images.parent / "aligned"
+    listed.write_text("/nowhere/libaligned.so\n")
+    said = "PYTHONPROFILEIMPORTTIME"
+
+    def imported(*command, **env):
+        done = run([*command, python, "-c", "pass"], env={said: "1", **env})
+        assert done.returncode == 0, done.stderr
+        return {line.split("|")[2].strip() for line in done.stderr.splitlines() if "|" in line}
+
+    plain = imported()
+    for file in (os.devnull, str(listed)):
+        more = imported(*RUN, PAGE_PRIMER_IMAGE_DIR=str(images), PAGE_PRIMER_ALIGNED=file)
+        assert {"page_primer.launcher.run", "page_primer.apply.process"} <= more
+        assert not (more - plain) & SLOW
+
+
 @pytest.mark.slow
 def test_bad_settings(python):
     for options in (["--limit", "much"], ["--image-dir", "relative"], ["--backing", "paper"]):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 
 PROGRAM = "page-primer-warm"
@@ -40,6 +39,8 @@ def left_small(path: str) -> str:
     found = program()
     if found is None:
         return ""
+    import subprocess  # `page-primer run` only asks where the program is
+
     path = os.path.join(os.curdir, path)  # what begins with `-` is an option
     try:
         done = subprocess.run(

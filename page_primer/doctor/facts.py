@@ -106,7 +106,7 @@ def read_process() -> Process:
 
 def read_container() -> tuple[str | None, str]:
     """The sign of a container, if there is one, and the root file system's type."""
-    root = mount_of("/", read("/proc/self/mountinfo")).filesystem
+    root = mount_of("/", mounts.read()).filesystem
     sign = container_sign(
         [path for path in ("/.dockerenv", "/run/.containerenv") if os.path.exists(path)],
         read("/proc/1/environ"),

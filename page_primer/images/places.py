@@ -11,6 +11,10 @@ from page_primer.images.room import NO_LIMIT
 from page_primer.images.store import Store
 from page_primer.kernel import credentials, mounts
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 # Filled by `page-primer build` for every user; root writes there itself.
 SYSTEM = "/var/cache/page-primer"
 _IN_MEMORY = ("tmpfs", "ramfs")
@@ -61,15 +65,15 @@ def candidates(limit: int) -> list[Place]:
     if runtime:
         paths.append(f"{runtime}/page-primer")
     paths.append(f"/dev/shm/page-primer-{user}")
-    table = mounts.read()
-    found = [_place(path, limit, table) for path in paths if os.path.isabs(path)]
+    mounted = mounts.read()
+    found = [_place(path, limit, mounted) for path in paths if os.path.isabs(path)]
     if user != credentials.ROOT and os.path.isdir(SYSTEM):
         found.insert(0, Place(SYSTEM, system=True))
     return sorted(found, key=lambda place: place.in_memory)
 
 
-def _place(path: str, limit: int, table: str) -> Place:
-    if mounts.mount_of(os.path.realpath(path), table).filesystem not in _IN_MEMORY:
+def _place(path: str, limit: int, mounted: Sequence[mounts.Mount]) -> Place:
+    if mounts.mount_of(os.path.realpath(path), mounted).filesystem not in _IN_MEMORY:
         return Place(path, limit=limit)
     there = path
     while not os.path.isdir(there) and there != "/":

@@ -78,8 +78,8 @@ def bounds(root: str = "") -> Iterator[Memory]:
 def _directories(path: str, kind: str, mountinfo: str) -> Iterator[str]:
     """The directories of a cgroup and of its ancestors, as far as they are mounted."""
     best: mounts.Mount | None = None
-    for mount in mounts.parse(mountinfo):
-        if mount.filesystem != kind or (kind == "cgroup" and "memory" not in mount.options):
+    for mount in mounts.parse(mountinfo, kind):
+        if kind == "cgroup" and "memory" not in mount.options:
             continue
         # A container may see its own cgroup alone, mounted as the root of the hierarchy.
         if best is None or (_inside(path, mount.root), -len(mount.root)) > (

@@ -9,7 +9,7 @@ from page_primer._loading import Loading
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 
 class Mount(Record):
@@ -21,8 +21,8 @@ class Mount(Record):
     root: str = "/"  # the directory of the file system that is mounted there
 
 
-def parse(mountinfo: str) -> Iterator[Mount]:
-    """The mounts in the text of /proc/self/mountinfo.
+def parse(mountinfo: str, filesystem: str | None = None) -> Iterator[Mount]:
+    """The mounts in the text of /proc/self/mountinfo: all, or those of one kind.
 
     From proc(5): the root is the fourth field, the mount point the fifth, the mount's options are
     the sixth; type, source and the file system's options follow a lone hyphen.
@@ -30,7 +30,7 @@ def parse(mountinfo: str) -> Iterator[Mount]:
     for line in mountinfo.split("\n"):  # names may hold what else splitlines() takes for an end
         left, _, right = line.partition(" - ")
         fields, rest = left.split(" "), right.split(" ")
-        if len(fields) >= 6 and len(rest) >= 3:
+        if len(fields) >= 6 and len(rest) >= 3 and filesystem in (None, rest[0]):
             options = {*fields[5].split(","), *rest[2].split(",")}
             yield Mount(_plain(fields[4]), rest[0], frozenset(options), _plain(fields[3]))
 
@@ -44,20 +44,20 @@ def _plain(field: str) -> str:
     return field
 
 
-def mount_of(path: str, mountinfo: str) -> Mount:
+def mount_of(path: str, mounts: Iterable[Mount]) -> Mount:
     """The mount that an absolute path without symbolic links belongs to."""
     best = Mount("", "")
-    for mount in parse(mountinfo):
+    for mount in mounts:
         inside = path == mount.point or path.startswith(mount.point.rstrip("/") + "/")
         if inside and len(mount.point) >= len(best.point):
             best = mount
     return best
 
 
-def read() -> str:
-    """The mounts as this process sees them now; empty where /proc is not to be had."""
+def read() -> list[Mount]:
+    """The mounts as this process sees them now; none where /proc is not to be had."""
     try:
         with open("/proc/self/mountinfo", "rb") as file:
-            return os.fsdecode(file.read())
+            return list(parse(os.fsdecode(file.read())))
     except ours(OSError):
-        return ""
+        return []

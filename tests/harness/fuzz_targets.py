@@ -340,7 +340,7 @@ def mountinfo(data: bytes) -> bool:
     """mountinfo: whatever it says, the mount of a path can be asked for."""
     text = os.fsdecode(data)
     found = list(mounts.parse(text))
-    mounts.mount_of("/var/tmp/page-primer", text)
+    mounts.mount_of("/var/tmp/page-primer", found)
     list(memory._directories("/a/b", "cgroup2", text))
     return bool(found)
 
