@@ -190,7 +190,9 @@ def test_a_core_file_without_its_image(targets, unprimed, scratch, form, way):
         frames = frames_of(said)
     finally:
         (scratch[0] / "gone").rename(folder)
-    assert f"Can't open file {image}" in said
+    # A newer gdb finds the program's build-id in code that the core file has, as it has all of a
+    # mapping in which a breakpoint was, and takes the program without a word.
+    assert f"Can't open file {image}" in said or image not in said, said
     expected = unprimed(form, "gcore, then gdb bt")
     assert [frame.name for frame in frames] == [frame.name for frame in expected]
 
