@@ -39,6 +39,27 @@ def program(text, *arguments, environ=None):
     return done.stdout
 
 
+def test_an_interrupt_that_a_fork_hook_swallows_is_not_lost():
+    """As CPython does with what a signal handler raises there."""
+    said = program("""
+        import os, signal
+        from page_primer.bench.command import _interrupted_by_signals
+        with _interrupted_by_signals() as check:
+            check()
+            os.register_at_fork(after_in_parent=lambda: signal.raise_signal(signal.SIGTERM))
+            child = os.fork()
+            if not child:
+                os._exit(0)
+            os.waitpid(child, 0)
+            print("swallowed")
+            try:
+                check()
+            except KeyboardInterrupt:
+                print("interrupted")
+    """)
+    assert said == "swallowed\ninterrupted\n"
+
+
 # --- load -----------------------------------------------------------------------------------------
 
 

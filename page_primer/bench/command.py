@@ -21,7 +21,7 @@ from page_primer.bench.server import Address
 from page_primer.bench.tree import Adopted
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from page_primer.bench.report import Say, Table
 
@@ -87,9 +87,9 @@ def main(words: Sequence[str], show_table: Table, say: Say) -> int:
     given, command = parser().parse_args(words[:at]), words[at + 1 :]
     listed = _check(given, command)
     try:
-        with _interrupted_by_signals(), contextlib.ExitStack() as stack:
+        with _interrupted_by_signals() as check, contextlib.ExitStack() as stack:
             bench = _prepare(given, command, listed, stack)
-            report = _measure(given, bench, listed)
+            report = _measure(given, bench, listed, check)
             return _conclude(given, report, show_table, say)
     except (Failure, CutShort) as error:
         return _fail(str(error))
@@ -141,7 +141,10 @@ def _prepare(
 
 
 def _measure(
-    given: argparse.Namespace, bench: measure.Bench, listed: Sequence[variants.Variant]
+    given: argparse.Namespace,
+    bench: measure.Bench,
+    listed: Sequence[variants.Variant],
+    check_interrupt: Callable[[], None],
 ) -> Report:
     limit = given.minutes * 60 if given.minutes else None
     plan = rounds.Plan(given.rounds or (_MANY if limit else _ROUNDS), limit)
@@ -150,6 +153,7 @@ def _measure(
             # Not counted: bytecode, images and the page cache are there afterwards, as they are
             # for every start of a server but the first.
             progress.note(f"trying {variant.name}")
+            check_interrupt()
             try:
                 bench.measure(variant, max(bench.connections, int(bench.requests * _TRIED)))
             except (Failure, CutShort) as error:
@@ -157,7 +161,12 @@ def _measure(
         progress.note("measuring how huge huge pages are (a pointer chase)")
         probed = machine.probe()
         bench.obtained.clear()
-        course = rounds.go(listed, bench.measure, plan, seed=given.seed, told=progress.told)
+
+        def told(course: rounds.Course, variant: variants.Variant, at: int) -> None:
+            progress.told(course, variant, at)
+            check_interrupt()
+
+        course = rounds.go(listed, bench.measure, plan, seed=given.seed, told=told)
     names = ("requests", "connections", "rounds", "minutes", "variants", "seed", "urls")
     return Report(
         command=list(bench.command), variants=[variant.name for variant in listed], course=course,
@@ -197,11 +206,19 @@ def _positive(text: str) -> int:
 
 
 @contextlib.contextmanager
-def _interrupted_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP are as Ctrl-C, unless they are ignored (nohup)."""
+def _interrupted_by_signals() -> Iterator[Callable[[], None]]:
+    """SIGTERM and SIGHUP are as Ctrl-C, unless they are ignored (nohup). Gives what raises it again
+    if it was lost: in fork hooks, logging's for one, CPython prints exceptions and goes on."""
+    came = False
 
     def interrupt(number: int, _frame: object) -> NoReturn:
+        nonlocal came
+        came = True
         raise KeyboardInterrupt
+
+    def check() -> None:
+        if came:
+            raise KeyboardInterrupt
 
     before = {
         number: signal.signal(number, interrupt)
@@ -209,7 +226,7 @@ def _interrupted_by_signals() -> Iterator[None]:
         if signal.getsignal(number) != signal.SIG_IGN
     }
     try:
-        yield
+        yield check
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
