@@ -31,7 +31,7 @@ class Lock(Record):
 
 
 def locks(
-    objects: Iterable[Object], mappings: Sequence[Mapping], options: Options
+    objects: Iterable[Object], mappings: Sequence[Mapping], options: Options, pmd: int = 0
 ) -> tuple[Lock, ...]:
     """The mappings to lock, in the order of their worth: a small RLIMIT_MEMLOCK is spent well.
 
@@ -39,6 +39,7 @@ def locks(
         objects: the survey's.
         mappings: the process's, in the order of their addresses, as they are after the moves.
         options: what the caller wants.
+        pmd: the size of a huge page, so that no lock ends inside one; 0: whole mappings alone.
     """
     if not options.mlock:
         return ()
@@ -51,15 +52,32 @@ def locks(
                 continue  # the loader's PROT_NONE gaps
             if not any(s.start < mapping.end and mapping.start < s.end for s in obj.segments):
                 continue  # others' memory in a gap, as the vdso's in arm64's ld.so
-            kind = "data" if mapping.writable else "code" if mapping.executable else "rodata"
-            if options.mlock == "code" and kind != "code":
-                continue
-            worth = {"code": 0 if obj.interpreter else 1, "rodata": 2, "data": 3}[kind]
-            # A whole mapping, unless it grew beyond the object (.bss beside other memory).
-            start, end = max(mapping.start, obj.start), min(mapping.end, obj.end)
             on_fault = mapping.writable or not obj.interpreter
-            wanted[worth].append(Lock(obj, start, end, kind, on_fault))
+            for start, end, kind in _parts(obj, mapping, pmd):
+                if options.mlock == "code" and kind != "code":
+                    continue
+                worth = {"code": 0 if obj.interpreter else 1, "rodata": 2, "data": 3}[kind]
+                wanted[worth].append(Lock(obj, start, end, kind, on_fault))
     return tuple(lock for worth in wanted for lock in worth)
+
+
+def _parts(obj: Object, mapping: Mapping, pmd: int) -> list[tuple[int, int, str]]:
+    """What to lock of an object in a mapping, and what it is: all, unless the mapping grew beyond
+    the object (.bss beside other memory). Of an aligned interpreter, whose read-only data is in the
+    same mapping, the huge pages with its code by themselves: with a small RLIMIT_MEMLOCK they may
+    be all that fits."""
+    start, end = max(mapping.start, obj.start), min(mapping.end, obj.end)
+    kind = "data" if mapping.writable else "code" if mapping.executable else "rodata"
+    inner = [part for segment in obj.segments for part in segment.inner_code]
+    if kind != "code" or not obj.interpreter or not inner or not pmd:
+        return [(start, end, kind)]
+    code = [part for part in inner if part.overlaps(Range(start, end))]
+    if not code:  # beside code that was locked by itself
+        return [(start, end, "rodata")]
+    low = max(start, min(part.start for part in code) // pmd * pmd)
+    high = min(end, -(-max(part.end for part in code) // pmd) * pmd)
+    parts = [(low, high, "code"), (start, low, "rodata"), (high, end, "rodata")]
+    return [part for part in parts if part[0] < part[1]]
 
 
 def affordable(

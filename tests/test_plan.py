@@ -357,6 +357,30 @@ def test_locks_are_ordered_by_worth():
     assert mlock_plan.locks([apart], others, Options()) == ()
 
 
+def test_of_an_aligned_interpreter_the_code_is_locked_first():
+    """Its read-only data is in the same mapping, and a limit may be too small for both."""
+    start = 2 * PMD
+    inner = (Range(start + 0x22000, start + 2 * PMD + 0x3000),)
+    whole = segment(start, 3 * PMD + 0x10000, PF_R | PF_X)
+    python = obj(replace(whole, inner_code=inner), interpreter=True)
+    file = [Mapping(python.start, python.end, "r-xp", 0, "0:0", 1, python.path)]
+    parts = [
+        (start, start + 3 * PMD, "code"), (start + 3 * PMD, python.end, "rodata"),
+    ]  # fmt: skip
+
+    def found(mappings, **options):
+        locks = mlock_plan.locks([python], mappings, Options(**options), PMD)
+        assert not any(lock.on_fault for lock in locks)
+        return [(lock.start, lock.end, lock.kind) for lock in locks]
+
+    assert found(file) == parts
+    assert found(file, mlock="code") == parts[:1]
+    # As the mappings are once the code alone is locked.
+    split = [Mapping(low, high, "r-xp", 0, "0:0", 1, python.path) for low, high, _ in parts]
+    assert found(split) == parts
+    assert mlock_plan.locks([python], file, Options())[0].range == Range(python.start, python.end)
+
+
 def test_memory_goes_to_the_hottest_first():
     """Each library here takes 9 MiB, the interpreter 6.8."""
     objects = [*(library(n, n * MIB) for n in range(1, 5)), debian_python()]

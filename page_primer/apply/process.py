@@ -274,7 +274,7 @@ class Process:
         loaded = _core.loads() != self.loads
         self.mlocks.relock_for_host(r for key in moved for r in primed[key].regions)
         mappings = self._survey_again(moved) if loaded else smaps.read_maps()
-        wanted = mlock_plan.locks(self.objects, mappings, options)
+        wanted = mlock_plan.locks(self.objects, mappings, options, self.registry.pmd)
         del mappings
         room = budget.memory_room(self.memory, options, held)
         copies = [primed[key] for key in moved]

@@ -16,7 +16,7 @@ from page_primer.words import memlock_for, memlock_lines, memlock_remedy, mib, s
 
 def lock_sizes(found: Survey, planned: Plan, options: Options) -> tuple[int, int]:
     """Bytes to lock once the plan is carried out: the interpreter's code, and everything."""
-    wanted = mlock_plan.locks(found.objects, found.mappings, options)
+    wanted = mlock_plan.locks(found.objects, found.mappings, options, found.pmd_size)
     everything = sum(lock.end - lock.start for lock in wanted)
     code = sum(
         lock.end - lock.start for lock in wanted if lock.object.interpreter and lock.kind == "code"
