@@ -248,6 +248,20 @@ def test_a_built_image_of_a_changed_file_is_stale(tmp_path):
     assert not names.belongs_to(built, str(path))
 
 
+@needs_root
+def test_an_image_of_a_file_that_this_user_may_not_see_is_not_called_stale(public_python, public):
+    closed = public / "closed"
+    closed.mkdir(mode=0o700)
+    asked = (
+        "import sys; from page_primer.images import names; print(names.belongs_to(*sys.argv[1:]))"
+    )
+    name = "5-1-2-3-4-5-200000-0-0x"
+    for path in (closed / "x.so", public / "x.so"):  # hidden; and not there
+        command = [*become(USER), public_python, "-c", asked, name, str(path)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.stdout == f"{path.parent == closed}\n", done.stderr
+
+
 def test_the_command_as_nobody_in_particular(python):
     done = subprocess.run(
         [sys.executable, "-m", "page_primer", "doctor", "--user", "no such user"],

@@ -145,6 +145,8 @@ def _one(given: argparse.Namespace, path: str, python: str | None, *, named: boo
         row["state"], row["reason"] = REFUSED, str(why)
     except OSError as error:
         row["state"], row["reason"] = FAILED, error.strerror or str(error)
+        if isinstance(error, PermissionError) and os.geteuid():
+            row["reason"] += "; do it as a user who may replace the file, mostly root"
     return row
 
 

@@ -32,6 +32,7 @@ class Alignment:
     program: bool = False  # mapped by the kernel rather than by the loader
     libc: str = ""  # "glibc", "musl"
     version: tuple[int, int] = (0, 0)  # of glibc
+    of_root: bool = False  # this user may not replace it
 
 
 def read(path: str, loaded: list[str], *, huge: bool, program: bool, merge: bool) -> Alignment:
@@ -48,9 +49,10 @@ def read(path: str, loaded: list[str], *, huge: bool, program: bool, merge: bool
     state = files.look(path, merge=merge)
     libc, version = _libc(loaded)
     share = state.after / state.code if state.code else 0.0
+    of_root = os.geteuid() != 0 and not os.access(os.path.dirname(path), os.W_OK)
     return Alignment(
         path, state.state, state.reason, state.chunks, share, listed(path), huge, program,
-        libc, version,
+        libc, version, of_root,
     )  # fmt: skip
 
 
@@ -85,7 +87,8 @@ def judge_alignment(found: Alignment, kernel: tuple[int, int], pmd: int, share: 
     if found.listed:
         why = f" ({found.reason})" if found.reason else ""
         text = f"{name} is no longer aligned: an upgrade has replaced it{why}"
-        return _check(WARNING, text, "page-primer align --again", code="no-longer-aligned")
+        fix = f"page-primer align --again{_as_root(found)}"
+        return _check(WARNING, text, fix, code="no-longer-aligned")
     if found.state != files.CAN_BE:
         text = f"{name} cannot be aligned: {found.reason or found.state}"
         return _check(INFO, text, code="cannot-be-aligned")
@@ -96,7 +99,7 @@ def judge_alignment(found: Alignment, kernel: tuple[int, int], pmd: int, share: 
         return _check(INFO, text, code="musl")
     text += ", in every process and without a copy"
     status = INFO if found.share - share < _MUCH else WARNING
-    fix = _align(found.path)
+    fix = _align(found.path) + _as_root(found)
     return _check(status, text + _hints(found, kernel), fix, code="not-aligned")
 
 
@@ -126,6 +129,10 @@ def _hints(found: Alignment, kernel: tuple[int, int]) -> str:
             f"{glibc} advises huge pages for aligned files with GLIBC_TUNABLES=glibc.elf.thp=1"
         )
     return "".join(f"; {hint}" for hint in hints)
+
+
+def _as_root(found: Alignment) -> str:
+    return "  # as root" if found.of_root else ""
 
 
 def _align(path: str) -> str:

@@ -85,11 +85,11 @@ def is_name(name: str) -> bool:
 
 
 def belongs_to(name: str, path: str) -> bool:
-    """Whether an image's name is of the file that is at `path` now."""
+    """Whether an image's name is of the file that is at `path` now, as far as we may see that."""
     try:
         source = Source.of(path, os.stat(path))
-    except ours(OSError):
-        return False
+    except ours(OSError) as error:
+        return isinstance(error, PermissionError)
     _, *numbers = _plain(name).split("-")
     if is_built(name):
         return tuple(numbers[1:3]) == _seconds(source)
