@@ -77,8 +77,6 @@ core_dump_before(PyObject *module, PyObject *args)
         PyErr_SetString(PyExc_ValueError, "nothing is before the first page");
         return NULL;
     }
-    if (check_range(address - size, size) < 0)
-        return NULL;
     wanted = (void *)(uintptr_t)(address - size);
     /* The flags of core_swap(): the kernel would not merge others. */
     Py_BEGIN_ALLOW_THREADS

@@ -55,6 +55,7 @@ def test_an_address_is_an_integer(call, wrong):
         lambda: _core.reserve(PAGE, PAGE),  # type: ignore[call-arg]
         lambda: _core.swap(0, b"", [(0, PAGE, 0)], []),  # type: ignore[list-item]
         lambda: _core.swap(0, "", [], []),  # type: ignore[arg-type]
+        lambda: _core.swap(0, b"", 0, []),  # type: ignore[arg-type]
         lambda: _core.limit(),  # type: ignore[call-arg]
         lambda: _core.placed(),  # type: ignore[call-arg]
         lambda: _core.dump_before(0),  # type: ignore[call-arg]

@@ -1,7 +1,7 @@
 """The core's functions, each with a system call or a C library's function that fails beneath it."""
 
 import mmap
-from errno import EAGAIN, EEXIST, EINTR, EMFILE, ENOMEM, ETIMEDOUT
+from errno import EAGAIN, EEXIST, EINTR, EMFILE, ENOENT, ENOMEM, ETIMEDOUT
 
 import pytest
 from harness.faults import build_fault
@@ -77,6 +77,11 @@ def test_a_file_that_cannot_be_unmapped(process):
         "result = got, fault.fault_fired()"
     )
     assert process.run(code) == [[ENOMEM, "unmap"], 1]
+
+
+def test_threads_that_cannot_be_counted(process):
+    code = f"arm(b'stat', 1, {ENOENT}); result = error(_core.threads), fault.fault_fired()"
+    assert process.run(code) == [[ENOENT, "threads"], 1]
 
 
 def test_a_page_for_core_files_without_a_descriptor(process):

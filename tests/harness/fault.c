@@ -10,6 +10,7 @@
 #include <stdarg.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/types.h>
 #include <unistd.h>
@@ -69,6 +70,7 @@ static long (*real_syscall)(long, ...);
 static ssize_t (*real_pread)(int, void *, size_t, off_t);
 static int (*real_prctl)(int, ...);
 static void *(*real_sbrk)(intptr_t);
+static int (*real_stat)(const char *, struct stat64 *);
 static __typeof__(&pthread_cond_timedwait) real_timedwait;
 static int (*real_atfork)(void (*)(void), void (*)(void), void (*)(void),
                           void *);
@@ -85,6 +87,7 @@ resolve(void)
     real_pread = dlsym(RTLD_NEXT, "pread");
     real_prctl = dlsym(RTLD_NEXT, "prctl");
     real_sbrk = dlsym(RTLD_NEXT, "sbrk");
+    real_stat = dlsym(RTLD_NEXT, "stat64");
     real_timedwait = dlsym(RTLD_NEXT, "pthread_cond_timedwait");
     real_atfork = dlsym(RTLD_NEXT, "__register_atfork");
 }
@@ -222,6 +225,13 @@ sbrk(intptr_t increment)
     if (increment != 0 && fails("sbrk", CALLER))
         return (void *)-1;
     return real_sbrk(increment);
+}
+
+/* From glibc 2.33 on. */
+int
+stat64(const char *path, struct stat64 *result)
+{
+    return fails("stat", CALLER) ? -1 : real_stat(path, result);
 }
 
 int

@@ -56,7 +56,7 @@ def more_blocks(function: Callable[[], object]) -> int:
 def main() -> None:
     _fault.fault_memory()
     _core.arenas_install(1 << 21)
-    _blocks.extend(b"%4096d" % number for number in range(1000))  # in a region, or more
+    _blocks.extend(b"%400d" % number for number in range(20_000))  # in some regions
     cases = {name: call for name, call in leaks.CASES.items() if hasattr(_core, name)}
     # It calls Python, and CPython itself may crash where it has no memory for a frame.
     del cases["alone"]
