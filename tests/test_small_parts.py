@@ -1,0 +1,148 @@
+"""Small parts of the package by themselves: what a process that has everything never meets."""
+
+import errno
+import pickle
+
+import pytest
+
+import page_primer
+from page_primer import _lean, outcome, reasons, schema, survey, words
+from page_primer.elf.file import PF_R, PF_X
+from page_primer.elf.objects import Object, Segment
+from page_primer.kernel import credentials, limits, memlock, mounts, release, smaps, thp
+from page_primer.kernel.smaps import Mapping
+from page_primer.options import Options
+
+MIB = 1 << 20
+
+
+def test_prime_takes_options_once() -> None:
+    with pytest.raises(TypeError, match="either Options or keyword arguments"):
+        page_primer.prime(Options(), limit=0)
+
+
+def test_memory_that_ends_at_an_import_is_an_outcome(monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted() -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(page_primer, "_load", exhausted)
+    report = page_primer.restore()
+    assert (report.reason, report.detail) == (reasons.TOO_LITTLE_MEMORY, "MemoryError")
+
+
+def test_segments_are_a_tuple() -> None:
+    one = outcome.SegmentReport(0, MIB, "code", MIB, 0, 0, {reasons.NO_BACKING: MIB})
+    two = outcome.SegmentReport(MIB, 2 * MIB, "data", MIB, 0, 0, {})
+    packed = outcome.Segments((one, two))
+    assert packed == (one, two) and packed != (one,) and packed != [one, two]
+    assert one in packed and 5 not in packed and packed[1] == two and len(packed) == 2
+    assert repr(packed) == repr((one, two))
+    assert pickle.loads(pickle.dumps(packed)) == packed
+
+
+def test_a_heap_that_was_left_alone_says_why() -> None:
+    report = outcome.HeapReport("auto", reasons.THP_OFF, "never")
+    assert str(report).startswith("heap left alone: ") and "never" in str(report)
+
+
+def test_a_pod_has_no_limit_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    assert "add: [IPC_LOCK]" in words.memlock_remedy(MIB)
+    first, *others = words.memlock_lines(MIB)
+    assert "add: [IPC_LOCK]" in first and len(others) == 1 and "LimitMEMLOCK" in others[0]
+
+
+def test_no_share_of_nothing() -> None:
+    assert words.percent(0, 0) == "-"
+
+
+def test_a_schema_of_what_has_none() -> None:
+    with pytest.raises(TypeError, match="no schema for"):
+        schema._of(complex)
+
+
+def test_locking_on_trial() -> None:
+    assert memlock.try_lock(0) is None
+    assert memlock.try_lock(1 << 64) == memlock.OVER
+
+
+def test_what_the_kernel_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where /proc or /sys is hidden: no limit, no mounts, nothing locked, nobody's files."""
+    real = open
+
+    def hidden(path, *arguments, **options):
+        if str(path).startswith(("/proc", "/sys")):
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", path)
+        return real(path, *arguments, **options)
+
+    assert limits.soft_limit(9999) is None
+    assert not thp.has_no_huge_pages()
+    monkeypatch.setattr("builtins.open", hidden)
+    assert (mounts.read(), memlock._locked(), credentials._text("/proc/self/uid_map")) == (
+        "",
+        0,
+        "",
+    )
+    assert thp.has_no_huge_pages()
+    assert not credentials._is_one_user(-1)
+
+
+def test_a_version_that_is_not_told_is_the_newest(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused() -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr("os.uname", refused)
+    assert release.release() > (99, 0)
+    assert page_primer._unsupported() is None
+
+
+def test_reading_that_fails_says_of_which_file() -> None:
+    with pytest.raises(OSError, match="/proc/self/mem"):  # nothing is at its beginning
+        list(smaps._parts("/proc/self/mem", b"\n"))
+
+
+def segment(flags: int, offset: int = 0) -> Segment:
+    return Segment(MIB, 2 * MIB, 2 * MIB, offset, flags, MIB, MIB)
+
+
+def loaded(path: str, flags: int = PF_R | PF_X) -> Object:
+    return Object("libx.so", path, MIB, b"", (segment(flags),))
+
+
+@pytest.mark.parametrize(
+    ("path", "inode", "reason"),
+    [
+        ("/nowhere/libx.so", 0, reasons.MAPPED_OTHERWISE),
+        ("/nowhere/libx.so", 5, reasons.FILE_GONE),
+        (f"/{'x' * 300}", 5, reasons.FILE_UNREADABLE),
+    ],
+)
+def test_an_object_without_its_file(path: str, inode: int, reason: reasons.Reason) -> None:
+    origin = Mapping(MIB, 2 * MIB, "r-xp", 0, "08:01", inode, path)
+    assert survey._inspect(loaded(path), origin, [origin]) == (None, reason)
+
+
+def test_code_that_cannot_be_read_stays_where_it_is() -> None:
+    origin = Mapping(MIB, 2 * MIB, "--xp", 0, "08:01", 5, "/lib/libx.so")
+    found = loaded("/lib/libx.so", PF_X)
+    assert survey._why_fixed(found, origin, [origin]) == reasons.EXECUTE_ONLY
+
+
+def test_code_that_is_mapped_from_elsewhere_in_its_file_stays_where_it_is() -> None:
+    origin = Mapping(MIB, 2 * MIB, "r-xp", 4096, "08:01", 5, "/lib/libx.so")
+    assert survey._why_fixed(loaded("/lib/libx.so"), origin, [origin]) == reasons.MAPPED_OTHERWISE
+
+
+def test_an_object_without_a_dynamic_section_has_no_text_relocations() -> None:
+    origin = Mapping(MIB, 2 * MIB, "r-xp", 0, "08:01", 5, "/lib/libx.so")
+    assert survey._why_fixed(loaded("/lib/libx.so"), origin, [origin]) is None
+
+
+def test_a_records_fields_are_what_it_takes() -> None:
+    class Point(_lean.Record):
+        x: int
+        y: int = 0
+
+    assert repr(Point(1)).endswith("(x=1, y=0)")
+    with pytest.raises(TypeError, match="takes x, y"):
+        Point(1, 2, 3)  # type: ignore[call-arg]
