@@ -34,6 +34,7 @@ from page_primer.doctor.probes import Trial
 from page_primer.doctor.render import Row
 from page_primer.elf.file import PF_R, PF_W, PF_X
 from page_primer.elf.objects import Object, Segment
+from page_primer.kernel.memory import Memory
 from page_primer.kernel.mounts import Mount, mount_of, parse
 from page_primer.options import Options
 from page_primer.survey import Survey
@@ -665,6 +666,53 @@ def test_directory_that_is_not_huge() -> None:
     assert partly.status == "warning"
     assert "2.0 MiB of 4.0 MiB" in partly.found
     assert partly.fix == "echo 1 > /proc/sys/vm/compact_memory"
+
+
+def test_directory_in_memory_that_is_too_small() -> None:
+    def fix(filesystem: str, point: str, container: bool) -> str | None:
+        directory = Directory("/d", Mount(point, filesystem), user=1000, free=MIB)
+        return directories.judge_directory(
+            Trial("image", "/d", 2 * PMD, 2 * PMD), directory, PLAIN, needed=40 * MIB,
+            container=container,
+        ).fix  # fmt: skip
+
+    assert fix("ext4", "/", False) is None
+    assert fix("tmpfs", "/dev/shm", True) == "--shm-size=256m"
+    assert fix("tmpfs", "/dev/shm", False) == "mount -o remount,size=256m /dev/shm"
+
+
+def test_directory_in_memory_that_is_not_huge() -> None:
+    directory = Directory("/d", Mount("/dev/shm", "tmpfs"), user=1000, free=1 << 30)
+    settings = replace(PLAIN, shmem="deny")
+    trial = Trial("image", "/d", 2 * PMD, 0)
+    found = directories.judge_directory(trial, directory, settings, needed=8 * MIB)
+    assert "shmem_enabled forbids it" in found.found and found.fix
+
+
+def test_roots_store_without_an_image() -> None:
+    found = directories.judge_system("/var/cache/page-primer")
+    assert found.status == "info" and found.fix and found.fix.endswith(", as root")
+
+
+def test_memory_that_is_refused_or_small() -> None:
+    refused = Trial("hugetlb", "hugetlb", refused="Cannot allocate memory")
+    found = directories.judge_memory(refused, replace(PLAIN, pool=3), FREE)
+    assert found.fix == "sysctl vm.nr_hugepages=5"
+    old = replace(PLAIN, kernel=(5, 10), thp="never", thp_of_size="")
+    small = directories.judge_memory(Trial("anonymous", "anonymous", 2 * PMD, 0), old, FREE)
+    assert "THP is never" in small.found
+
+
+@pytest.mark.parametrize("value", [1, 2])
+def test_memfds_that_are_sealed(value: int) -> None:
+    (found,) = checks.judge_memfd_noexec(replace(PLAIN, memfd_noexec=value))
+    assert found.status == "ok" and f"vm.memfd_noexec={value}" in found.found
+
+
+def test_available_memory_that_is_unknown_or_short() -> None:
+    assert locking.judge_available(None, 0.5, MIB).code == "memory-unknown"
+    short = locking.judge_available(Memory(MIB, 1 << 30, "/proc/meminfo"), 0.5, 8 * MIB)
+    assert short.fix == "give the machine more memory, or end other processes"
 
 
 def test_directory_that_may_not_be_made() -> None:

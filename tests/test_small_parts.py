@@ -1,6 +1,7 @@
 """Small parts of the package by themselves: what a process that has everything never meets."""
 
 import errno
+import os
 import pickle
 
 import pytest
@@ -9,11 +10,62 @@ import page_primer
 from page_primer import _lean, outcome, reasons, schema, survey, words
 from page_primer.elf.file import PF_R, PF_X
 from page_primer.elf.objects import Object, Segment
+from page_primer.heap import arenas, chunks, refusal
 from page_primer.kernel import credentials, limits, memlock, mounts, release, smaps, thp
+from page_primer.kernel.memory import Memory
 from page_primer.kernel.smaps import Mapping
 from page_primer.options import Options
 
 MIB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("number", "tries", "text"),
+    [
+        (errno.EAGAIN, 2, os.strerror(errno.EAGAIN)),
+        (errno.EINVAL, 1, "this kernel does not (Linux 6.1), khugepaged may"),
+        (errno.ENOMEM, 1, "no huge page is free"),
+    ],
+)
+def test_a_collapse_that_the_kernel_refuses(
+    number: int, tries: int, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def refuse(start: int, length: int, advice: int) -> None:
+        asked.append(advice)
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(chunks._core, "advise", refuse)
+    one = [chunks.Chunk(2 * MIB, 0, 0)]
+    found = chunks.collapse(one, 2 * MIB, 64 * MIB, unshare=False)
+    assert (found.bytes, found.notes) == (0, (f"1 of 1 not collapsed: {text}",))
+    assert asked.count(chunks._core.MADV_COLLAPSE) == tries
+
+
+def test_what_stands_in_the_way_of_arenas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.version_info", (3, 10))
+    assert arenas.unavailable(2 * MIB) is None
+    too_large = arenas.install(512 * MIB)
+    assert too_large == "arenas: huge pages of 512 MiB are too large for them"
+    monkeypatch.setattr("sys.version_info", (3, 15))
+    assert arenas.install(2 * MIB) == "arenas: this CPython advises them by itself"
+    monkeypatch.setattr("sys.getallocatedblocks", lambda: 0)  # PYTHONMALLOC=malloc
+    assert "pymalloc is not in use" in str(arenas.install(2 * MIB))
+    assert arenas.find([]) == []
+
+
+def test_a_heap_that_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    options, huge = Options(heap="auto"), 2 * MIB
+    plenty = Memory(1 << 40, 1 << 40, "/proc/meminfo")
+    tiny = Memory(MIB, 1 << 40, "/proc/meminfo")
+    monkeypatch.setattr(refusal, "enabled", lambda _: "madvise")
+    assert refusal.refusal(options, huge, [plenty]) is None
+    refused = refusal.refusal(options, huge, [plenty, tiny])
+    assert refused is not None and refused.reason == reasons.TOO_LITTLE_MEMORY
+    monkeypatch.setattr(refusal, "enabled", lambda _: "never")
+    refused = refusal.refusal(options, huge, [plenty])
+    assert refused is not None and refused.reason == reasons.THP_OFF
 
 
 def test_prime_takes_options_once() -> None:
