@@ -3,6 +3,8 @@ changed meanwhile: files made of a sound one, one field at a time."""
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import shutil
 import struct
@@ -14,7 +16,7 @@ import pytest
 from harness.elves import SOURCE, digest, link
 from harness.outside import PMD
 
-from page_primer.align import files, original, replace, rewrite, trial
+from page_primer.align import files, original, replace, rewrite, trial, verify
 from page_primer.align.layout import best_span, lay_out
 from page_primer.align.original import Refused
 from page_primer.elf.file import HEADER, FileHeader, ProgramHeader, SectionHeader
@@ -206,6 +208,28 @@ def test_a_file_that_is_changed_or_replaced_meanwhile(opened: int, file: Path) -
         with pytest.raises(Refused, match="was replaced while it was being rewritten"):
             files.finish(new, str(file), opened, os.fstat(opened))
     assert os.listdir(file.parent) == [file.name]
+
+
+def test_a_record_that_cannot_be_read_back(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = digest(file)
+    monkeypatch.setattr(rewrite, "read_record", lambda _: None)
+    with pytest.raises(Refused, match=r"failed its check \(record\)"):
+        files.align(str(file), python=None)
+    assert digest(file) == before and os.listdir(file.parent) == [file.name]
+
+
+def test_a_disk_that_fails_is_not_the_files_fault(file: Path) -> None:
+    class Failing(io.BytesIO):
+        def read(self, *_: object) -> bytes:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with open(file, "rb") as old, pytest.raises(OSError, match="Input/output error"):
+        verify.check(old, Failing(), PMD)
+
+
+def test_a_file_system_without_attributes() -> None:
+    with open("/proc/self/status", "rb") as opened:
+        assert replace._attributes(opened.fileno()) == []
 
 
 def test_a_trial_that_does_not_end(
