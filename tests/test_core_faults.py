@@ -218,3 +218,43 @@ def test_forks_that_cannot_be_watched(python, tmp_path):
             pytest.skip("this interpreter has no arenas")
         assert got == "fork"
         assert process.run("result = _core.arenas_install(1 << 21)") == "active"
+
+
+def test_arenas_are_not_begun_amid_a_fork(python):
+    """By a handler of pthread_atfork(3) of another library's."""
+    code = (
+        "seen = []; handler = ctypes.CFUNCTYPE(None)(\n"
+        "    lambda: seen.append(_core.arenas_install(1 << 21)))\n"
+        "getattr(fault, '__register_atfork')(handler, None, None, None)\n"
+        "result = _core.arenas_install(1 << 21)"
+    )
+    with Process(python) as process:
+        process.run(START)
+        if process.run(code) == "none":
+            pytest.skip("this interpreter has no arenas")
+        process.run("_core.arenas_retire()")
+        process.run("child = os.fork()\nif not child: os._exit(0)\nos.waitpid(child, 0)")
+        assert process.run("result = seen") == ["fork"]
+        assert process.run("result = _core.arenas_install(1 << 21)") == "active"
+
+
+def test_a_pointer_chase_without_memory(python):
+    pytest.importorskip("page_primer.bench._probe", reason="built without it")
+    code = (
+        "import resource; from page_primer.bench import _probe\n"
+        "def chase(more):\n"
+        "    with open('/proc/self/statm') as file: size = int(file.read().split()[0]) * PAGE\n"
+        "    before = resource.getrlimit(resource.RLIMIT_AS)\n"
+        "    resource.setrlimit(resource.RLIMIT_AS, (size + more, before[1]))\n"
+        "    try: return _probe.pointer_chase(1 << 18, False, 1)\n"
+        "    except MemoryError: return 'no memory'\n"
+        "    finally: resource.setrlimit(resource.RLIMIT_AS, before)\n"
+        "try: _probe.pointer_chase(1, False, 1)\n"
+        "except ValueError as error: refused = str(error)\n"
+        # Not for the pages, of which there is a gigabyte; and not for the pointers to them.
+        "result = refused, chase(0), chase((1 << 30) + (3 << 20))"
+    )
+    with Process(python) as process:
+        process.run(START)
+        refused, *got = process.run(code)
+    assert refused and got == ["no memory", "no memory"]
