@@ -210,6 +210,21 @@ def test_regions_go_without_advice_while_the_kernel_is_slow(arenas):
     assert unadvised == [0, 1, 2, 2]
 
 
+def test_an_allocator_that_is_put_back_over_ours(arenas):
+    """The one that was there before ours: what ours gave is freed there, as mappings."""
+    code = (
+        "taken = []; python = ctypes.PyDLL(None)\n"
+        "result = _core.arenas_retire()\n"
+        "before = Arenas(); python.PyObject_GetArenaAllocator(ctypes.byref(before))\n"
+        "_core.arenas_install(SIZE); address = take(); had = counts()['regions']\n"
+        "python.PyObject_SetArenaAllocator(ctypes.byref(before))\n"
+        "again = _core.arenas_install(SIZE)\n"
+        "result = result, had, again, counts()['regions'], counts()['given']\n"
+        "before.free(before.ctx, address, SIZE)"
+    )
+    assert arenas.run(code) == [True, 1, "active", 0, 0]
+
+
 def test_forks_that_cannot_be_watched(python, tmp_path):
     with Process(python, env={"LD_PRELOAD": build_fault(tmp_path)}) as process:
         process.run(START)

@@ -54,6 +54,19 @@ def test_commands_without_a_suffix_are_linted():
     assert programs <= set(typed.split(", "))
 
 
+def test_lines_that_are_never_executed_are_there():
+    """Those of which tools/coverage_reasons.txt says why; `make coverage` sees the rest."""
+    text = (ROOT / "tools/coverage_reasons.txt").read_text()
+    keys = [line.strip() for line in text.splitlines() if line.startswith("    ")]
+    assert len(keys) == len({*keys})
+    for key in keys:
+        name, _, rest = key.partition(" ")
+        function, _, line = rest.partition(": ")
+        source = (ROOT / "page_primer" / name).read_text().splitlines()
+        wanted = line or f"{function.rpartition('.')[2]}("
+        assert any(row.strip() == wanted if line else wanted in row for row in source), key
+
+
 @pytest.mark.parametrize("name", ["bug", "environment"])
 def test_forms_ask_for_the_doctors_output(name):
     assert "`page-primer doctor --json`" in text_of(f".github/ISSUE_TEMPLATE/{name}.yml")

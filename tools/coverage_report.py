@@ -1,9 +1,12 @@
-"""Run the tests with coverage of Python and of C, and write what they never execute.
+"""Run the tests with coverage of Python and of C, and write what they never execute, and why.
 
 The repository is copied to build/coverage/tree and built there with gcov's counters, beside a
 virtual environment that shares the packages of the one that runs this. Every Python that the tests
 start measures itself. Tests that fail are named and do not end the run: counters make processes
 slower and open files of their own, which some tests notice.
+
+Each line that is never executed needs a reason in tools/coverage_reasons.txt, and each reason there
+a line: where they differ, that is named and the exit status is 1.
 
     tools/coverage_report.py [--report FILE] [--more | --report-only] [PYTEST OPTION...]
 """
@@ -20,7 +23,7 @@ import subprocess
 import sys
 import sysconfig
 import venv
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,6 +31,9 @@ ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "build" / "coverage"
 TREE, HOME, DATA = WORK / "tree", WORK / "venv", WORK / "data"
 GOAL = {"Python": 92, "C": 85}
+REASONS = ROOT / "tools/coverage_reasons.txt"
+# What begins another part of a statement.
+CLAUSE = re.compile(r"(except|elif|else|finally|case)\b|} else")
 
 CONFIG = f"""
 [run]
@@ -63,53 +69,6 @@ def saving(execute):
 os.execv, os.execve = saving(os.execv), saving(os.execve)
 """
 
-# Why something is never executed: the first pattern that matches "file function: source line".
-WHY = (
-    (r"\.c .*PyErr_NoMemory|\.c .*(list|item|value|text|error) == NULL",
-     "memory of Python's own is not made to fail"),
-    (r"\.c .*Py_(BEGIN|END)_ALLOW_THREADS", "a macro: gcov sees its brace alone"),
-    (r"\.c .*PyErr_Occurred|\.c .*PyModule_Add|\.c .*PyErr_NewException|_core\.c core_exec",
-     "fails for want of memory only"),
-    (r"_support\.c fail: goto|_objects\.c core_objects: goto|_objects\.c take_survey: return -1|"
-     r"_heap\.c arenas_regions: Py_CLEAR|_swap\.c parse_pieces: return -1",
-     "memory of Python's own is not made to fail"),
-    (r"_heap\.c (insert: return NULL|heap_align: (break|return PyErr_SetFromErrno))|"
-     r"_heap\.c arenas_install: return PyUnicode_FromString\(.fork.\)",
-     "no memory is left at all"),
-    (r"_core\.c PyInit__core|_heap\.c arenas_install: return PyUnicode_FromString\(.none.\)",
-     "of other versions and builds of CPython than the one that is measured"),
-    (r"_memory\.c core_map: munmap", "Linux before 4.17, which takes the address for a hint"),
-    (r"_alone\.c in_any_child",
-     "in children that end by _exit(2) or a signal, whose counters are not written"),
-    (r"_swap\.c put_back: (if \(\+\+tries|usleep)|_swap\.c core_swap: fail\(module, s\.broken",
-     "two failures in one swap: one is injected at a time"),
-    (r"_alone\.c (take: pthread_cond_broadcast|core_alone: return PyObject_Call)",
-     "one who has waited his time in vain: the machine's load decides"),
-    (r"_heap\.c first_touch: heap\.(skip|stalls)",
-     "the kernel takes long for a huge page: the machine's load decides"),
-    (r"\.py .*(ImportError|not on Windows|sys\.platform)|bench/machine\.py judge: .*not built",
-     "of an installation without its C core or an extra, or not on Linux"),
-    (r"doctor/(checks\.py (judge_kernel|judge_shmem|shmem_fix|judge_thp|thp_fix)|"
-     r"directories\.py (_not_huge|image_fix))|backing/image\.py directories: reason = .files",
-     "of other kernels and settings: `make kernels` boots them"),
-    (r"bench/interpreter\.py (_lay_out|Copy\._make: copy)",
-     "a static interpreter: the one that is measured has a libpython"),
-    (r"bench/counters\.py (available|_of_processor)",
-     "hardware counters of other processors: virtual machines may have none"),
-    (r"bench/load\.py (generator|send|_by_aiohttp)", "h2load is taken where it is installed"),
-    (r"bench/\w+\.py .*raise (CutShort|Failure)|bench/.* except subprocess\.TimeoutExpired",
-     "a server, a broker or a load generator that fails at this very moment"),
-    (r"align/(original|rewrite|layout|verify|files|replace)\.py .*(raise Refused|return None)|"
-     r"\.py .*(raise|except) (CannotLayOut|elf\.Malformed|Malformed)",
-     "a file that contradicts itself, or changes meanwhile: `make fuzz` makes some of them"),
-    (r"\.py .*(except BaseException|: raise$)",
-     "a host's signal handler raises at this very moment: test_interrupted.py tries many"),
-    (r"\.py .*except (ours\()?\(?(OSError|FileNotFoundError|PermissionError)",
-     "a file or a process that ends or is withdrawn between two looks"),
-    (r"doctor/alignment\.py (_libc|_hints)|heap/malloc\.py other_allocator",
-     "of other C libraries than this machine's"),
-)  # fmt: skip
-
 
 @dataclass
 class File:
@@ -120,23 +79,49 @@ class File:
     run: int = 0
     branches: int = 0
     taken: int = 0
-    # By function: lines that were never executed; and lines that went one way only.
-    missed: dict[str, list[int]] = field(default_factory=dict)
+    # By function, which of its lines were executed; and those of them that went one way only.
+    executed: dict[str, dict[int, bool]] = field(default_factory=dict)
     partial: dict[str, list[int]] = field(default_factory=dict)
+
+
+@dataclass
+class Missed:
+    """Lines of a function, one after the other, that were never executed."""
+
+    function: str  # and its file
+    text: str  # of the first one
+    lines: int
+    whole: bool  # nothing of the function was executed
+
+    @property
+    def key(self) -> str:
+        return self.function if self.whole else f"{self.function}: {self.text}"
+
+
+@dataclass
+class Reason:
+    why: str
+    always: bool  # or only on some machines, or at some moments
+    used: bool = False
 
 
 # ------------------------------------------------------------------------------------- set-up ---
 
 
-def copy_tree() -> None:
-    """Copy what the repository has, uncommitted changes included."""
-    shutil.rmtree(TREE, ignore_errors=True)
+def copy_tree(measured: bool = True) -> None:
+    """Copy what the repository has, uncommitted changes included; but for what is measured."""
     names = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(names, cwd=ROOT, capture_output=True, check=True).stdout
     for name in filter(None, listed.decode().split("\0")):
-        if (ROOT / name).exists():
-            (TREE / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, TREE / name)
+        here, there = ROOT / name, TREE / name
+        if not here.exists():
+            continue
+        if name.startswith("page_primer/") and not measured:
+            if not there.exists() or here.read_bytes() != there.read_bytes():
+                sys.exit(f"{name} has changed since the counters began: run without --more")
+            continue
+        there.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(here, there)
 
 
 def build() -> None:
@@ -181,6 +166,7 @@ def make_environment() -> None:
 
 def prepare() -> None:
     """Set everything up, with counters of zero."""
+    shutil.rmtree(TREE, ignore_errors=True)
     copy_tree()
     build()
     make_environment()
@@ -222,12 +208,11 @@ def python_files() -> Iterator[File]:
             summary["num_branches"], summary["covered_branches"],
         )  # fmt: skip
         for function, part in found["functions"].items():
-            lines = part["missing_lines"]
-            if lines:
-                file.missed[function or "module"] = lines
-            ways = sorted({line for line, _ in part["missing_branches"]} - set(lines))
-            if ways:
-                file.partial[function or "module"] = ways
+            lines = dict.fromkeys(part["executed_lines"], True)
+            lines |= dict.fromkeys(part["missing_lines"], False)
+            file.executed[function or "module"] = lines
+            ways = {line for line, _ in part["missing_branches"] if lines[line]}
+            file.partial[function or "module"] = sorted(ways)
         yield file
 
 
@@ -254,9 +239,8 @@ def c_files() -> Iterator[File]:
                 file.branches += len(ways)
                 file.taken += sum(way["count"] > 0 for way in ways)
                 name = line.get("function_name", "file")
-                if not line["count"]:
-                    file.missed.setdefault(name, []).append(line["line_number"])
-                elif any(not way["count"] for way in ways):
+                file.executed.setdefault(name, {})[line["line_number"]] = line["count"] > 0
+                if line["count"] and any(not way["count"] for way in ways):
                     file.partial.setdefault(name, []).append(line["line_number"])
             yield file
 
@@ -268,33 +252,68 @@ def percent(part: int, whole: int) -> str:
     return f"{100 * part / whole:.1f} %" if whole else "-"
 
 
-def ranges(lines: Iterable[int]) -> Iterator[tuple[int, int]]:
-    first = last = 0
-    for line in sorted(lines):
-        if first and line != last + 1:
-            yield first, last
-            first = line
-        first, last = first or line, line
-    if first:
-        yield first, last
+def read_reasons() -> dict[str, Reason]:
+    """What REASONS says, by its keys: its first lines describe it."""
+    reasons: dict[str, Reason] = {}
+    always, why = True, ""
+    for line in REASONS.read_text().splitlines():
+        if line.startswith("["):
+            always = line == "[never]"
+        elif line.startswith("    "):
+            if reasons.setdefault(line.strip(), Reason(why, always)).why is not why:
+                sys.exit(f"{REASONS.name}: twice: {line.strip()}")
+        elif line and not line.startswith("#"):
+            why = line
+    return reasons
 
 
-def why(name: str) -> str:
-    return next((reason for pattern, reason in WHY if re.search(pattern, name)), "")
+def missed(file: File) -> list[Missed]:
+    """What was never executed, in blocks: a clause, or what is left of one."""
+    source = (TREE / "page_primer" / file.name).read_text().splitlines()
+    found: list[Missed] = []
+    for function, executed in file.executed.items():
+        whole = function != "module" and not any(executed.values())
+        depth: int | None = None  # of the block that the line before belongs to
+        for number, ran in sorted(executed.items()):
+            text = source[number - 1].lstrip()
+            indented = len(source[number - 1]) - len(text)
+            if ran:
+                depth = None
+            elif depth is not None and (
+                indented > depth or (indented == depth and not CLAUSE.match(text))
+            ):
+                found[-1].lines += 1
+            else:
+                found.append(Missed(f"{file.name} {function}", text.rstrip(), 1, whole))
+                depth = -1 if whole else indented
+    return found
 
 
-def rows(label: str, kind: str, numbers: list[int], source: list[str]) -> Iterator[str]:
-    """A row for each reason that something of a function has."""
-    reasons: dict[str, list[str]] = {}
-    for first, last in ranges(numbers):
-        text = source[first - 1].strip()[:60].replace("|", "\\|")
-        more = f" and {last - first} more" if last > first else ""
-        reasons.setdefault(why(f"{label}: {text}"), []).append(f"`{text}`{more}")
-    for reason, texts in reasons.items():
-        yield f"| {label} | {kind} | {'; '.join(texts)} | {reason} |"
+def complain(files: list[File], reasons: dict[str, Reason]) -> Iterator[str]:
+    """Name lines without a reason, and reasons without a line."""
+    for file in files:
+        for block in missed(file):
+            if reason := reasons.get(block.key):
+                reason.used = True
+            else:
+                yield f"never executed, for no reason that is known: {block.key}"
+    for key, reason in reasons.items():
+        if not reason.used and (reason.always or not is_there(key)):
+            yield f"executed, or no longer there: {key}"
 
 
-def render(language: str, files: list[File]) -> Iterator[str]:
+def is_there(key: str) -> bool:
+    name, _, rest = key.partition(" ")
+    function, _, text = rest.partition(": ")
+    source = (TREE / "page_primer" / name).read_text()
+    return (text or function.rpartition(".")[2]) in source
+
+
+def cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def render(language: str, files: list[File], reasons: dict[str, Reason]) -> Iterator[str]:
     """A chapter: the figures of each file, and the lines never executed, by function."""
     lines, run = sum(f.lines for f in files), sum(f.run for f in files)
     branches, taken = sum(f.branches for f in files), sum(f.taken for f in files)
@@ -302,19 +321,24 @@ def render(language: str, files: list[File]) -> Iterator[str]:
         f"{percent(run, lines)} of {lines:,} lines (the goal is {GOAL[language]} %), "
         f"{percent(taken, branches)} of {branches:,} branches.\n"
     )
+    files = sorted(files, key=lambda file: file.name)
     yield "| file | lines | branches |\n|---|---|---|"
-    for file in sorted(files, key=lambda file: file.name):
+    for file in files:
         yield (
             f"| {file.name} | {percent(file.run, file.lines)} "
             f"| {percent(file.taken, file.branches)} |"
         )
-    yield "\nLines never executed, and branches of which one way was never taken:\n"
-    yield "| function | | source | why |\n|---|---|---|---|"
-    for file in sorted(files, key=lambda file: file.name):
+    yield "\nLines never executed:\n\n| function | lines | the first | why |\n|---|---|---|---|"
+    for file in files:
+        for block in missed(file):
+            why = reasons[block.key].why if block.key in reasons else "**not known**"
+            yield f"| {block.function} | {block.lines} | `{cell(block.text)}` | {why} |"
+    yield "\nLines that always went the same way:\n\n| function | lines |\n|---|---|"
+    for file in files:
         source = (TREE / "page_primer" / file.name).read_text().splitlines()
-        for kind, found in (("line", file.missed), ("branch", file.partial)):
-            for function, numbers in found.items():
-                yield from rows(f"{file.name} {function}", kind, numbers, source)
+        for function, numbers in file.partial.items():
+            if texts := [f"`{cell(source[number - 1].strip())}`" for number in numbers]:
+                yield f"| {file.name} {function} | {'; '.join(texts)} |"
     yield ""
 
 
@@ -326,25 +350,28 @@ def main() -> int:
     options, more = parser.parse_known_args()
     status = 0
     if not options.report_only:
-        if not options.more:
+        if options.more:
+            copy_tree(measured=False)
+        else:
             prepare()
         status = run_tests(more)
     measured = {"Python": list(python_files()), "C": list(c_files())}
+    reasons = read_reasons()
     text = "\n".join(
-        f"### {language}\n\n" + "\n".join(render(language, files))
+        f"### {language}\n\n" + "\n".join(render(language, files, reasons))
         for language, files in measured.items()
     )
     options.report.write_text(text)
     print(re.sub(r"(?s)\nLines never executed.*?(?=### |\Z)", "", text))
     print(f"What was not executed, and why: {options.report}")
-    short = [
-        f"{language}: {percent(sum(f.run for f in files), sum(f.lines for f in files))}"
+    wrong = list(complain([*measured["Python"], *measured["C"]], reasons))
+    wrong += [
+        f"below the goal: {language}"
         for language, files in measured.items()
         if 100 * sum(f.run for f in files) < GOAL[language] * sum(f.lines for f in files)
     ]
-    if short:
-        print("below the goal:", *short, file=sys.stderr)
-    return 1 if short else status
+    print(*wrong, sep="\n", file=sys.stderr)
+    return 1 if wrong else status
 
 
 if __name__ == "__main__":
