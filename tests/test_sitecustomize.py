@@ -188,6 +188,32 @@ def test_a_pth_file_that_starts_something(base, images, tmp_path, what):
     assert (ours, ours_err, ours_starts) == (plain, plain_err, plain_starts)
 
 
+COLLECTING = """
+import gc, sys, threading, time
+def hook(event, arguments):
+    if event == "import" and arguments[0] == "page_primer.launcher.child":
+        sys.collected = gc.isenabled()
+        {then}
+def start():
+    sys.addaudithook(hook)
+    {start}
+"""
+
+
+@pytest.mark.parametrize("then", ["pass", "raise RuntimeError"])
+@pytest.mark.parametrize("start", ["pass", PTH["a thread"]])
+def test_the_collector_rests_where_no_other_thread_runs(base, images, tmp_path, start, then):
+    """It is on again afterwards, whatever happened."""
+    python = python_of(tmp_path, base)
+    (packages,) = (tmp_path / "venv").glob("lib/python3.*/site-packages")
+    (packages / "looks.py").write_text(COLLECTING.format(start=start, then=then))
+    (packages / "starts.pth").write_text("import looks; looks.start()\n")
+    program = [python, "-c", f"import gc, sys; print(sys.collected, gc.isenabled()); {PRIMED}"]
+    done = execute(*RUN, *program, env=environment(images))
+    others, primed = str(start != "pass"), str(then == "pass")
+    assert done.stdout.splitlines() == [f"{others} True", primed], done.stderr
+
+
 # ----------------------------------------------------------------------------- embedded Python ---
 
 EMBEDDING = """

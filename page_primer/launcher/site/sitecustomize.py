@@ -7,15 +7,19 @@ import sys
 def _start(directory):
     if sys.version_info < (3, 10) or sys.implementation.name != "cpython":
         return
-    # A twentieth of what this costs would be the collector's, which finds nothing in modules.
+    # A twentieth of what this costs would be the collector's, which finds nothing in modules. It
+    # goes on where other threads run, as a .pth file starts them: it is theirs, too, and would stay
+    # off in a child that one of them forks.
+    import _thread
     import gc
 
-    collects = gc.isenabled()
-    gc.disable()
+    rests = gc.isenabled() and _thread._count() == 0
     try:
+        if rests:
+            gc.disable()
         _prime(directory)
     finally:
-        if collects:
+        if rests:
             gc.enable()
 
 
