@@ -122,7 +122,7 @@ environments: $(VENV)/.dev
 	$(BIN)/python tools/environments $(if $(GUEST),--guest $(GUEST))
 
 sanitize: $(VENV)/.dev
-	tools/system-packages gcc:build-essential setarch:util-linux
+	tools/system-packages gcc:build-essential setarch:util-linux python3-dbg:python3-dbg
 	$(BIN)/python tools/sanitize
 
 fuzz: $(VENV)/.dev

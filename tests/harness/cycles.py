@@ -88,6 +88,7 @@ def main() -> int:
     flat = (
         more["descriptors"] == more["locked"] == 0 and more["mappings"] <= 4
         and more["size"] <= 16 << 10 and more["blocks"] < 1000 and more.get("malloc", 0) < 1 << 20
+        and more.get("references", 0) < 1000
     )  # fmt: skip
     print(f"{given.cycles:,} cycles in {time.monotonic() - began:.0f} s, {huge >> 20:,} MiB made "
           f"huge; more afterwards: {more}: {'flat' if flat else 'NOT FLAT'}")  # fmt: skip
