@@ -19,6 +19,7 @@
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <time.h>
+#include <unistd.h>
 
 /* Of what follows.  Never held over a fork: other libraries' pthread_atfork()
  * handlers may run Python, and call this, or wait for whoever does. */
@@ -113,12 +114,62 @@ take_in_turn(bool fork)
     return taken;
 }
 
+/* --------------------------------------------------- the loader's lock --- */
+
+/* A child that is forked while another thread has the loader's lock has it
+ * held for ever, and hangs in its next dlopen(3) or dl_iterate_phdr(3).  Not
+ * all that takes it is in alone() (status(), the look after an import), and
+ * not all forks are os.fork().  So the two stand back for each other, a second
+ * at most: the thread may be one that a fork's other handlers wait for.  By
+ * atomics alone, since a handler of a fatal signal may fork anywhere. */
+static atomic_uint in_loader, forking;
+static _Atomic(pthread_t) forker; /* the latest; its handlers may prime */
+
+#define PAUSE 50 /* microseconds */
+#define PAUSES 20000
+
+void
+enter_loader(void)
+{
+    for (int i = 0;; i++) {
+        atomic_fetch_add(&in_loader, 1);
+        if (atomic_load(&forking) == 0 || i == PAUSES
+            || pthread_equal(atomic_load(&forker), pthread_self()))
+            return;
+        atomic_fetch_sub(&in_loader, 1);
+        (void)usleep(PAUSE);
+    }
+}
+
+void
+leave_loader(void)
+{
+    atomic_fetch_sub(&in_loader, 1);
+}
+
+static void
+before_any_fork(void)
+{
+    atomic_store(&forker, pthread_self());
+    atomic_fetch_add(&forking, 1);
+    for (int i = 0; atomic_load(&in_loader) != 0 && i < PAUSES; i++)
+        (void)usleep(PAUSE);
+}
+
+static void
+after_any_fork(void)
+{
+    atomic_fetch_sub(&forking, 1);
+}
+
 /* ---------------------------------------------------------------- forks --- */
 
 /* Whoever else held it, or waits, is not here. */
 static void
 in_any_child(void)
 {
+    atomic_store(&in_loader, 0);
+    atomic_store(&forking, 0);
     guard = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
     make_condition();
     forks_waiting = 0;
@@ -136,7 +187,7 @@ __attribute__((constructor)) static void
 prepare(void)
 {
     make_condition();
-    pthread_atfork(NULL, NULL, in_any_child);
+    pthread_atfork(before_any_fork, after_any_fork, in_any_child);
 }
 
 /* ------------------------------------------------------------ functions --- */

@@ -44,8 +44,11 @@ extern PyMethodDef page_primer_swap_methods[];
 /* _heap.c: the arena allocator. */
 extern PyMethodDef page_primer_heap_methods[];
 
-/* _alone.c: one call at a time. */
+/* _alone.c: one call at a time; and around whatever takes the loader's lock,
+ * without the GIL where it may be long. */
 extern PyMethodDef page_primer_alone_methods[];
+void enter_loader(void);
+void leave_loader(void);
 
 #pragma GCC visibility pop
 

@@ -555,10 +555,12 @@ arenas_install(PyObject *module, PyObject *args)
     (void)now, (void)ours;
     return PyUnicode_FromString("none");
 #endif
+    enter_loader();
     heap.get =
         (arena_accessor)dlsym(RTLD_DEFAULT, "PyObject_GetArenaAllocator");
     heap.set =
         (arena_accessor)dlsym(RTLD_DEFAULT, "PyObject_SetArenaAllocator");
+    leave_loader();
     if (heap.get == NULL || heap.set == NULL)
         return PyUnicode_FromString("none");
     if (!heap.watched) {
@@ -771,11 +773,14 @@ PyDoc_STRVAR(
 static const char *
 object_of(const char *symbol)
 {
-    Dl_info found;
-    void *address = dlsym(RTLD_DEFAULT, symbol);
+    Dl_info found = {.dli_fname = NULL};
+    void *address;
 
-    if (address == NULL || !dladdr(address, &found))
-        return NULL;
+    enter_loader();
+    address = dlsym(RTLD_DEFAULT, symbol);
+    if (address != NULL && !dladdr(address, &found))
+        found.dli_fname = NULL;
+    leave_loader();
     return found.dli_fname;
 }
 

@@ -78,7 +78,9 @@ forget(survey *all)
 static int
 take_survey(survey *all)
 {
+    enter_loader();
     dl_iterate_phdr(collect, all);
+    leave_loader();
     while (all->objects_size > all->objects_room
            || all->headers_size > all->headers_room
            || all->names_size > all->names_room) {
@@ -93,7 +95,9 @@ take_survey(survey *all)
         if (all->objects == NULL || all->headers == NULL || all->names == NULL)
             return -1;
         all->objects_size = all->headers_size = all->names_size = 0;
+        enter_loader();
         dl_iterate_phdr(collect, all);
+        leave_loader();
     }
     return 0;
 }
@@ -168,7 +172,9 @@ core_loads(PyObject *module, PyObject *Py_UNUSED(ignored))
 
     (void)module;
     Py_BEGIN_ALLOW_THREADS
+    enter_loader();
     dl_iterate_phdr(count_loads, counts);
+    leave_loader();
     Py_END_ALLOW_THREADS
     return Py_BuildValue("(KK)", counts[0], counts[1]);
 }

@@ -214,7 +214,9 @@ core_swap(PyObject *module, PyObject *args)
     /* Without the GIL: a thread inside dlopen may hold the loader's lock and
      * wait for the GIL. */
     Py_BEGIN_ALLOW_THREADS
+    enter_loader();
     dl_iterate_phdr(swap_object, &s);
+    leave_loader();
     Py_END_ALLOW_THREADS
 
     if (!s.found)

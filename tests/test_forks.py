@@ -1,6 +1,9 @@
-"""Forks in which other libraries run Python, by pthread_atfork() (as grpc does)."""
+"""Forks in which other libraries run Python, by pthread_atfork() (as grpc does), and forks while
+other threads look at what is loaded."""
 
 import subprocess
+
+import pytest
 
 # As a C library would, of Python functions. Registered before page_primer._core is loaded, its
 # first handler runs after ours, and its others before ours.
@@ -150,5 +153,40 @@ done.set()
 for thread in threads:
     thread.join()
 assert len(seen) == 30
+""",
+    )
+
+
+# What takes the loader's lock beside prime(): an import under `page-primer run`, and status().
+LOOKS = {"import": "_core.objects", "status": "_core.loads"}
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_a_fork_while_another_thread_has_the_loaders_lock(python, look):
+    """A child that inherits it can load nothing, and an import in it hangs."""
+    run(
+        python,
+        f"""
+from page_primer import _core
+stop = False
+def look():
+    while not stop:
+        {LOOKS[look]}()
+threads = [threading.Thread(target=look) for _ in range(2)]
+for thread in threads:
+    thread.start()
+results = []
+for _ in range(100):
+    child = os.fork()
+    if child == 0:
+        _core.loads()
+        os._exit(0)
+    results.append(ends_with(child))
+    if results[-1]:
+        break
+stop = True
+for thread in threads:
+    thread.join()
+assert results == [0] * 100, results[-1]
 """,
     )
