@@ -11,7 +11,7 @@ import pytest
 from harness import outside
 from harness.kernel import require_huge_files
 from harness.libraries import build_library
-from harness.privileges import needs_root
+from harness.marks import needs_root
 from harness.process import Process, interpreter
 from harness.service import NOBODY, USER, become, capable, public, public_python
 

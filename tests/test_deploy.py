@@ -20,7 +20,7 @@ from harness import outside
 from harness.cgroup import Cgroup
 from harness.container import OVERLAID, container
 from harness.kernel import require_huge_files
-from harness.privileges import needs_root
+from harness.marks import needs_root
 from harness.recipes import block
 from harness.servers import free_port, get, wait_for
 from harness.service import public, public_python

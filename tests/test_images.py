@@ -17,8 +17,8 @@ from harness.container_runs import restart
 from harness.interpreters import is_shared
 from harness.kernel import filesystem
 from harness.libraries import build_library
+from harness.marks import needs_root
 from harness.placement import require_executable
-from harness.privileges import needs_root
 from harness.process import Process, interpreter
 
 from page_primer.images import inventory, trial

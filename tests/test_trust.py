@@ -12,7 +12,7 @@ import pytest
 from harness import outside
 from harness.interpreters import KINDS, python_of
 from harness.kernel import require_huge_files
-from harness.privileges import needs_root
+from harness.marks import needs_root
 from harness.process import Process, interpreter
 from harness.service import NOBODY, OTHER, USER, become, capable, public, public_python
 

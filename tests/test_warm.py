@@ -22,7 +22,7 @@ import pytest
 from harness import outside
 from harness.interpreters import KINDS
 from harness.kernel import release
-from harness.privileges import needs_root
+from harness.marks import needs_root
 from harness.service import public_python
 
 from page_primer.align import files as align

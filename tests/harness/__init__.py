@@ -6,6 +6,9 @@ benchmarks and tools, which put `tests/` on their path. Nothing here imports a t
 
 Of processes: `process` (one that executes statements for us), `launched` (of `page-primer run`),
 `servers` and `gunicorn_server`, `cgroup`, `privileges`. Of what they run: `interpreters`,
-`debian_python`, `libraries`, `elves`. What is seen: `outside` (smaps), `kernel`, `faults` (system
-calls that fail), `probes` (profilers and debuggers).
+`debian_python`, `libraries`, `elves`. What is seen: `outside` (smaps), `state` (whether a process
+is as before), `kernel`, `faults` (system calls that fail), `probes` (profilers and debuggers).
+
+Programs that prime themselves again and again (`refused`, `leaks`, `cycles`) import neither pytest
+nor what brings many shared libraries: those would be primed each time.
 """

@@ -7,7 +7,6 @@ writes docs/environments.md from what it observes.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -17,18 +16,12 @@ from typing import Any
 
 from harness import outside
 from harness.process import Failed, Process, interpreter
+from harness.state import EXERCISE, assert_nothing_left, state
 from page_primer import reasons
 
 MIB = 1 << 20
 PRIMED, OTHERWISE, NOT = "on huge pages", "on huge pages, otherwise", "left alone"
 
-# What a program does that would notice code gone wrong.
-EXERCISE = (
-    "import json, re, decimal, gc; gc.collect()\n"
-    "assert json.loads(json.dumps({'a': [1.5, None]})) == {'a': [1.5, None]}\n"
-    "assert re.sub('(a+)', r'<\\1>', 'xaay') == 'x<aa>y'\n"
-    "result = str(decimal.Decimal(2).sqrt())[:10]"
-)
 PRIME = "import page_primer; report = page_primer.prime(**options)"
 
 
@@ -154,39 +147,3 @@ def leaf(pid: int) -> int:
         if not children:
             return pid
         pid = int(children[0])
-
-
-@dataclass(frozen=True)
-class State:
-    """What a process holds, seen from outside."""
-
-    files: list[tuple[int, int, str, int, str]]
-    mappings: int
-    size: int
-    locked: int
-    descriptors: list[str]
-
-
-def state(pid: int) -> State:
-    with open(f"/proc/{pid}/maps") as file:
-        spans = [line.split()[0].split("-") for line in file]
-    with open(f"/proc/{pid}/status") as file:
-        locked = next((int(line.split()[1]) for line in file if line.startswith("VmLck")), 0)
-    names = []
-    for name in os.listdir(f"/proc/{pid}/fd"):
-        with suppress(FileNotFoundError):
-            names.append(os.readlink(f"/proc/{pid}/fd/{name}"))
-    size = sum(int(high, 16) - int(low, 16) for low, high in spans)
-    return State(outside.file_mappings(pid), len(spans), size, locked, sorted(names))
-
-
-def assert_nothing_left(before: State, after: State, slack: int = 3) -> None:
-    """Descriptors, locks and file mappings are the same; a few mappings may be the interpreter's
-    own memory."""
-    assert after.descriptors == before.descriptors
-    assert after.locked == before.locked, "locks"
-    assert [m for m in before.files if m not in after.files] == [], "not put back"
-    more = [m for m in after.files if m not in before.files]
-    assert [m for m in more if "page-primer" in m[4] or "/images/" in m[4]] == [], "left mapped"
-    assert after.mappings <= before.mappings + slack
-    assert after.size <= before.size + 8 * MIB

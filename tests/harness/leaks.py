@@ -12,10 +12,8 @@ import io
 import json
 import logging
 import os
-import shutil
 import sys
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import page_primer
@@ -28,11 +26,11 @@ ANONYMOUS = _core.MAP_PRIVATE | _core.MAP_ANONYMOUS
 TOP = 1 << 63  # an address that no process has
 CASES: dict[str, Callable[[], object]] = {}
 
-_folder = tempfile.mkdtemp(prefix="page-primer-leaks-")
-_options: Any = {"image_dir": f"{_folder}/images", "limit": 0, "mlock": "code"}
-_file = os.open(sys.executable, os.O_RDONLY)
-_area = _core.reserve(SIZE, PAGE, 0)
-_core.map(_area, SIZE, READ_WRITE, ANONYMOUS, -1, 0)
+# What the cases have in common; prepared() makes it.
+_options: Any
+_file: int
+_area: int
+_report: page_primer.Report
 
 
 def case(function: Callable[[], object]) -> Callable[[], object]:
@@ -311,8 +309,6 @@ def Options() -> None:  # noqa: N802
     refused(page_primer.Options.load, {"limit": -1})
 
 
-_report = page_primer.prime(**_options)
-page_primer.restore()
 _logger = logging.getLogger("leaks")
 _logger.addHandler(logging.NullHandler())
 _logger.propagate = False
@@ -392,11 +388,34 @@ def grown(function: Callable[[], object], rounds: int) -> dict[str, int]:
     return least
 
 
+@contextlib.contextmanager
+def prepared() -> Iterator[None]:
+    """Have what the cases have in common."""
+    global _options, _file, _area, _report
+    # Neither tempfile nor shutil before all is measured: they bring half of the shared libraries
+    # that each round would prime.
+    folder = f"{os.environ.get('TMPDIR', '/tmp')}/page-primer-leaks-{os.getpid()}"
+    os.mkdir(folder, 0o700)
+    try:
+        _options = {"image_dir": f"{folder}/images", "limit": 0, "mlock": "code"}
+        _file = os.open(sys.executable, os.O_RDONLY)
+        _area = _core.reserve(SIZE, PAGE, 0)
+        _core.map(_area, SIZE, READ_WRITE, ANONYMOUS, -1, 0)
+        _report = page_primer.prime(**_options)
+        page_primer.restore()
+        yield
+        page_primer.restore()
+    finally:
+        import shutil
+
+        shutil.rmtree(folder)
+
+
 def main() -> None:
     given = json.loads(sys.argv[1])
-    found = {name: grown(CASES[name], rounds) for name, rounds in given.items()}
+    with prepared():
+        found = {name: grown(CASES[name], rounds) for name, rounds in given.items()}
     json.dump(found, sys.stdout)
-    page_primer.restore()
     lost = {name: more.get("references", 0) for name, more in found.items()}
     lost = {name: more for name, more in lost.items() if more >= allowed_blocks(given[name])}
     if lost:
@@ -404,7 +423,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    finally:
-        shutil.rmtree(_folder)
+    main()

@@ -14,6 +14,7 @@ from elftools.elf.elffile import ELFFile
 
 from harness.kernel_log import watch
 from harness.privileges import locks_fit
+from harness.state import file_mappings as file_mappings
 
 PMD = int(open("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size").read())
 PAGE = 4096
@@ -76,18 +77,6 @@ def smaps(pid: int) -> list[Vma]:
                 if rest.strip().endswith("kB"):
                     vmas[-1].kb[name] = int(rest.split()[0])
     return vmas
-
-
-def file_mappings(pid: int) -> list[tuple[int, int, str, int, str]]:
-    """What /proc/PID/maps says of the mappings of ELF files: range, protection, offset, path."""
-    with open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as file:
-        rows = [line.split(maxsplit=5) for line in file]
-    return [
-        (int(start, 16), int(end, 16), row[1], int(row[2], 16), row[5].strip())
-        for row in rows
-        if len(row) > 5 and row[5].startswith("/")
-        for start, _, end in [row[0].partition("-")]
-    ]
 
 
 @dataclass

@@ -4,14 +4,11 @@ import os
 import resource
 from pathlib import Path
 
-import pytest
-
-__all__ = ["IS_ROOT", "drop_memlock", "locks_fit", "needs_root"]
+__all__ = ["IS_ROOT", "drop_memlock", "locks_fit"]
 
 _IPC_LOCK = 1 << 14  # capabilities(7)
 
 IS_ROOT = os.geteuid() == 0
-needs_root = pytest.mark.root("drop capabilities or change ids")
 
 
 def locks_fit() -> bool:

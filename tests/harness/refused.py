@@ -14,18 +14,17 @@ import importlib
 import json
 import mmap
 import os
-import platform
 import struct
 import sys
 import time
 import traceback
 
 import page_primer
-from harness.environments import EXERCISE, assert_nothing_left, state
+from harness.state import EXERCISE, assert_nothing_left, state
 
 PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 38, 22, 2
 RET_ALLOW, RET_ERRNO = 0x7FFF0000, 0x00050000
-AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}[platform.machine()]
+AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}[os.uname().machine]
 LD_ABS, JEQ, RET = 0x20, 0x15, 0x06  # linux/bpf_common.h
 SECONDS = 30.0
 

@@ -10,7 +10,7 @@ LONG = (
     "tests/test_celery.py::test_a_thousand_tasks_of_one_child_each",
     "tests/test_gunicorn.py::test_two_hundred_re_forks",
     "tests/test_tools.py",
-    "tests/test_refused.py::test_each_call_refused_to_each_backing",
+    "tests/test_refused.py",
     "tests/test_gunicorn.py::test_twenty_thousand_requests_under_churn",
     "tests/test_leaks.py::test_prime_and_restore_are_flat_for_long",
     "tests/test_gunicorn.py",

@@ -82,12 +82,13 @@ def main() -> int:
     rounds, began = int(sys.argv[1]), time.monotonic()
     folder = tempfile.mkdtemp(prefix="page-primer-together-")
     try:
-        Threads(5, folder).run()  # what is taken once
-        before = leaks.held()
-        all_of_it = Threads(rounds, folder)
-        all_of_it.run()
-        page_primer.restore()
-        after = leaks.held()
+        with leaks.prepared():
+            Threads(5, folder).run()  # what is taken once
+            before = leaks.held()
+            all_of_it = Threads(rounds, folder)
+            all_of_it.run()
+            page_primer.restore()
+            after = leaks.held()
     finally:
         shutil.rmtree(folder)
     print(*all_of_it.failures, sep="\n", file=sys.stderr, end="")
