@@ -11,6 +11,7 @@ from elftools.elf.elffile import ELFFile
 
 from harness import outside
 from harness.probes.registry import probe
+from harness.probes.symbols import symbols
 from harness.probes.target import NotHere, Target
 
 
@@ -72,6 +73,6 @@ def symbol_at(file: Any, offset: int) -> str:
     if load is None:
         return "not in the file"
     address = load["p_vaddr"] + offset - load["p_offset"]
-    table = elf.get_section_by_name(".dynsym")
-    names = sorted(s.name for s in table.iter_symbols() if s["st_value"] == address)
-    return " ".join(names)
+    return " ".join(
+        sorted(name for name, _, value, _ in symbols(elf, ".dynsym") if value == address)
+    )

@@ -19,6 +19,7 @@ from elftools.elf.elffile import ELFFile
 from harness import outside
 from harness.probes.commands import last_line, run, tool
 from harness.probes.registry import probe
+from harness.probes.symbols import FUNCTION, symbols
 from harness.probes.target import Failed, Target
 from harness.probes.verdicts import CANNOT, WORKS, Verdict, hottest
 from harness.recording import recording
@@ -58,16 +59,14 @@ def same_samples(expected: Samples, seen: Samples) -> Verdict:
 @lru_cache
 def functions(path: str, _mtime: int) -> list[tuple[int, int, str]]:
     """The functions in a file's symbol tables: first and last address of each, and its name."""
-    found = []
     with open(path, "rb") as file:
-        for name in (".symtab", ".dynsym"):
-            section = ELFFile(file).get_section_by_name(name)
-            for symbol in section.iter_symbols() if section else ():
-                if symbol["st_info"]["type"] == "STT_FUNC" and symbol["st_size"]:
-                    start = symbol["st_value"]
-                    end = start + symbol["st_size"]
-                    found.append((start, end, symbol.name.partition("@")[0]))
-    return found
+        elf = ELFFile(file)
+        return [
+            (start, start + size, name.partition("@")[0])
+            for table in (".symtab", ".dynsym")
+            for name, kind, start, size in symbols(elf, table)
+            if kind == FUNCTION and size
+        ]
 
 
 class Symbols:
