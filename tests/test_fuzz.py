@@ -1,16 +1,21 @@
 """The targets of tools/fuzz, for a moment: what was found once, and some mutations more."""
 
+import contextlib
 import errno
 import io
 import os
+import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from harness import fuzz_loop, fuzz_targets
 from harness.process import Process
+from harness.servers import catches, children, wait_for
 
 from page_primer import plan, survey
 from page_primer.align import layout, original, rewrite, verify
@@ -18,6 +23,7 @@ from page_primer.elf.objects import Object, Source, segments_of
 from page_primer.kernel import memory, mounts
 from page_primer.options import Options
 
+ROOT = Path(__file__).parents[1]
 # As many as take some tenths of a second.
 EXECUTIONS = {"align": 60, "maps": 300, "program_headers": 300}
 
@@ -57,6 +63,31 @@ def test_a_fault_is_found():
     (where,) = tally.finds
     assert where.startswith("KeyError at test_fuzz.py:")
     assert tally.finds[where].data[16:17] != b"\x03"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("begun", [False, True], ids=["at once", "at work"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_a_run_that_is_ended_says_its_line(tmp_path, number, begun):
+    """A terminal's Ctrl-C goes to all of its processes, SIGTERM to the one that is known."""
+    command = [sys.executable, ROOT / "tools/fuzz", "--engine", "mutations", "--work", tmp_path]
+    with subprocess.Popen(
+        [*command, "--seconds", "600", "maps", "cgroup"], stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    ) as run:  # fmt: skip
+        try:
+            wait_for(lambda: children(run.pid), "a child")
+            (child,) = children(run.pid)
+            if begun:
+                wait_for(lambda: catches(child, signal.SIGTERM), "its loop")
+            os.kill(run.pid if number == signal.SIGTERM else -run.pid, number)
+            said, _ = run.communicate(timeout=120)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(run.pid, signal.SIGKILL)
+    assert run.returncode == 128 + number, said
+    assert re.fullmatch(r"maps: mutations, .* executions, .* accepted, 0 finds\n", said), said
+    assert not os.path.exists(f"/proc/{child}")
 
 
 # What was found, and what it meant.

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from harness.servers import (
     NO_CONTROL_SOCKET,
+    catches,
     children,
     free_port,
     get,
@@ -125,9 +126,7 @@ class Gunicorn:
 def has_begun(worker):
     """Whether a worker is past its first hook, post_fork: it handles SIGABRT then, which the master
     never does (gunicorn/workers/base.py, init_signals())."""
-    status = Path(f"/proc/{worker}/status").read_text()
-    (caught,) = re.findall(r"^SigCgt:\s+(\w+)$", status, re.MULTILINE)
-    return bool(int(caught, 16) >> signal.SIGABRT - 1 & 1)
+    return catches(worker, signal.SIGABRT)
 
 
 def require_no_failure(server):

@@ -6,6 +6,7 @@ import contextlib
 import glob
 import http.client
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -55,6 +56,13 @@ def _children(pid):
         with contextlib.suppress(OSError):  # the thread ends, or the process has ended
             found |= set(map(int, Path(path).read_text().split()))
     return found
+
+
+def catches(pid, number):
+    """Whether a process has a handler for a signal."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    (caught,) = re.findall(r"^SigCgt:\s+(\w+)$", status, re.MULTILINE)
+    return bool(int(caught, 16) >> number - 1 & 1)
 
 
 def wait_for(condition, what, seconds=120):  # a busy machine takes its time
