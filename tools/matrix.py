@@ -17,6 +17,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -146,17 +147,33 @@ def of_unstable(pattern: str, probe: str, page: Page) -> Iterator[str]:
         return
     there = THERE + (wanted[0] if len(wanted) == 1 else "*")
     options = shlex.join(["--shape", there, "--probe", probe, "--output", "-"])
-    done = subprocess.run(
-        [str(ROOT / "tools/debian"), "sid", f"make tools-matrix MATRIX={shlex.quote(options)}"],
-        stdout=subprocess.PIPE, text=True, timeout=WAITING, check=False,
-    )  # fmt: skip
-    for part in done.stdout.split(chapters.CHAPTER)[1:]:
+    command = f"make tools-matrix MATRIX={shlex.quote(options)}"
+    ended, said = within([str(ROOT / "tools/debian"), "sid", command], WAITING)
+    for part in said.split(chapters.CHAPTER)[1:]:
         title, _, text = part.partition("\n")
         end = ALIGNED if title.endswith(ALIGNED) else ""
         page.enter(UNSTABLE + end, f"{text.strip()}\n")
         wanted.remove(end)
     for end in wanted:
-        yield f"{UNSTABLE + end}: tools/debian ended with status {done.returncode}"
+        yield f"{UNSTABLE + end}: tools/debian {ended}"
+
+
+def within(command: list[str], seconds: int) -> tuple[str, str]:
+    """Run a command and all that it starts, for so long at most; how it ended, and what it said."""
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            said, _ = process.communicate(timeout=seconds)
+            ended = f"ended with status {process.returncode}"
+        except subprocess.TimeoutExpired:
+            ended = f"had not ended after {seconds} s"
+            os.killpg(process.pid, signal.SIGTERM)
+            said, _ = process.communicate()
+        except KeyboardInterrupt:  # which only we have
+            os.killpg(process.pid, signal.SIGTERM)
+            raise
+    return ended, said
 
 
 def twin_of(shape: Shape) -> Shape:
