@@ -18,7 +18,7 @@ from harness.interpreters import is_shared
 from harness.kernel import filesystem
 from harness.libraries import build_library
 from harness.marks import needs_root
-from harness.placement import require_executable
+from harness.placement import require_executable, require_one_address
 from harness.process import Process, interpreter
 
 from page_primer.images import inventory, trial
@@ -121,6 +121,7 @@ def make(images: Path, like: Path, number: int, size: int) -> Path:
 
 
 def test_the_longest_unused_go_first(python, images):
+    require_one_address(python)
     with Process(python) as process:
         used = Path(interpreter(process.prime(image_dir=str(images)))["where"]).parent
         size = sum(entry.lstat().st_blocks * 512 for entry in used.iterdir())

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from harness import outside
 from harness.kernel import filesystem, require_huge_files
+from harness.placement import require_one_address
 from harness.privileges import IS_ROOT, drop_memlock, locks_fit
 from harness.process import Process, interpreter
 
@@ -39,6 +40,7 @@ def test_names_and_modes(python, images):
 
 
 def test_a_wrong_image_is_never_mapped_and_is_written_again(python, images):
+    require_one_address(python)
     with Process(python) as process:
         core = interpreter(process.prime(image_dir=str(images)))
         where = Path(core["where"])
@@ -64,6 +66,7 @@ def test_a_wrong_image_is_never_mapped_and_is_written_again(python, images):
 def test_an_image_on_small_pages_is_written_again(python, images, limit):
     """smaps is asked once the image is mapped over the code: then it is put back, and moved to what
     smaps confirms, and is locked there."""
+    require_one_address(python)
     require_huge_files(images.parent)
     with Process(python) as process:
         where = Path(interpreter(process.prime(image_dir=str(images)))["where"])
@@ -92,6 +95,7 @@ def test_an_image_on_small_pages_is_written_again(python, images, limit):
 @pytest.mark.parametrize("size", [0, 4096, 0x200000 + 4096])
 def test_a_truncated_image_is_written_again(python, images, size):
     """What a crash of the machine can leave behind; reading beyond its end would be a SIGBUS."""
+    require_one_address(python)
     with Process(python) as process:
         where = Path(interpreter(process.prime(image_dir=str(images)))["where"])
     where.chmod(0o755)
@@ -103,6 +107,7 @@ def test_a_truncated_image_is_written_again(python, images, size):
 
 
 def test_an_image_others_can_write_is_not_used(python, images):
+    require_one_address(python)
     with Process(python) as process:
         where = Path(interpreter(process.prime(image_dir=str(images)))["where"])
     where.chmod(0o777)
@@ -180,6 +185,7 @@ def test_no_permission_is_an_outcome(python, tmp_path):
 
 
 def test_processes_that_start_together_write_one_image(python, images):
+    require_one_address(python)
     code = f"import page_primer; r = page_primer.prime(image_dir={str(images)!r}); "
     code += "core = r.interpreter; "
     code += "print(core.written_bytes, core.where, *core.notes, flush=True); input()"
@@ -203,6 +209,7 @@ def test_processes_that_start_together_write_one_image(python, images):
 
 
 def test_a_writer_killed_half_way_is_no_obstacle(python, images):
+    require_one_address(python)
     code = textwrap.dedent(f"""
         import os, signal, page_primer, page_primer.images.layout as image
         copy, calls = image._copy, []
@@ -248,6 +255,7 @@ def test_a_writer_killed_at_once_leaves_nothing_unseen(python, images):
 
 def test_pruning_removes_what_nobody_uses(python, images):
     """Images of a changed file go, images in use stay, and a few spare ones of each file stay."""
+    require_one_address(python)
     with Process(python) as process:
         core = interpreter(process.prime(image_dir=str(images)))
         where = Path(core["where"])
@@ -364,6 +372,7 @@ def test_what_others_do_to_the_system_is_not_ours_to_repair(python, tmp_path):
 
 def test_other_users_cannot_lock_what_we_lock(python, images):
     """Everybody can open an image; whoever can open a file can lock it."""
+    require_one_address(python)
     with Process(python) as process:
         where = Path(interpreter(process.prime(image_dir=str(images)))["where"])
     locks = [open(path, "rb") for path in (where, where.parent / "origin")]
@@ -382,6 +391,7 @@ def test_other_users_cannot_lock_what_we_lock(python, images):
 
 def test_a_read_only_store_can_be_used(python, images, tmp_path):
     """Images that are baked into a container."""
+    require_one_address(python)
     with Process(python) as process:
         where = interpreter(process.prime(image_dir=str(images)))["where"]
     script = f'mount --bind {images} {images} && mount -o remount,ro,bind {images} && exec "$@"'

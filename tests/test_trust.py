@@ -13,6 +13,7 @@ from harness import outside
 from harness.interpreters import KINDS, python_of
 from harness.kernel import require_huge_files
 from harness.marks import needs_root
+from harness.placement import require_one_address
 from harness.process import Process, interpreter
 from harness.service import NOBODY, OTHER, USER, become, capable, public, public_python
 
@@ -203,6 +204,7 @@ def test_an_exchanged_directory_is_not_looked_up_again(python, images, tmp_path)
 
 
 def test_an_images_folder_that_others_can_write_to_is_not_used(python, images):
+    require_one_address(python)
     with Process(python) as process:
         where = Path(interpreter(process.prime(image_dir=str(images)))["where"])
     where.parent.chmod(0o777)
@@ -398,6 +400,7 @@ def test_one_bit(python, images, name, at):
 
 
 def test_one_bit_in_a_store_that_cannot_be_written_to(python, images):
+    require_one_address(python)
     with Process(python) as process:
         where = Path(interpreter(process.prime(image_dir=str(images)))["where"])
     where.chmod(0o755)
