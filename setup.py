@@ -48,9 +48,6 @@ NEEDS = (
 # No path of the build's own in debug information.
 REPRODUCIBLE = [f"-ffile-prefix-map={os.getcwd()}=."]
 SOURCES = [source for sources in PROGRAMS.values() for source in sources]
-# No entry point: what pip writes for one, before its version 25.2, imports re for the sake of
-# Windows, which takes a tenth of `page-primer run`.
-COMMAND = "page_primer/launcher/page-primer"
 
 
 class BuildExtensions(build_ext):
@@ -64,14 +61,9 @@ class BuildExtensions(build_ext):
 
 
 class BuildPrograms(build_scripts):
-    """Put COMMAND into the directory of scripts, and compile PROGRAMS there, or say which of them
-    there will not be."""
+    """Compile PROGRAMS into the directory of scripts, or say which of them there will not be."""
 
     def run(self):
-        self.scripts = [COMMAND]
-        super().run()
-        if not supported:
-            return
         compiler = new_compiler()
         customize_compiler(compiler)
         os.makedirs(self.build_dir, exist_ok=True)
@@ -85,7 +77,7 @@ class BuildPrograms(build_scripts):
                 self.warn(f'building program "{name}" failed: {error}; it {NEEDS}')
 
     def get_source_files(self):
-        return [COMMAND, *SOURCES]
+        return SOURCES
 
 
 class ReproducibleSdist(sdist):
@@ -138,7 +130,7 @@ setup(
     ]
     if supported
     else [],
-    scripts=[COMMAND, *SOURCES],
+    scripts=SOURCES if supported else [],
     cmdclass={
         "build_ext": BuildExtensions,
         "build_scripts": BuildPrograms,

@@ -45,7 +45,7 @@ extern PyMethodDef page_primer_swap_methods[];
 extern PyMethodDef page_primer_heap_methods[];
 
 /* _alone.c: one call at a time; and around whatever takes the loader's lock,
- * without the GIL where it may be long. */
+ * always without the GIL. */
 extern PyMethodDef page_primer_alone_methods[];
 void enter_loader(void);
 void leave_loader(void);

@@ -543,6 +543,7 @@ arenas_install(PyObject *module, PyObject *args)
 {
     unsigned long long huge;
     arena_allocator now, ours = {NULL, arena_alloc, arena_free};
+    arena_accessor get, set;
     const char *outcome = "active";
 
     (void)module;
@@ -552,15 +553,18 @@ arenas_install(PyObject *module, PyObject *args)
         return PyErr_Format(PyExc_ValueError, "not a huge page's size: %llu",
                             huge);
 #ifdef Py_GIL_DISABLED
-    (void)now, (void)ours;
+    (void)now, (void)ours, (void)get, (void)set;
     return PyUnicode_FromString("none");
 #endif
+    /* Without the GIL: a library that is being loaded may wait for it. */
+    Py_BEGIN_ALLOW_THREADS
     enter_loader();
-    heap.get =
-        (arena_accessor)dlsym(RTLD_DEFAULT, "PyObject_GetArenaAllocator");
-    heap.set =
-        (arena_accessor)dlsym(RTLD_DEFAULT, "PyObject_SetArenaAllocator");
+    get = (arena_accessor)dlsym(RTLD_DEFAULT, "PyObject_GetArenaAllocator");
+    set = (arena_accessor)dlsym(RTLD_DEFAULT, "PyObject_SetArenaAllocator");
     leave_loader();
+    Py_END_ALLOW_THREADS
+    heap.get = get;
+    heap.set = set;
     if (heap.get == NULL || heap.set == NULL)
         return PyUnicode_FromString("none");
     if (!heap.watched) {
@@ -776,11 +780,13 @@ object_of(const char *symbol)
     Dl_info found = {.dli_fname = NULL};
     void *address;
 
+    Py_BEGIN_ALLOW_THREADS
     enter_loader();
     address = dlsym(RTLD_DEFAULT, symbol);
     if (address != NULL && !dladdr(address, &found))
         found.dli_fname = NULL;
     leave_loader();
+    Py_END_ALLOW_THREADS
     return found.dli_fname;
 }
 

@@ -3,6 +3,7 @@ tries all of them on every interpreter and backing; here are the ones people use
 
 import contextlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -104,14 +105,13 @@ def targets(scratch):
             what = shape(form, disk)
             if ways[way].aligned:
                 what = replace(what, aligned=twin_of(what, disk / f"aligned-{form}"))
-            made = Target(what, ways[way], disk, late=late)
-            stack.enter_context(made)
-            if not outside.text_of(made.pid).attainable:
-                pytest.skip("no whole huge page at this random load address")
-            if way != UNPRIMED.name and not late:
-                made.require_primed()
-            running[key] = made
-        return running[key]
+            running[key] = stack.enter_context(Target(what, ways[way], disk, late=late))
+        made = running[key]
+        if not outside.text_of(made.pid).attainable:
+            pytest.skip("no whole huge page at this random load address")
+        if way != UNPRIMED.name and not late:
+            made.require_primed()
+        return made
 
     with contextlib.ExitStack() as stack:
         yield target
@@ -140,6 +140,10 @@ def twin_of(what, directory):
     return replace(what, python=found.python, env=found.env)
 
 
+# From which Python on a tool of today fails, primed or not.
+UNKNOWN_TO_TOOLS = {"austin": (3, 14)}
+
+
 @pytest.fixture(scope="module")
 def unprimed(targets):
     """What a tool sees of an unprimed worker; asked once."""
@@ -153,8 +157,10 @@ def unprimed(targets):
                 )
             except NotHere as reason:
                 seen[form, name] = reason
-            except Failed as reason:  # of this Python or system, primed or not
-                seen[form, name] = NotHere(f"{name} fails on an unprimed one: {reason}")
+            except Failed as reason:
+                if name not in UNKNOWN_TO_TOOLS or sys.version_info < UNKNOWN_TO_TOOLS[name]:
+                    raise
+                seen[form, name] = NotHere(f"{name} does not know this Python: {reason}")
         if isinstance(seen[form, name], NotHere):
             pytest.skip(str(seen[form, name]))
         return seen[form, name]
@@ -190,9 +196,11 @@ def test_a_core_file_without_its_image(targets, unprimed, scratch, form, way):
         frames = frames_of(said)
     finally:
         (scratch[0] / "gone").rename(folder)
-    # A newer gdb finds the program's build-id in code that the core file has, as it has all of a
-    # mapping in which a breakpoint was, and takes the program without a word.
-    assert f"Can't open file {image}" in said or image not in said, said
+    # A newer gdb (18) finds the program's build-id in code that the core file has, as it has all of
+    # a mapping in which a breakpoint was, and takes the program without a word.
+    first = subprocess.run(["gdb", "--version"], capture_output=True, text=True, check=True).stdout
+    knows = int(re.search(r" (\d+)\.\d", first.partition("\n")[0])[1]) > 16
+    assert f"Can't open file {image}" in said or (knows and image not in said), said
     expected = unprimed(form, "gcore, then gdb bt")
     assert [frame.name for frame in frames] == [frame.name for frame in expected]
 

@@ -47,6 +47,7 @@ def screen(lines: Sequence[str]) -> str:
     if len(lines) > rows > 1:
         shown = rows - 1
         lines = [*lines[:shown], f"  and {len(lines) - shown} more lines"]
+    lines = lines[: max(rows, 1)]
     # A line is cleared before: after one that fills it, its last character would go (xterm).
     written = "".join(f"\x1b[K{line}\n" for line in lines)
     return f"\x1b[?7l\x1b[H{written}\x1b[J\x1b[?7h"

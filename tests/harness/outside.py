@@ -198,6 +198,7 @@ def require_one_copy(texts: Iterable[Text]) -> None:
     """These are all processes that map it, and share its memory."""
     texts = list(texts)
     expected = sum(require_one_image(texts).values())
+    assert expected or all(text.phase for text in texts), texts
     pss = sum(text.pss for text in texts if text.attainable)
     assert abs(pss - expected) <= expected // 20, (pss, expected, texts)
 
