@@ -39,7 +39,7 @@ PROGRAMS = {
 # What page_primer._core is made of.
 CORE = [
     f"page_primer/_{name}.c"
-    for name in ("core", "support", "objects", "memory", "dump", "swap", "heap", "alone")
+    for name in ("core", "support", "objects", "memory", "dump", "swap", "heap", "alone", "loader")
 ]
 NEEDS = (
     "needs a C compiler, Python's headers and Linux's (Debian: gcc, python3-dev; Alpine: gcc, "

@@ -44,9 +44,10 @@ extern PyMethodDef page_primer_swap_methods[];
 /* _heap.c: the arena allocator. */
 extern PyMethodDef page_primer_heap_methods[];
 
-/* _alone.c: one call at a time; and around whatever takes the loader's lock,
- * always without the GIL. */
+/* _alone.c: one call at a time. */
 extern PyMethodDef page_primer_alone_methods[];
+
+/* _loader.c: around whatever takes the loader's lock, without the GIL. */
 void enter_loader(void);
 void leave_loader(void);
 

@@ -105,13 +105,14 @@ def targets(scratch):
             what = shape(form, disk)
             if ways[way].aligned:
                 what = replace(what, aligned=twin_of(what, disk / f"aligned-{form}"))
-            running[key] = stack.enter_context(Target(what, ways[way], disk, late=late))
-        made = running[key]
-        if not outside.text_of(made.pid).attainable:
+            made = stack.enter_context(Target(what, ways[way], disk, late=late))
+            attainable = outside.text_of(made.pid).attainable
+            if attainable and way != UNPRIMED.name and not late:
+                made.require_primed()
+            running[key] = made if attainable else None
+        if running[key] is None:
             pytest.skip("no whole huge page at this random load address")
-        if way != UNPRIMED.name and not late:
-            made.require_primed()
-        return made
+        return running[key]
 
     with contextlib.ExitStack() as stack:
         yield target
