@@ -163,7 +163,7 @@ def test_collapse_in_place_on_tmpfs(python, linked, images):
             assert code_of(process, path).huge == 0
             report = process.prime(include=["page-primer-test-*"], image_dir=str(images))
             found = of(report, path)
-            assert (found["backing"], found["copied_bytes"]) == ("in_place", 0), found
+            assert (found["backing"], found["copied_bytes"]) == ("in_place", 0), str(found)
             assert found["code_huge_bytes"] == code_of(process, path).huge == 2 * PMD
             assert not images.exists()
             load(process, path)
@@ -184,7 +184,7 @@ def test_a_deleted_file_can_have_huge_pages_in_place(python, linked, images):
             load(process, path)
             os.unlink(path)
             report = process.prime(include=["page-primer-test-*"], image_dir=str(images))
-            assert of(report, path)["backing"] == "in_place", of(report, path)
+            assert of(report, path)["backing"] == "in_place", str(of(report, path))
             assert code_of(process, f"{path} (deleted)").huge == 2 * PMD
     finally:
         Path(path).unlink(missing_ok=True)
