@@ -36,7 +36,7 @@ def check(more, rounds):
     assert more["descriptors"] == more["locked"] == 0, more
     assert more["mappings"] <= 2 and more["size"] <= 2048, more
     assert more["blocks"] < leaks.allowed_blocks(rounds), more
-    assert more.get("malloc", 0) < (1 << 16) + 8 * rounds, more
+    assert more.get("malloc", 0) < leaks.allowed_malloc(rounds), more
 
 
 def test_no_function_is_forgotten():

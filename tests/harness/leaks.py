@@ -358,6 +358,11 @@ def held() -> dict[str, int]:
     return found
 
 
+def allowed_malloc(rounds: int) -> int:
+    """Bytes: a table of the interpreter's that grows does so once."""
+    return (1 << 16) + 8 * rounds
+
+
 def allowed_blocks(rounds: int) -> float:
     """What may be there more of the allocator's blocks: some come and go."""
     return 50 + rounds / 10
@@ -382,7 +387,8 @@ def grown(function: Callable[[], object], rounds: int) -> dict[str, int]:
         more = {kind: after[kind] - before[kind] for kind in before}
         least = {kind: min(size, least.get(kind, size)) for kind, size in more.items()}
         counted = max(least["blocks"], least.get("references", 0))
-        if counted < allowed_blocks(rounds) and least["mappings"] <= 1:
+        settled = least.get("malloc", 0) < allowed_malloc(rounds)
+        if counted < allowed_blocks(rounds) and least["mappings"] <= 1 and settled:
             break
         before = after
     return least
