@@ -190,6 +190,27 @@ def test_a_deleted_file_can_have_huge_pages_in_place(python, linked, images):
         Path(path).unlink(missing_ok=True)
 
 
+def test_of_what_cannot_be_copied_a_part_is_good_enough(python, linked, images):
+    """Where its mapping reaches farther than its code (glibc 2.43), or a page is held by others."""
+    require_huge_files("/dev/shm")
+    require_executable("/dev/shm")
+    path = copy(linked, Path(f"/dev/shm/page-primer-test-part-{os.getpid()}.so"), 32 << 10)
+    held, holder = os.pipe()
+    try:
+        with Process(python) as process, open(path, "rb") as file:
+            load(process, path)
+            assert os.splice(file.fileno(), holder, 4096, PMD) == 4096
+            os.unlink(path)
+            report = process.prime(include=["page-primer-test-*"], image_dir=str(images))
+            found = of(report, path)
+            assert found["backing"] == "in_place", str(found)
+            assert found["code_huge_bytes"] == code_of(process, f"{path} (deleted)").huge == PMD
+    finally:
+        os.close(held)
+        os.close(holder)
+        Path(path).unlink(missing_ok=True)
+
+
 def test_a_library_over_the_limit_is_not_brought_in(python, small, images):
     with Process(python) as process:
         load(process, small)

@@ -190,13 +190,13 @@ class Process:
         return [m for m in rest if m.image and key_of(m.object) not in self.registry.in_place]
 
     def _try_in_place(self, moves: Sequence[Move], *, partly: bool) -> list[Move]:
-        """Returns the moves that did not come out huge throughout, or, if a part is good enough,
-        not at all; with what came of it in their notes."""
+        """Returns the moves that did not come out huge throughout, or, if a part is good enough, as
+        it is of what cannot be copied, not at all; with what came of it in their notes."""
         pmd = self.registry.pmd
         outcomes = in_place.bring_in(moves, pmd) if moves else []
         failed = []
         for move, outcome in zip(moves, outcomes, strict=True):
-            if outcome.complete or (partly and outcome.huge):
+            if outcome.complete or (outcome.huge and (partly or not move.image)):
                 self.registry.enter_in_place(move, outcome.backing)
             else:
                 note = f"in place: {outcome.huge} of {outcome.wanted} bytes huge"
