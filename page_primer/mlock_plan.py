@@ -31,7 +31,7 @@ class Lock(Record):
 
 
 def locks(
-    objects: Iterable[Object], mappings: Sequence[Mapping], options: Options, pmd: int = 0
+    objects: Iterable[Object], mappings: Sequence[Mapping], options: Options, pmd: int
 ) -> tuple[Lock, ...]:
     """The mappings to lock, in the order of their worth: a small RLIMIT_MEMLOCK is spent well.
 

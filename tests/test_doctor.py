@@ -839,9 +839,9 @@ def test_alignment() -> None:
     assert "it has 1 huge page of" in judge_file(small).found
     other = judge_file(replace(UNALIGNED, path="/usr/lib/embedded.so"))
     assert other.fix == "page-primer align /usr/lib/embedded.so"
-    of_root = replace(UNALIGNED, of_root=True)
-    assert judge_file(of_root).fix == "page-primer align  # as root"
-    again = judge_file(replace(of_root, listed=True))
+    others = replace(UNALIGNED, needs_root=True)
+    assert judge_file(others).fix == "page-primer align  # as root"
+    again = judge_file(replace(others, listed=True))
     assert again.fix == "page-primer align --again  # as root"
     assert alignment.judge_alignment(UNALIGNED, (6, 18), 0, 1.0).fix is None
 

@@ -335,7 +335,7 @@ def test_locks_are_ordered_by_worth():
         for s, perms in zip(o.segments, ("r--p", "r-xp", "r--p", "rw-p"), strict=True)
     ] + [Mapping(0x1000, 0x2000, "r-xp", 0, "0:0", 0, "[vdso]")]
     mappings.sort(key=lambda mapping: mapping.start)
-    locks = mlock_plan.locks([library, python], mappings, Options())
+    locks = mlock_plan.locks([library, python], mappings, Options(), PMD)
     assert [(lock.object.path, lock.kind) for lock in locks] == [
         ("/usr/bin/python3.11", "code"), ("/lib/y.so", "code"),
         ("/usr/bin/python3.11", "rodata"), ("/usr/bin/python3.11", "rodata"),
@@ -345,16 +345,16 @@ def test_locks_are_ordered_by_worth():
     assert [lock.on_fault for lock in locks] == [
         lock.object is not python or lock.kind == "data" for lock in locks
     ]
-    code = mlock_plan.locks([library, python], mappings, Options(mlock="code"))
+    code = mlock_plan.locks([library, python], mappings, Options(mlock="code"), PMD)
     assert code == locks[:2]
-    assert mlock_plan.locks([python], mappings, Options(mlock=False)) == ()
-    assert mlock_plan.locks([python], mappings, Options(exclude=("python*",))) == ()
+    assert mlock_plan.locks([python], mappings, Options(mlock=False), PMD) == ()
+    assert mlock_plan.locks([python], mappings, Options(exclude=("python*",)), PMD) == ()
     # Segments are 64 KiB apart on arm64: what lies between them is not the object's.
     first, *between, last = library.segments
     apart = Object(library.name, library.path, library.base, b"", (first, last))
     others = [Mapping(s.start, s.end, "rw-p", 0, "0:0", 0, "") for s in between]
-    assert len(mlock_plan.locks([library], others, Options())) == len(others) > 0
-    assert mlock_plan.locks([apart], others, Options()) == ()
+    assert len(mlock_plan.locks([library], others, Options(), PMD)) == len(others) > 0
+    assert mlock_plan.locks([apart], others, Options(), PMD) == ()
 
 
 def test_of_an_aligned_interpreter_the_code_is_locked_first():
@@ -378,7 +378,9 @@ def test_of_an_aligned_interpreter_the_code_is_locked_first():
     # As the mappings are once the code alone is locked.
     split = [Mapping(low, high, "r-xp", 0, "0:0", 1, python.path) for low, high, _ in parts]
     assert found(split) == parts
-    assert mlock_plan.locks([python], file, Options())[0].range == Range(python.start, python.end)
+    assert mlock_plan.locks([python], file, Options(), 0)[0].range == Range(
+        python.start, python.end
+    )
 
 
 def test_memory_goes_to_the_hottest_first():
@@ -689,6 +691,7 @@ def test_what_a_library_takes_of_memory_is_what_it_has_touched_and_what_is_copie
     assert mlock_plan.affordable([lock], int(share * 8 * MIB) - 1, ()) == ([], [lock])
 
 
+@settings(deadline=None)
 @given(
     start=st.integers(0, 1023),
     touched=st.lists(st.integers(0, PMD), min_size=1, max_size=12),

@@ -19,7 +19,7 @@ _SEQUENCE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
 ELLIPSIS = "…"
 CLEAR = "\x1b[2J"
-# At the begin of a line of its own, with lines that wrap.
+# At the beginning of a line of its own, with lines that wrap.
 LEAVE = "\x1b[?7h\n"
 _PATHS = ("/", "./", "../")  # how they begin
 _ROOM = 8  # columns of a path behind words, at least

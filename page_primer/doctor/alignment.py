@@ -32,7 +32,7 @@ class Alignment:
     program: bool = False  # mapped by the kernel rather than by the loader
     libc: str = ""  # "glibc", "musl"
     version: tuple[int, int] = (0, 0)  # of glibc
-    of_root: bool = False  # this user may not replace it
+    needs_root: bool = False  # to replace it
 
 
 def read(path: str, loaded: list[str], *, huge: bool, program: bool, merge: bool) -> Alignment:
@@ -49,10 +49,10 @@ def read(path: str, loaded: list[str], *, huge: bool, program: bool, merge: bool
     state = files.look(path, merge=merge)
     libc, version = _libc(loaded)
     share = state.after / state.code if state.code else 0.0
-    of_root = os.geteuid() != 0 and not os.access(os.path.dirname(path), os.W_OK)
+    needs_root = os.geteuid() != 0 and not os.access(os.path.dirname(path), os.W_OK)
     return Alignment(
         path, state.state, state.reason, state.chunks, share, listed(path), huge, program,
-        libc, version, of_root,
+        libc, version, needs_root,
     )  # fmt: skip
 
 
@@ -132,7 +132,7 @@ def _hints(found: Alignment, kernel: tuple[int, int]) -> str:
 
 
 def _as_root(found: Alignment) -> str:
-    return "  # as root" if found.of_root else ""
+    return "  # as root" if found.needs_root else ""
 
 
 def _align(path: str) -> str:
