@@ -67,17 +67,12 @@ def test_every_process_is_huge_and_locked(every_python, images, tmp_path, preloa
         require_no_failure(server)
 
 
-# Half of what a worker costs is the collections at its end, of all that it has inherited: of what
-# is frozen the collector looks at nothing.
-FROZEN = "import gc\ngc.freeze()\n" + APP
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_two_hundred_re_forks(every_python, images, tmp_path):
     env = {"PAGE_PRIMER_IMAGE_DIR": str(images)}
     options = ["--workers", "2", "--max-requests", "2"]
-    with Gunicorn(every_python, tmp_path, *options, env=env, app=FROZEN) as server:
+    with Gunicorn(every_python, tmp_path, *options, env=env) as server:
         seen = set()
         end = time.monotonic() + 800  # a busy machine has taken two minutes
         while len(seen) < 202 and time.monotonic() < end:
@@ -128,9 +123,7 @@ def test_late_library_of_an_unpreloaded_app(python, images, tmp_path, worker_cla
                 pytest.skip("this interpreter has no libcrypto of its own to load")
             (path,) = paths
             wait_for(lambda pid=pid, path=path: is_handled(pid, path), "libcrypto")
-            text = outside.text_of(pid, path)
-            text.require_hot_chunks_huge()
-            assert text.moved or text.phase, text
+            outside.text_of(pid, path).require_libcrypto_moved()
 
 
 @pytest.mark.slow
@@ -494,8 +487,10 @@ def test_py_spy_and_gdb_name_the_frames(every_python, images, tmp_path):
             ["gdb", "-p", str(worker), "-batch", "-ex", "thread apply all bt"],
             stdin=subprocess.DEVNULL, capture_output=True, text=True,
         ).stdout  # fmt: skip
-        # The evaluation loop itself is of parts that have no names, where it is compiled so (3.14).
-        assert re.search("_PyEval_EvalFrameDefault|PyEval_EvalCode", gdb), gdb
+        # From 3.14 on the evaluation loop may be compiled to parts that have no names.
+        asked = [every_python, "-c", "import sys; print(sys.version_info >= (3, 14))"]
+        in_parts = subprocess.check_output(asked, text=True) == "True\n"
+        assert "_PyEval_EvalFrameDefault" in gdb or (in_parts and "PyEval_EvalCode" in gdb), gdb
         assert "select" in gdb, gdb
         server.get()
 

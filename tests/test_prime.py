@@ -214,10 +214,10 @@ def test_an_image_is_written_in_pieces_where_it_must_be(python, images):
         # Its pages are small as written; read again they are huge.
         core = interpreter(report)
         assert core["backing"] == "image"
-        (note,) = core["notes"]
-        written = re.fullmatch(rf"{re.escape(core['where'])}: 0 of (\d+) bytes huge", note)
-        assert written and int(written[1]) % outside.PMD == 0, note
-        check_all_huge(process.pid)
+        text = check_all_huge(process.pid)
+        whole = sum(vma.huge for vma in text.span_vmas)
+        assert whole >= 2 * outside.PMD or text.phase
+        assert core["notes"] == [f"{core['where']}: 0 of {whole} bytes huge"]
 
 
 def test_nothing_stays_mapped(every_python, images):
@@ -279,7 +279,7 @@ def test_second_call_does_nothing_and_a_new_library_is_handled(python, images):
         path = next(p for p in report["moved"] if os.path.basename(p).startswith("libcrypto"))
         text = outside.text_of(process.pid, path)
         assert text.moved, text
-        text.require_hot_chunks_huge()
+        text.require_libcrypto_moved()
         process.run("result = hashlib.sha256(b'x').hexdigest()")
 
 
@@ -364,7 +364,10 @@ def test_default_memlock_locks_the_interpreter_first_and_tells_the_rest(every_py
             "logger.addHandler(Keep()); logger.setLevel(logging.DEBUG); logger.propagate = False\n"
             "report.log(logger); result = lines"
         )
-        (warning,) = [line for level, line in lines if level == "WARNING" and "not locked" in line]
+        warnings = [line for level, line in lines if level == "WARNING"]
+        # At a random address less of the interpreter than could be may be huge, too.
+        assert len(warnings) == 1 or not has_one_address(every_python), warnings
+        (warning,) = [line for line in warnings if "not locked" in line]
         assert "RLIMIT_MEMLOCK is 8.0 MiB" in warning
         assert "LimitMEMLOCK=" in warning
         assert "--ulimit memlock=" in warning

@@ -118,6 +118,15 @@ class Text:
             assert vma.huge == vma.end - vma.start, vma
         assert self.locked or not locks_fit(), self
 
+    def require_libcrypto_moved(self) -> None:
+        """What is to be huge of libcrypto once it is in use: of OpenSSL 3.0 all that can be; of
+        newer ones, with four megabytes of code, hot chunks, at a random address perhaps none."""
+        self.require_hot_chunks_huge()
+        if self.phase or self.size > 3 << 20:
+            assert self.moved or self.phase, self
+        else:
+            assert self.huge == self.attainable > 0, self
+
 
 def interpreter_file(pid: int) -> str:
     """The file that holds the interpreter's code: libpython, or else the main program."""
