@@ -1,10 +1,12 @@
 """The core's functions, each with a system call or a C library's function that fails beneath it."""
 
 import mmap
-from errno import EAGAIN, EEXIST, EINTR, EMFILE, ENOENT, ENOMEM, ETIMEDOUT
+import os
+from errno import EAGAIN, EEXIST, EINTR, EINVAL, EMFILE, ENOENT, ENOMEM, ETIMEDOUT
 
 import pytest
 from harness.faults import build_fault
+from harness.outside import PMD
 from harness.process import Process
 
 PAGE = mmap.PAGESIZE
@@ -68,6 +70,27 @@ def test_populating_is_tried_again(process, number):
         "fault.fault_fired(); _core.unmap(at, PAGE)"
     )
     assert process.run(code) == [None, 7, [number, "populate"]]
+
+
+@pytest.mark.parametrize(
+    ("number", "tries", "text"),
+    [
+        (EAGAIN, 2, os.strerror(EAGAIN)),
+        (EINVAL, 1, "this kernel does not (Linux 6.1), khugepaged may"),
+        (ENOMEM, 1, "no huge page is free"),
+    ],
+)
+def test_a_collapse_that_the_kernel_refuses(process, number, tries, text):
+    """The first call only advises."""
+    code = (
+        "from page_primer.heap import chunks\n"
+        f"at = _core.reserve({PMD}, {PMD}, 0)\n"
+        f"_core.map(at, {PMD}, _core.PROT_READ | _core.PROT_WRITE, ANONYMOUS, -1, 0)\n"
+        f"arm(b'madvise', 2, {number}, 2)\n"
+        f"got = chunks.collapse([chunks.Chunk(at, 0, 0)], {PMD}, 64 << 20, unshare=False)\n"
+        f"result = got.bytes, got.notes, fault.fault_fired(); _core.unmap(at, {PMD})"
+    )
+    assert process.run(code) == [0, [f"1 of 1 not collapsed: {text}"], tries]
 
 
 def test_a_file_that_cannot_be_unmapped(process):

@@ -1,7 +1,6 @@
 """Small parts of the package by themselves: what a process that has everything never meets."""
 
 import errno
-import os
 import pickle
 from typing import Any
 
@@ -11,37 +10,13 @@ import page_primer
 from page_primer import _lean, _loading, options, outcome, reasons, schema, survey, words
 from page_primer.elf.file import PF_R, PF_X
 from page_primer.elf.objects import Object, Segment
-from page_primer.heap import arenas, chunks, refusal
+from page_primer.heap import arenas, refusal
 from page_primer.kernel import credentials, limits, memlock, mounts, release, smaps, thp
 from page_primer.kernel.memory import Memory
 from page_primer.kernel.smaps import Mapping
 from page_primer.options import Options
 
 MIB = 1 << 20
-
-
-@pytest.mark.parametrize(
-    ("number", "tries", "text"),
-    [
-        (errno.EAGAIN, 2, os.strerror(errno.EAGAIN)),
-        (errno.EINVAL, 1, "this kernel does not (Linux 6.1), khugepaged may"),
-        (errno.ENOMEM, 1, "no huge page is free"),
-    ],
-)
-def test_a_collapse_that_the_kernel_refuses(
-    number: int, tries: int, text: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = []
-
-    def refuse(start: int, length: int, advice: int) -> None:
-        asked.append(advice)
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(chunks._core, "advise", refuse)
-    one = [chunks.Chunk(2 * MIB, 0, 0)]
-    found = chunks.collapse(one, 2 * MIB, 64 * MIB, unshare=False)
-    assert (found.bytes, found.notes) == (0, (f"1 of 1 not collapsed: {text}",))
-    assert asked.count(chunks._core.MADV_COLLAPSE) == tries
 
 
 def test_what_stands_in_the_way_of_arenas(monkeypatch: pytest.MonkeyPatch) -> None:
