@@ -3,6 +3,7 @@ executed at all. In most containers load addresses are random, and /dev/shm is n
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import mmap
 import os
@@ -13,7 +14,7 @@ import pytest
 
 from harness.outside import PMD
 
-__all__ = ["has_one_address", "require_executable", "require_one_address"]
+__all__ = ["has_one_address", "has_random_addresses", "require_executable", "require_one_address"]
 
 _RANDOM = "load addresses are random on this file system"
 
@@ -35,6 +36,14 @@ def _has_one_address(program: str) -> bool:
     command = [program, "-I", "-S", "-c", _WHERE]
     starts = [subprocess.check_output(command, text=True) for _ in range(4)]
     return len({int(start, 16) % PMD for start in starts}) == 1
+
+
+def has_random_addresses(library: str) -> bool:
+    """Whether a library, of a huge page at least, is at random addresses modulo a huge page."""
+    with open(library, "rb") as file:
+        copies = [mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE) for _ in range(4)]
+    starts = [ctypes.addressof(ctypes.c_char.from_buffer(one)) for one in copies]
+    return any(start % PMD for start in starts)
 
 
 def require_one_address(python: str) -> None:
