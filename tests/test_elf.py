@@ -90,6 +90,58 @@ def test_another_kind_of_file(tmp_path, at, value):
         write_image(tmp_path, bytes(data))
 
 
+def header_with(**changed):
+    return elf.FileHeader.parse(SMALL[: elf.HEADER.size])._replace(**changed).pack() + SMALL[elf.HEADER.size :]
+
+
+def names_in_another_section(at):
+    """With the name of the last section at another place of its strings."""
+    header = elf.FileHeader.parse(SMALL[: elf.HEADER.size])
+    last = header.e_shoff + (header.e_shnum - 1) * header.e_shentsize
+    return SMALL[:last] + struct.pack("I", at) + SMALL[last + 4 :]
+
+
+def dynamic_with(tag, value):
+    """With another value of the dynamic section's entries of one tag."""
+    (header,) = [
+        each
+        for each in elf.ProgramHeader.parse_table(header_bytes(SMALL))
+        if each.p_type == elf.PT_DYNAMIC
+    ]
+    data = bytearray(SMALL)
+    for at in range(header.p_offset, header.p_offset + header.p_filesz, 16):
+        if struct.unpack_from("Q", data, at) == (tag,):
+            struct.pack_into("Q", data, at + 8, value)
+    return bytes(data)
+
+
+def header_bytes(data):
+    header = elf.FileHeader.parse(data[: elf.HEADER.size])
+    return data[header.e_phoff : header.e_phoff + header.e_phnum * header.e_phentsize]
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (header_with(e_phoff=len(SMALL)), "cut short"),
+        (header_with(e_phentsize=57), "headers of another size"),
+        (header_with(e_shentsize=65), "headers of another size"),
+        (header_with(e_shstrndx=0xFFF0), "section names are in no section"),
+        (names_in_another_section(1 << 30), "section name out of bounds"),
+        (dynamic_with(elf.DT_NEEDED, len(SMALL) * 2), "a name out of bounds"),
+        (dynamic_with(elf.DT_STRTAB, 1 << 40), "an address in no segment"),
+    ],
+)
+def test_what_a_file_says_of_places_that_it_has_not(tmp_path, data, why):
+    path = tmp_path / "file.so"
+    path.write_bytes(data)
+    with open(path, "rb") as file, pytest.raises(elf.Malformed, match=f"^{why}$"):
+        found = elf.File(file.fileno())
+        found.program_headers()
+        found.section_names(found.sections())
+        found.dynamic_strings(elf.DT_NEEDED)
+
+
 def test_many_sections_that_are_the_whole_file(tmp_path):
     """What is copied of a file is never more than the file."""
     count = 1000
