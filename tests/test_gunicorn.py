@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from harness import outside
-from harness.gunicorn_server import APP, CONF, Gunicorn, require_no_failure
+from harness.gunicorn_server import APP, CONF, FROZEN, Gunicorn, require_no_failure
 from harness.interpreters import BASE, python_of
 from harness.launched import is_primed
 from harness.privileges import IS_ROOT
@@ -28,6 +28,7 @@ from harness.servers import check, children, wait_for
 def test_every_process_is_huge_and_locked(every_python, images, tmp_path, preload):
     # Not to freeze is a decision, so there is no line that suggests it.
     env = {"PAGE_PRIMER_IMAGE_DIR": str(images), "PAGE_PRIMER_FREEZE": "0"}
+    (tmp_path / "gunicorn.conf.py").write_text(FROZEN)
     with Gunicorn(every_python, tmp_path, "--workers", "4", *preload, env=env) as server:
         server.wait_for_workers(4)
         family = [server.master, *server.workers]
@@ -72,6 +73,7 @@ def test_every_process_is_huge_and_locked(every_python, images, tmp_path, preloa
 def test_two_hundred_re_forks(every_python, images, tmp_path):
     env = {"PAGE_PRIMER_IMAGE_DIR": str(images)}
     options = ["--workers", "2", "--max-requests", "2"]
+    (tmp_path / "gunicorn.conf.py").write_text(FROZEN)
     with Gunicorn(every_python, tmp_path, *options, env=env) as server:
         seen = set()
         end = time.monotonic() + 800  # a busy machine has taken two minutes
@@ -581,6 +583,7 @@ def test_twenty_thousand_requests_under_churn(images, tmp_path):
     for primed in ("0", "1"):
         directory = tmp_path / primed
         directory.mkdir()
+        (directory / "gunicorn.conf.py").write_text(FROZEN)
         env = {"PAGE_PRIMER_IMAGE_DIR": str(images), "PAGE_PRIMER": primed}
         options = ["--workers", "4", "--max-requests", "300", "--max-requests-jitter", "100"]
         with Gunicorn(str(python), directory, *options, env=env) as server:
