@@ -196,10 +196,10 @@ class Target:
     @contextlib.contextmanager
     def spinning(self) -> Iterator[None]:
         """The worker works, request after request."""
-        stop = threading.Event()
+        enough = self.directory / "enough"
 
         def ask() -> None:
-            while not stop.is_set():
+            while not enough.exists():
                 self.get("spin")
 
         load = threading.Thread(target=ask)
@@ -208,8 +208,9 @@ class Target:
         try:
             yield
         finally:
-            stop.set()
+            enough.touch()
             load.join()
+            enough.unlink()
 
     @property
     def interpreter(self) -> str:

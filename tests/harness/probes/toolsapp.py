@@ -2,6 +2,7 @@
 
 import faulthandler
 import json
+import os
 import re
 import signal
 import sqlite3
@@ -42,12 +43,13 @@ def count_words(text):
 
 
 def spin(seconds):
-    """Work in the interpreter and in C: sorting, regular expressions, JSON, SQLite."""
+    """Work in the interpreter and in C: sorting, regular expressions, JSON, SQLite; until the file
+    `enough` is there, for so many seconds at most."""
     connection = sqlite3.connect(":memory:")
     connection.create_function("count_words", 1, count_words)
     end = time.monotonic() + seconds
     rounds = 0
-    while time.monotonic() < end:
+    while time.monotonic() < end and not os.access("enough", os.F_OK):
         rows = sorted(range(300), key=lambda number: number * 7919 % 1009)
         document = json.dumps({"rows": rows, "text": "some words to count " * 20})
         text = json.loads(document)["text"]
