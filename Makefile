@@ -179,9 +179,11 @@ $(VENV)/.release: $(VENV)/.dev
 NOT_IMPORTED = /site-packages/(.*/tests|fontTools|mypyc?|pygments/lexers|textual)/
 $(VENV)/.dev: $(VENV)/.created $(SOURCES)
 	$(PIP_INSTALL) --no-compile -e ".[dev]"
-	@# pip would compile 9,000 modules one after the other. uWSGI is built here for this very
-	@# interpreter, as fast as may be, and where it can be.
+	@# pip would compile 9,000 modules one after the other; pytest in each of its processes would
+	@# rewrite the asserts of all tests. uWSGI is built here for this very interpreter, as fast as
+	@# may be, and where it can be.
 	$(BIN)/python -m compileall -qq -j 0 -x '$(NOT_IMPORTED)' $(VENV)/lib & \
+	    $(BIN)/pytest --collect-only -qq >/dev/null 2>&1 & \
 	    CFLAGS=-O0 UWSGI_PROFILE=buildconf/pyonly.ini $(PIP_INSTALL) --no-cache-dir uwsgi \
 	    >$(VENV)/uwsgi.log 2>&1 || \
 	    echo "make: uWSGI is not built, its tests are skipped; why: $(VENV)/uwsgi.log" >&2; wait
