@@ -59,23 +59,22 @@ class Vma:
 def smaps(pid: int) -> list[Vma]:
     watch(pid)
     vmas: list[Vma] = []
-    with open(f"/proc/{pid}/smaps", encoding="utf-8", errors="replace") as file:
-        for line in file:
-            # Nine lines of ten are such, or have a name, which begins with a capital.
-            if line.endswith(" 0 kB\n"):
-                continue
-            if line[0] in "0123456789abcdef" and (head := HEAD.match(line)):
-                start, end, perms, offset, device, inode, path = head.groups()
-                vmas.append(
-                    Vma(int(start, 16), int(end, 16), perms, int(offset, 16), device,
-                        int(inode), path)
-                )  # fmt: skip
-            elif line.startswith("VmFlags:"):
-                vmas[-1].flags = line.split()[1:]
-            else:
-                name, _, rest = line.partition(":")
-                if rest.strip().endswith("kB"):
-                    vmas[-1].kb[name] = int(rest.split()[0])
+    kb: dict[str, int] = {}
+    with open(f"/proc/{pid}/smaps", "rb") as file:
+        text = file.read().decode(errors="replace")
+    # Nine lines of ten are a counter that is 0.
+    for line in [line for line in text.split("\n") if line[-5:] != " 0 kB"]:
+        if line[-3:] == " kB":
+            name, _, number = line[:-3].partition(":")
+            kb[name] = int(number)
+        elif line.startswith("VmFlags:"):
+            vmas[-1].flags = line.split()[1:]
+        elif head := HEAD.match(line):
+            start, end, perms, offset, device, inode, path = head.groups()
+            vmas.append(
+                Vma(int(start, 16), int(end, 16), perms, int(offset, 16), device, int(inode), path)
+            )
+            kb = vmas[-1].kb
     return vmas
 
 
@@ -130,10 +129,9 @@ class Text:
 
 def interpreter_file(pid: int) -> str:
     """The file that holds the interpreter's code: libpython, or else the main program."""
-    vmas = smaps(pid)
-    for vma in vmas:
-        if re.search(r"/libpython3\.\d+\w*\.so", vma.path) and "w" in vma.perms:
-            return vma.path
+    for _, _, perms, _, path in file_mappings(pid):
+        if re.search(r"/libpython3\.\d+\w*\.so", path) and "w" in perms:
+            return path
     return os.readlink(f"/proc/{pid}/exe")
 
 
