@@ -109,7 +109,8 @@ bench: $(VENV)/.dev
 	$(if $(AGAINST),$(BIN)/python benchmarks/against.py $(AGAINST))
 	$(PIP_INSTALL) -e ".[test,bench]"
 	tools/system-packages h2load:nghttp2-client qemu-x86_64:qemu-user redis-server:redis-server
-	$(BIN)/python benchmarks/page_walks.py --loops 4
+	for work in flask django dataframe sklearn; do \
+	    $(BIN)/python benchmarks/page_walks.py --work $$work --loops 4 || exit 1; done
 	$(BIN)/python benchmarks/throughput.py --minutes 3
 
 bench-pressure: $(VENV)/.dev

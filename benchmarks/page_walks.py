@@ -1,17 +1,21 @@
 """Page walks of a workload, by trace: on 4 KiB pages, by rules, and with what each variant obtains.
 
-    python benchmarks/page_walks.py [--work flask|django] [--python P] [--loops N] [--json FILE]
+    python benchmarks/page_walks.py [--work flask|django|dataframe|sklearn] [--python P]
+                                    [--loops N] [--json FILE]
 
 Needs no hardware counters. The workload runs natively, for its address space; under QEMU with
 tlb/pagetrace.c, which records the sequence of pages that instructions are fetched from and data
 is accessed in; and natively again as each variant of `page-primer bench`, of which smaps says what
 is on huge pages. tlb/tlbsim.c replays the trace through the TLBs of some cores, once with each
 set of huge pages. What is printed are page walks of code and data together, for one process and for
-four that take turns on a core, as ratios to those on 4 KiB pages.
+four that take turns on a core, as ratios to those on 4 KiB pages; and by the place of the page, for
+four on the first core (the JSON has the others).
 
 Pages of files are told by their place in the object; anonymous memory by its kind (arenas, brk
-heap, other), of which the share counts that the variant has on huge pages. Only user code counts;
-true LRU, no prefetch, no wrong-path fetch; QEMU has AVX2, not AVX-512.
+heap, other), of which the share counts that the variant has on huge pages at the end of the last
+iteration. Only user code counts; true LRU, no prefetch, no wrong-path fetch; QEMU has AVX2, not
+AVX-512. Packages that a workload needs and the Python does not have are installed into a virtual
+environment that lasts as long as this does.
 """
 
 from __future__ import annotations
@@ -31,12 +35,14 @@ from typing import Any
 
 from page_primer.bench import interpreter, machine, variants
 
-from tlb.cores import CORES, simulate  # isort: skip
+from tlb.cores import CORES, Core, simulate  # isort: skip
 from tlb.layout import HUGE, Snapshot, per_segment, spans, spread  # isort: skip
+from tlb.works import WORKS, python_for, script, versions  # isort: skip
 
 HERE = Path(__file__).resolve().parent
 SIZE_4K, SIZE_2M = 0, 2
 SCENARIOS = {"1": (1, 1), "4": (4, 1_000_000)}  # processes, instructions a turn
+KINDS = ("arena", "brk", "other")  # anonymous memory but stacks
 VARIANTS = "off,code,code+heap,aligned,aligned-heap:heap=all"
 
 
@@ -77,6 +83,20 @@ class Trace:
             return Page(address, name, area.offset + address - area.start, code)
         kind = next((kind for at, kind in self.kinds if at.start <= address < at.end), None)
         return Page(address, kind=kind, code=code)
+
+    def places(self, native: Snapshot, spans: set[int]) -> list[str]:
+        """Of each page what it is: code in a span, which can be huge, or elsewhere; constants and
+        variables of objects; or its kind of anonymous memory."""
+        found = []
+        for page in self.pages:
+            at = native.find(page.name, page.offset, code=page.code) if page.name else None
+            if not page.name:
+                found.append(page.kind or "unknown")
+            elif page.code:
+                found.append("code" if at is not None and at // HUGE in spans else "small code")
+            else:
+                found.append("objects' data")
+        return found
 
     def tags(self, native: Snapshot, space: Snapshot, huge: set[int], shares: dict[str, float]):
         """The TLB tag of each page (see tlbsim.c).
@@ -121,7 +141,7 @@ def build(directory: Path) -> dict[str, Path]:
 
 
 def run(command: list[str], environ: dict[str, str], maps: Path) -> Snapshot:
-    """Run the workload without address space randomisation; its address space at the end."""
+    """Run the workload without address space randomisation; its address space at the last mark."""
     subprocess.run(["setarch", "-R", *command], env={**environ, "PAGE_WALKS_MAPS": str(maps)},
                    check=True, stdout=subprocess.DEVNULL)  # fmt: skip
     return Snapshot.read(maps)
@@ -137,6 +157,7 @@ def record(command: list[str], libraries: dict[str, Path], directory: Path, mark
         "LD_PRELOAD": libraries["mapsnap"],
         "PAGE_WALKS_MAPS": directory / "traced.maps",
         "PAGE_WALKS_FROM": "/proc/self/maps",
+        "PAGE_WALKS_LAST": marks,
     }
     given = [word for name, value in settings.items() for word in ("-E", f"{name}={value}")]
     subprocess.run(
@@ -165,35 +186,42 @@ def snapshots(command: list[str], listed: str, directory: Path, preload: Path):
     return found
 
 
-def policies(trace: Trace, found: dict[str, Snapshot]) -> dict[str, Any]:
+def policies(trace: Trace, found: dict[str, Snapshot], everything: set[int]) -> dict[str, Any]:
     """Tags by name: 4 KiB pages, rules, and what the variants obtained."""
     native = found["off"]
-    kinds = ("arena", "brk", "other")
-    everything = spans(native)
     tags = {
         "4 KiB pages": trace.tags(native, native, set(), {}),
         "per segment": trace.tags(native, native, per_segment(native), {}),
         "all spans": trace.tags(native, native, everything, {}),
-        "all spans and heap": trace.tags(native, native, everything, dict.fromkeys(kinds, 1.0)),
+        "all spans and heap": trace.tags(native, native, everything, dict.fromkeys(KINDS, 1.0)),
     }
     for name, space in found.items():
         files = [area for area in space.areas if area.path.startswith(("/", "/memfd:"))]
         huge = {chunk for area in files for chunk in area.huge_chunks}
-        shares = {kind: space.share(kind) for kind in kinds}
+        shares = {kind: space.share(kind) for kind in KINDS}
         tags[f"obtained: {name}"] = trace.tags(native, space, huge, shares)
     return tags
 
 
-def replay(trace: Trace, tags: dict[str, Any], simulator: ctypes.CDLL, loops: int):
+def replay(
+    trace: Trace, tags: dict[str, Any], places: list[str], simulator: ctypes.CDLL, loops: int
+) -> list[dict[str, Any]]:
     """Walks an iteration for each core, number of processes and set of huge pages."""
 
     def one(job):
         core, processes, name = job
-        result = simulate(simulator, trace.records, tags[name], core, *SCENARIOS[processes])
+        by_page = (ctypes.c_uint64 * len(trace.pages))()
+        result = simulate(
+            simulator, trace.records, tags[name], core, *SCENARIOS[processes], by_page
+        )
         per = loops * SCENARIOS[processes][0]
+        by_place = dict.fromkeys(sorted(set(places)), 0.0)
+        for place, walks in zip(places, by_page, strict=True):
+            by_place[place] += walks / per
         return {
             "core": core.name, "processes": int(processes), "pages": name,
             "code_walks": result.walks / per, "data_walks": result.data_walks / per,
+            "walks_by_place": by_place,
         }  # fmt: skip
 
     jobs = [(core, count, name) for core in CORES for count in SCENARIOS for name in tags]
@@ -223,40 +251,58 @@ def table(rows: list[dict[str, Any]], processes: int) -> str:
     return "\n".join(lines)
 
 
+def table_of_places(rows: list[dict[str, Any]], core: Core, processes: int) -> str:
+    its = [row for row in rows if row["core"] == core.name and row["processes"] == processes]
+    base = sum(its[0]["walks_by_place"].values()) or 1
+    places = list(its[0]["walks_by_place"])
+    lines = [f"| {core.title}, {processes} processes | " + " | ".join(places) + " |"]
+    lines.append("|---" * (len(places) + 1) + "|")
+    for row in its:
+        texts = [f"{row['walks_by_place'][place] / base:.3f}" for place in places]
+        lines.append(f"| {row['pages']} | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--work", default="flask", choices=("flask", "django"))
+    parser.add_argument("--work", default="flask", choices=WORKS)
     parser.add_argument("--python", default=sys.executable)
     parser.add_argument("--loops", type=int, default=20, help="iterations that are traced")
     parser.add_argument("--variants", default=VARIANTS, help="as page-primer bench has them")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     measured = commit()  # now: files may change while it runs
-    command = [options.python, str(HERE / "tlb" / f"{options.work}_work.py")]
-    command += [str(options.loops), "1"]
     with tempfile.TemporaryDirectory(prefix="page-walks-", dir="/var/tmp") as name:
         directory = Path(name)
+        python = python_for(options.work, options.python, directory / "venv")
+        command = [python, str(script(options.work)), str(options.loops), "1"]
+        packages = versions(python, options.work)
         libraries = build(directory)
         found = snapshots(command, options.variants, directory, libraries["mapsnap"])
         record(command, libraries, directory, found["off"].marks, 1)
         simulator = ctypes.CDLL(str(libraries["tlbsim"]))
         trace = Trace(directory, simulator)
-        rows = replay(trace, policies(trace, found), simulator, options.loops)
+        everything = spans(found["off"])
+        places = trace.places(found["off"], everything)
+        tags = policies(trace, found, everything)
+        rows = replay(trace, tags, places, simulator, options.loops)
     code = [number for number, visits in enumerate(trace.visits) if visits]
     print(f"{options.work}: {sum(trace.instructions) / options.loops / 1e6:.2f} M instructions an "
           f"iteration, {len(code)} pages of code, {len(trace.pages) - len(code)} of data; page "
           "walks an iteration on 4 KiB pages (in brackets), ratios to them\n")  # fmt: skip
     print("\n\n".join(table(rows, SCENARIOS[processes][0]) for processes in SCENARIOS))
+    print("\n" + table_of_places(rows, CORES[0], SCENARIOS["4"][0]))
     if options.json:
         result = {
             "command": f"benchmarks/page_walks.py --work {options.work} --loops {options.loops}",
             "commit": measured,
             "machine": machine.describe(),
             "python": sys.version.split()[0],
+            "packages": packages,
             "instructions": sum(trace.instructions) / options.loops,
             "code_pages": len(code),
             "data_pages": len(trace.pages) - len(code),
-            "shares": {name: {kind: space.share(kind) for kind in ("arena", "brk", "other")}
+            "shares": {name: {kind: space.share(kind) for kind in KINDS}
                        for name, space in found.items()},
             "results": rows,
         }  # fmt: skip

@@ -52,12 +52,15 @@ class Result(ctypes.Structure):
                 ("insns", "fetches", "l1_misses", "walks", "data_walks")]  # fmt: skip
 
 
-def simulate(simulator, records, tags, core: Core, workers: int, quantum: int) -> Result:
-    """Replay a trace, code and data, for processes that take turns on a core."""
+def simulate(
+    simulator, records, tags, core: Core, workers: int, quantum: int, by_page=None
+) -> Result:
+    """Replay a trace, code and data, for processes that take turns on a core; an array `by_page` of
+    64-bit integers gets the walks of each page."""
     geometry = Geometry(*core.l1, core.l1_2m, *core.l2, core.l1d, *core.l2d)
     result = Result()
     simulator.simulate(
         records, ctypes.c_size_t(len(records)), tags, ctypes.byref(geometry), workers,
-        ctypes.c_uint64(quantum), 0, ctypes.byref(result),
+        ctypes.c_uint64(quantum), 0, ctypes.byref(result), by_page,
     )  # fmt: skip
     return result

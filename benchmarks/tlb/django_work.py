@@ -1,10 +1,6 @@
 """Requests to a small Django application, in one process: django_work.py LOOPS MARKS. Each pair of
 time.process_time() calls encloses LOOPS requests."""
 
-import json
-import sys
-import time
-
 import django
 from django.conf import settings
 
@@ -23,6 +19,7 @@ from django.http import HttpResponse, JsonResponse  # noqa: E402
 from django.template import engines  # noqa: E402
 from django.test import Client  # noqa: E402
 from django.urls import path  # noqa: E402
+from marks import measure  # noqa: E402
 
 call_command("migrate", verbosity=0)
 User.objects.bulk_create(User(username=f"user{n}", email=f"u{n}@example.org") for n in range(300))
@@ -52,12 +49,4 @@ def visit(number):
     assert client.get(f"/users/{1 + number * 11 % 300}").status_code == 200
 
 
-for number in range(20):
-    visit(number)
-taken = []
-for _ in range(int(sys.argv[2])):
-    began = time.process_time()
-    for number in range(int(sys.argv[1])):
-        visit(number)
-    taken.append(time.process_time() - began)
-print(json.dumps(taken))
+measure(visit, warm=20)

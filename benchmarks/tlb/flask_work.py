@@ -1,12 +1,10 @@
 """Requests to a small Flask application, in one process: flask_work.py LOOPS MARKS. Each pair of
 time.process_time() calls encloses LOOPS requests."""
 
-import json
 import sqlite3
-import sys
-import time
 
 from flask import Flask, jsonify, render_template_string, request
+from marks import measure
 
 app = Flask(__name__)
 connection = sqlite3.connect(":memory:")
@@ -53,12 +51,4 @@ def visit(number):
     assert client.post("/entries", json=body).status_code == 201
 
 
-for number in range(30):
-    visit(number)
-taken = []
-for _ in range(int(sys.argv[2])):
-    began = time.process_time()
-    for number in range(int(sys.argv[1])):
-        visit(number)
-    taken.append(time.process_time() - began)
-print(json.dumps(taken))
+measure(visit, warm=30)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,6 +35,12 @@ class Area:
         """The 2 MiB pages that lie wholly inside."""
         return range(-(-self.start // HUGE), self.end // HUGE)
 
+    def part(self, start: int, end: int) -> Area:
+        """A part of it, as huge and as resident as the whole."""
+        its = (end - start) / (self.end - self.start)
+        return Area(start, end, self.permissions, 0, self.path, int(self.huge * its),
+                    int(self.resident * its))  # fmt: skip
+
     @property
     def huge_chunks(self) -> set[int]:
         """Those that are one page. smaps has only their number: where it is not all, they are
@@ -48,24 +54,30 @@ class Snapshot:
 
     marks: int
     areas: list[Area]
+    arenas: list[tuple[int, int]]  # where they start and end
     by_name: dict[str, list[Area]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> Snapshot:
         first, _, text = path.read_text(errors="replace").partition("\n")
         areas: list[Area] = []
+        arenas: list[tuple[int, int]] = []
         for line in text.splitlines():
             words = line.split(None, 5)
+            if words[0] == "arena":
+                start = int(words[1], 16)
+                arenas.append((start, start + int(words[2], 16)))
+                continue
             if words[0].endswith(":"):
                 if words[0] in ("AnonHugePages:", "ShmemPmdMapped:", "FilePmdMapped:"):
                     areas[-1].huge += int(words[1]) << 10
                 elif words[0] == "Rss:":
                     areas[-1].resident = int(words[1]) << 10
                 continue
-            start, _, end = words[0].partition("-")
-            areas.append(Area(int(start, 16), int(end, 16), words[1], int(words[2], 16),
+            low, _, high = words[0].partition("-")
+            areas.append(Area(int(low, 16), int(high, 16), words[1], int(words[2], 16),
                               words[5].strip() if len(words) > 5 else ""))  # fmt: skip
-        found = cls(int(first.split()[1]), areas)
+        found = cls(int(first.split()[1]), areas, sorted(arenas))
         for area in areas:
             if area.path.startswith("/"):
                 found.by_name.setdefault(os.path.basename(area.path), []).append(area)
@@ -90,8 +102,9 @@ class Snapshot:
         return found
 
     def kinds(self) -> list[tuple[Area, str]]:
-        """Writable memory without a file, by what it is for: pymalloc's arenas (1 MiB each), what
-        brk(2) extends, stacks, and other."""
+        """Writable memory without a file, by what it is for: pymalloc's arenas, what brk(2)
+        extends, stacks, and other. Of a mapping that has arenas and other memory, either is taken
+        to be as resident and as huge as the whole."""
         found = []
         program = self.areas[0].path
         before = None
@@ -99,18 +112,28 @@ class Snapshot:
             before, previous = area, before
             if "w" not in area.permissions or area.path.startswith("/"):
                 continue
-            size = area.end - area.start
             # QEMU does not name the heap; it follows the program's data.
             follows = previous and previous.end == area.start and previous.path == program
             if area.path == "[heap]" or follows:
-                kind = "brk"
-            elif area.path.startswith("[stack") or size == 8 << 20:
-                kind = "stack"
+                found.append((area, "brk"))
+            elif area.path.startswith("[stack"):
+                found.append((area, "stack"))
             else:
-                arenas = "arenas" in area.path or size % (1 << 20) == 0
-                kind = "arena" if arenas else "other"
-            found.append((area, kind))
+                found += self._split(area)
         return found
+
+    def _split(self, area: Area) -> Iterator[tuple[Area, str]]:
+        """The arenas in a mapping, and what lies between."""
+        at = area.start
+        for start, end in self.arenas:
+            if at < end and start < area.end:
+                start, end = max(start, at), min(end, area.end)
+                if at < start:
+                    yield area.part(at, start), "other"
+                yield area.part(start, end), "arena"
+                at = end
+        if at < area.end:
+            yield area.part(at, area.end), "other"
 
     def share(self, kind: str) -> float:
         """How much of a kind's memory is on huge pages."""

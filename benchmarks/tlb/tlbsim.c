@@ -69,11 +69,12 @@ flush(struct tlb *t)
 
 /* WORKERS address spaces play the trace cyclically from evenly spaced starting
  * points, taking turns of QUANTUM instructions.  One full pass of every worker
- * warms the TLBs, the next is counted. */
+ * warms the TLBs, the next is counted; BY_PAGE, unless it is NULL, gets the walks
+ * of each page id. */
 void
 simulate(const uint32_t *rec, size_t n, const uint64_t *tag,
          const struct geometry *g, uint32_t workers, uint64_t quantum,
-         uint32_t flush_on_switch, struct result *out)
+         uint32_t flush_on_switch, struct result *out, uint64_t *by_page)
 {
     struct tlb l1 = make(g->l1_sets, g->l1_ways, 0);
     struct tlb l1h = make(1, g->l1_2m_ways ? g->l1_2m_ways : 1, 0);
@@ -97,8 +98,11 @@ simulate(const uint32_t *rec, size_t n, const uint64_t *tag,
         uint64_t t = tag[x >> 15] | (uint64_t)w << 56;
         if (x & 1) {
             if (g->l1d_ways && !touch(&l1d, t)
-                && !touch(g->l2d_ways ? &l2d : &l2, t))
+                && !touch(g->l2d_ways ? &l2d : &l2, t)) {
                 r.data_walks++;
+                if (by_page && step >= warm)
+                    by_page[x >> 15]++;
+            }
             continue;
         }
         uint32_t insns = x >> 1 & 0x3fff;
@@ -106,8 +110,11 @@ simulate(const uint32_t *rec, size_t n, const uint64_t *tag,
         r.fetches++;
         if (!touch(g->l1_2m_ways && (t & 3) == 2 ? &l1h : &l1, t)) {
             r.l1_misses++;
-            if (!touch(&l2, t))
+            if (!touch(&l2, t)) {
                 r.walks++;
+                if (by_page && step >= warm)
+                    by_page[x >> 15]++;
+            }
         }
         ran += insns;
         if (workers > 1 && ran >= quantum) {
