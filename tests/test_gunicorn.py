@@ -38,6 +38,11 @@ def test_every_process_is_huge_and_locked(every_python, images, tmp_path, preloa
         # One copy for all of them.
         outside.require_one_copy(texts)
 
+        # Not even what seeds a worker's random numbers comes after the fork.
+        if preload:
+            master, *workers = ({v.path for v in outside.smaps(pid)} for pid in family)
+            assert [paths - master for paths in workers] == [set()] * 4
+
         # One line at INFO, of the master; a worker says only what differs.
         ((pid, message),) = server.lines("INFO")
         assert pid == server.master

@@ -16,6 +16,7 @@ the names of hooks that it does not have yet.
 
 from __future__ import annotations
 
+import random
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,9 @@ def on_reload(server: Any) -> None:
 def _prime_before_forks(server: Any) -> None:
     expect_forks(server.num_workers)
     thaw()
+    # Workers seed the generator, which since CPython 3.13 loads a library: here it is there for all
+    # of them, and prime() finds nothing new in each.
+    random.Random(b"")
     collects = in_force() is not None and not server.cfg.preload_app
     if collects:  # before, too: what priming loads takes the room of what is freed
         collect_if_small()
