@@ -176,18 +176,23 @@ $(VENV)/.release: $(VENV)/.dev
 	$(PIP_INSTALL) -e ".[dev,release]"
 	touch $@
 
-# A third of what there would be to compile: others' tests, and what no test of ours imports.
-NOT_IMPORTED = /site-packages/(.*/tests|fontTools|mypyc?|pygments/lexers|textual)/
+# Nearly half of what there would be to compile: others' tests, and what no test of ours imports, or
+# pytest alone, which has copies of its own.
+NONE_IMPORTS = coverage|distlib|filelock|fontTools|hypothesis|mypyc?|nox|rich|textual|virtualenv
+NOT_IMPORTED = /site-packages/(.*/tests|$(NONE_IMPORTS)|$(PARTS))/
+PARTS = django/(conf/locale|contrib)|newrelic/hooks|numpy/(distutils|f2py)|pygments/lexers
+# Of uWSGI there are no wheels: it is built for this very interpreter, as fast as may be, and where
+# it can be, while pip, one process, has the other packages. pip would also compile their 9,000
+# modules one after the other; and each process of pytest rewrite the asserts of all tests.
 $(VENV)/.dev: $(VENV)/.created $(SOURCES)
-	$(PIP_INSTALL) --no-compile -e ".[dev]"
-	@# pip would compile 9,000 modules one after the other; pytest in each of its processes would
-	@# rewrite the asserts of all tests. uWSGI is built here for this very interpreter, as fast as
-	@# may be, and where it can be.
-	$(BIN)/python -m compileall -qq -j 0 -x '$(NOT_IMPORTED)' $(VENV)/lib & \
+	test -e $(BIN)/uwsgi || CFLAGS=-O0 UWSGI_PROFILE=buildconf/pyonly.ini $(BIN)/pip wheel \
+	    --no-deps --use-pep517 --no-cache-dir --wheel-dir $(VENV)/uwsgi uwsgi \
+	    >$(VENV)/uwsgi.log 2>&1 & \
+	    $(PIP_INSTALL) --no-compile -e ".[dev]" && wait && \
+	    { $(BIN)/python -m compileall -qq -j 0 -x '$(NOT_IMPORTED)' $(VENV)/lib & \
 	    $(BIN)/pytest --collect-only -qq >/dev/null 2>&1 & \
-	    CFLAGS=-O0 UWSGI_PROFILE=buildconf/pyonly.ini $(PIP_INSTALL) --no-cache-dir uwsgi \
-	    >$(VENV)/uwsgi.log 2>&1 || \
-	    echo "make: uWSGI is not built, its tests are skipped; why: $(VENV)/uwsgi.log" >&2; wait
+	    test -e $(BIN)/uwsgi || $(PIP_INSTALL) $(VENV)/uwsgi/*.whl >>$(VENV)/uwsgi.log 2>&1 || \
+	    echo "make: uWSGI is not built, its tests are skipped; why: $(VENV)/uwsgi.log" >&2; wait; }
 	touch $@
 
 clean:

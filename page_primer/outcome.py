@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import struct
+from _struct import Struct
 
 from page_primer._lean import Record
 from page_primer.kernel.anonymous import Use
@@ -30,8 +30,8 @@ class SegmentReport(Record):
 
 
 _KINDS = ("code", "rodata", "data")
-_FORM = struct.Struct("6Q")  # as SegmentReport has them
-_LEFT = struct.Struct("=HHQ")  # number of the segment, of the reason, bytes
+_FORM = Struct("6Q")  # as SegmentReport has them
+_LEFT = Struct("=HHQ")  # number of the segment, of the reason, bytes
 
 
 class Segments(tuple["SegmentReport", ...]):

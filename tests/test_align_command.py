@@ -117,6 +117,11 @@ def test_an_upgrade_is_noticed_and_mended(file: Path, library: Path) -> None:
     assert line.endswith("no longer aligned")
     assert command("--again").returncode == 0
     assert align.look(str(file)).state == ALIGNED
+    shutil.copy2(library, file.with_name("upgrade"))
+    os.replace(file.with_name("upgrade"), file)
+    assert command("--undo", file).stdout.startswith(f"{file}: not aligned")
+    assert not command("--check").stdout.count(str(file))  # nor looked after any longer
+    assert command(file).returncode == 0
     file.unlink()  # removed by its package: not an error
     done = command("--again")
     assert done.returncode == 0 and not done.stderr

@@ -91,7 +91,10 @@ def test_another_kind_of_file(tmp_path, at, value):
 
 
 def header_with(**changed):
-    return elf.FileHeader.parse(SMALL[: elf.HEADER.size])._replace(**changed).pack() + SMALL[elf.HEADER.size :]
+    return (
+        elf.FileHeader.parse(SMALL[: elf.HEADER.size])._replace(**changed).pack()
+        + SMALL[elf.HEADER.size :]
+    )
 
 
 def names_in_another_section(at):
@@ -120,6 +123,12 @@ def header_bytes(data):
     return data[header.e_phoff : header.e_phoff + header.e_phnum * header.e_phentsize]
 
 
+def read_all(found):
+    found.program_headers()
+    found.section_names(found.sections())
+    found.dynamic_strings(elf.DT_NEEDED)
+
+
 @pytest.mark.parametrize(
     ("data", "why"),
     [
@@ -136,10 +145,19 @@ def test_what_a_file_says_of_places_that_it_has_not(tmp_path, data, why):
     path = tmp_path / "file.so"
     path.write_bytes(data)
     with open(path, "rb") as file, pytest.raises(elf.Malformed, match=f"^{why}$"):
-        found = elf.File(file.fileno())
-        found.program_headers()
-        found.section_names(found.sections())
-        found.dynamic_strings(elf.DT_NEEDED)
+        read_all(elf.File(file.fileno()))
+
+
+def test_of_two_segments_in_one_page_the_later_is_there():
+    def load(flags, start, size):
+        return elf.ProgramHeader(elf.PT_LOAD, flags, start, start, start, size, size, 0x1000)
+
+    table = load(elf.PF_R | elf.PF_X, 0, 0x1800).pack() + load(elf.PF_R, 0x1800, 0x800).pack()
+    found = segments_of(table, 0x40000000, 0x1000)
+    assert [(s.start, s.end, s.file_end) for s in found] == [
+        (0x40000000, 0x40001000, 0x40001000),
+        (0x40001000, 0x40002000, 0x40002000),
+    ]
 
 
 def test_many_sections_that_are_the_whole_file(tmp_path):

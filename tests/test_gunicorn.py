@@ -199,7 +199,7 @@ def app(environ, start_response):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("preload", "env", "seen"),
-    [(False, {}, "[2]"), (True, {}, "[]"), (False, {"PAGE_PRIMER": "0"}, "[]")],
+    [(False, {}, "[2, 2]"), (True, {}, "[]"), (False, {"PAGE_PRIMER": "0"}, "[]")],
 )
 def test_the_master_collects_so_that_no_worker_has_to(python, images, tmp_path, preload, env, seen):
     """A full collection copies what a worker has inherited. A preloaded application is for `freeze`

@@ -21,6 +21,14 @@ PMD = outside.PMD
 THP = Path("/sys/kernel/mm/transparent_hugepage")
 ONLY_HEAP = {"remap": False, "mlock": False, "include": ["nothing"]}
 
+# What the doctor says of the heap in such a process.
+ADVICE = (
+    "from page_primer.heap.advice import advice\n"
+    "from page_primer.kernel.thp import pmd_size\n"
+    "from page_primer.options import Options\n"
+    "result = advice(Options(heap='all'), pmd_size())"
+)
+
 # Small objects that take so many MiB of arenas; freed, they leave them empty.
 FILL = (
     "head = bytes(range(200))\nfill = lambda mib: [head + b'%08d' % i for i in range(mib * 4096)]\n"
@@ -535,9 +543,26 @@ def test_the_allocator_that_is_not_glibcs_is_named(python, tmp_path):
         report = process.prime(heap="all", **ONLY_HEAP)["heap"]
         assert "malloc is jemalloc, left alone" in report["notes"]
         assert report["use"]["malloc_huge"] == 0
+        status, found, remedy = process.run(ADVICE)
+        assert (status, remedy) == ("ok", None) and "; malloc is jemalloc, left alone; " in found
     with Process(python, env={"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}) as process:
         report = process.prime(heap="all", **ONLY_HEAP)["heap"]
         assert "glibc advises malloc's memory itself" in report["notes"]
+        status, found, remedy = process.run(ADVICE)
+        assert (status, remedy) == ("ok", None)
+        assert found.startswith("all: ") and "; glibc advises malloc's memory itself; " in found
+
+
+def test_it_is_switched_off_again(python):
+    count = "from page_primer import _core\nresult = len(_core.arenas_regions())"
+    with Process(python) as process:
+        assert process.prime(heap="arenas", **ONLY_HEAP)["heap"]["reason"] is None
+        process.run(FILL + "kept = fill(8)")
+        assert process.run(count) > 0
+        assert process.prime(heap=False, **ONLY_HEAP)["heap"] is None
+        before = process.run(count)
+        process.run(FILL + "more = fill(16)")
+        assert process.run(count) == before
 
 
 @pytest.mark.parametrize("value", ["some", 2, "1.5"])

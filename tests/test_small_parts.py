@@ -10,7 +10,7 @@ import page_primer
 from page_primer import _lean, _loading, options, outcome, reasons, schema, survey, words
 from page_primer.elf.file import PF_R, PF_X
 from page_primer.elf.objects import Object, Segment
-from page_primer.heap import arenas, refusal
+from page_primer.heap import arenas, chunks, refusal
 from page_primer.kernel import credentials, limits, memlock, mounts, release, smaps, thp
 from page_primer.kernel.memory import Memory
 from page_primer.kernel.smaps import Mapping
@@ -183,3 +183,18 @@ def test_a_records_fields_are_what_it_takes() -> None:
     assert repr(Point(1)).endswith("(x=1, y=0)")
     with pytest.raises(TypeError, match="takes x, y"):
         Point(1, 2, 3)  # type: ignore[call-arg]
+
+
+def test_where_pagemap_is_closed_a_chunk_is_like_its_mapping() -> None:
+    def chunks_of(resident: int, shared: int = 0, swapped: int = 0) -> list[chunks.Chunk]:
+        details = f"\nRss: {resident >> 10} kB\nShared_Clean: {shared >> 10} kB\n"
+        details += f"Shared_Dirty: 0 kB\nSwap: {swapped >> 10} kB\n"
+        mapping = Mapping(0, 8 * MIB, "rw-p", 0, "00:00", 0, "[heap]", details)
+        return list(chunks._alike(mapping, 2 * MIB, 6 * MIB, 2 * MIB))
+
+    quarter_missing = [
+        chunks.Chunk(start, missing=MIB // 2, shared=MIB) for start in (2 * MIB, 4 * MIB)
+    ]
+    assert chunks_of(6 * MIB, shared=4 * MIB) == quarter_missing
+    assert chunks_of(4 * MIB) == []  # as much is missing as is there
+    assert chunks_of(6 * MIB, swapped=4096) == []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import struct
+from _struct import Struct
 
 from page_primer import _core
 from page_primer._lean import ours, suppress
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # Address, bytes, flags, and whose memory it is (_owner): so packed, what hundreds of locks take of
 # memory, in this process and in each child that looks at them, is a few pages.
-_FORM = struct.Struct("4Q")
+_FORM = Struct("4Q")
 
 
 class Mlocks:

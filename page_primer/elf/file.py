@@ -11,8 +11,8 @@ is what checks the outcome instead.
 from __future__ import annotations
 
 import os
-import struct
 import sys
+from _struct import Struct
 from itertools import takewhile
 
 from page_primer._lean import NamedTuple
@@ -33,11 +33,11 @@ SHT_GNU_VERSIONS = 0x6FFFFFFD, 0x6FFFFFFE, 0x6FFFFFFF  # verdef, verneed, versym
 SHF_ALLOC, SHF_EXECINSTR = 2, 4
 NT_GNU_BUILD_ID = 3
 
-HEADER = struct.Struct("=16sHHIQQQIHHHHHH")  # FileHeader
-PROGRAM_HEADER = struct.Struct("=IIQQQQQQ")  # ProgramHeader
-SECTION_HEADER = struct.Struct("=IIQQQQIIQQ")  # SectionHeader
-_DYNAMIC_ENTRY = struct.Struct("=qQ")  # d_tag, d_val
-_NOTE = struct.Struct("=III")  # n_namesz, n_descsz, n_type
+HEADER = Struct("=16sHHIQQQIHHHHHH")  # FileHeader
+PROGRAM_HEADER = Struct("=IIQQQQQQ")  # ProgramHeader
+SECTION_HEADER = Struct("=IIQQQQIIQQ")  # SectionHeader
+_DYNAMIC_ENTRY = Struct("=qQ")  # d_tag, d_val
+_NOTE = Struct("=III")  # n_namesz, n_descsz, n_type
 
 _IDENT = b"\x7fELF\x02" + (b"\x01" if sys.byteorder == "little" else b"\x02")
 DT_NEEDED, DT_STRTAB = 1, 5
@@ -180,7 +180,7 @@ class File:
             self._table(header.e_shoff, header.e_shentsize, header.e_shnum, SECTION_HEADER)
         )
 
-    def _table(self, offset: int, size: int, count: int, entry: struct.Struct) -> bytes:
+    def _table(self, offset: int, size: int, count: int, entry: Struct) -> bytes:
         if not offset or not count:
             return b""
         if size != entry.size:

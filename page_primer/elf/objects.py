@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from page_primer._lean import Record, replace
+from page_primer._lean import Record, replace, set_attribute
 from page_primer.elf.file import PF_R, PF_W, PF_X, PT_LOAD, PT_NULL, ProgramHeader
 from page_primer.reasons import Reason
 
@@ -19,6 +19,11 @@ class Range(Record):
 
     start: int
     end: int
+
+    def __init__(self, start: int, end: int) -> None:
+        # As Record does it, without its loop: each prime() makes a thousand.
+        set_attribute(self, "start", start)
+        set_attribute(self, "end", end)
 
     def __iter__(self) -> Iterator[int]:
         return iter((self.start, self.end))
@@ -50,6 +55,11 @@ class Region(Range):
     """A range with one protection (PF_R, perhaps with PF_X)."""
 
     flags: int
+
+    def __init__(self, start: int, end: int, flags: int) -> None:
+        set_attribute(self, "start", start)
+        set_attribute(self, "end", end)
+        set_attribute(self, "flags", flags)
 
 
 class Source(Record):

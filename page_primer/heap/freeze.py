@@ -23,6 +23,9 @@ def collect_if_small() -> None:
     What priming allocates brings the next full collection nearer. It would come in each child, as
     that loads the application, and copy what the child has inherited. In a large parent it takes
     long (half a second with two million objects), and freezing is for that.
+
+    What was freed lies between what is in use, and a child that allocates there copies a page for
+    a few bytes: so it is called before priming as well, which then fills these places.
     """
     # Where pymalloc is off none are counted.
     if gc.isenabled() and sys.getallocatedblocks() < _LARGE:

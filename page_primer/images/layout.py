@@ -21,8 +21,8 @@ so that section numbers keep their meaning.
 
 from __future__ import annotations
 
+import _struct
 import os
-import struct
 
 from page_primer._lean import Record, replace
 from page_primer.elf import file as elf
@@ -53,7 +53,7 @@ _COPY_BLOCK = 8 << 20  # bytes
 _HEADER_ROOM = 4096  # the kernel looks for a build-id in the first page only
 
 _BUILD_ID_SIZE = 20  # that of SHA-1, which tools expect
-_NOTE = struct.Struct(f"=III4s{_BUILD_ID_SIZE}s")
+_NOTE = _struct.Struct(f"=III4s{_BUILD_ID_SIZE}s")
 
 
 class CannotLayOut(Exception):
@@ -139,7 +139,7 @@ class Layout(Record):
                 self, file, for_debug_information(target, room - self.content_end)
             )
             head = self.head(file, end)
-        except (elf.Malformed, struct.error) as error:  # the latter of numbers that do not fit
+        except (elf.Malformed, _struct.error) as error:  # type: ignore[attr-defined]  # the latter: numbers too large
             raise CannotLayOut(f"not a well-formed ELF file: {error}") from error
         check_file_size(end + len(table))
         written = 0

@@ -32,6 +32,16 @@ def prime_and_log(logger: Logger | logging.Logger, options: Options | None = Non
     return report
 
 
+def in_force(options: Options | None = None) -> Options | None:
+    """The options given, or the environment's; None where all is off, or one of them is bad, which
+    prime_and_log() says."""
+    try:
+        options = options or Options.load()
+    except ValueError:
+        return None
+    return options if options.enabled else None
+
+
 def expect_forks(children: int) -> None:
     """In a parent: say how many processes it will fork, which share what memory is to be had."""
     from page_primer import family  # whose imports are for Linux alone
@@ -42,11 +52,8 @@ def expect_forks(children: int) -> None:
 def thaw(options: Options | None = None) -> None:
     """In a parent that has loaded its application, before it forks: have prime_and_log() freeze all
     of it, whatever was frozen before, if that is asked for."""
-    try:
-        options = options or Options.load()
-    except ValueError:  # which prime_and_log() says
-        return
-    if options.enabled and options.freeze:
+    options = in_force(options)
+    if options is not None and options.freeze:
         page_primer.on_process(lambda process: process.thaw())
 
 
@@ -59,11 +66,8 @@ def suggest_freeze(
     Args:
         preloaded: what it loaded for whom, for people.
     """
-    try:
-        options = options or Options.load()
-    except ValueError:  # as above
-        return
-    if options.enabled and not options.freeze and "freeze" not in options.explicit:
+    options = in_force(options)
+    if options is not None and not options.freeze and "freeze" not in options.explicit:
         say(logger.info, "freeze_suggested", f"{preloaded}: {FREEZE_REMEDY}; =0: no such line")
 
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from page_primer.heap.freeze import collect_if_small
 from page_primer.integrations import (
     expect_forks,
+    in_force,
     prime_and_log,
     suggest_freeze,
     thaw,
@@ -51,8 +52,11 @@ def on_reload(server: Any) -> None:
 def _prime_before_forks(server: Any) -> None:
     expect_forks(server.num_workers)
     thaw()
+    collects = in_force() is not None and not server.cfg.preload_app
+    if collects:  # before, too: what priming loads takes the room of what is freed
+        collect_if_small()
     report = prime_and_log(server.log)
-    if report.reason is None and not server.cfg.preload_app:
+    if collects and report.reason is None:
         collect_if_small()
 
 

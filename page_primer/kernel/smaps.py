@@ -7,8 +7,8 @@ is mapped by a PMD entry, not what was advised (Linux, Documentation/filesystems
 from __future__ import annotations
 
 import os
-import struct
 import sys
+from _struct import Struct
 
 from page_primer._lean import is_ours
 
@@ -162,7 +162,7 @@ class Mappings(_Sequence):
             low += 1
 
 
-_ROW = struct.Struct("=4Q4I")
+_ROW = Struct("=4Q4I")
 
 
 def read_maps(pid: int | str = "self") -> Sequence[Mapping]:

@@ -1,0 +1,160 @@
+"""Parts of `page-primer align` that its command comes to seldom, with real files."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+from harness.outside import PMD
+
+from page_primer import _core
+from page_primer.align import files, replace, targets, trial
+from page_primer.align.aligned import aligned_span
+from page_primer.align.original import Refused
+from page_primer.elf.file import PF_R, PF_W, PF_X, ProgramHeader
+
+PT_LOAD = 1
+NOBODY = 65534
+
+
+def test_a_file_without_a_huge_page_of_code(tmp_path: Path) -> None:
+    path = tmp_path / "small.so"
+    path.write_bytes(Path(_core.__file__).read_bytes())
+    with pytest.raises(Refused, match="no whole huge page of code"):
+        files.align(str(path), python=None)
+    assert os.listdir(tmp_path) == ["small.so"]
+
+
+def test_read_only_memory_beyond_the_file_ends_a_span() -> None:
+    def load(start: int, size: int, memory: int, flags: int = PF_R | PF_X) -> ProgramHeader:
+        return ProgramHeader(PT_LOAD, flags, start, start, start, size, memory, PMD)
+
+    def span(*loads: ProgramHeader) -> tuple[int, int] | None:
+        return aligned_span(b"".join(each.pack() for each in loads), PMD)
+
+    half = PMD // 2
+    assert span(load(0, half, half), load(half, half, half)) == (0, PMD)
+    # What the file does not fill is no page of it: no huge page reaches across.
+    assert span(load(0, half - 4096, half), load(half, half, half)) is None
+    assert span(load(0, PMD, PMD), load(PMD, half, half, PF_R | PF_W)) == (0, PMD)
+
+
+@pytest.mark.parametrize("kind", ["link", "directory", "fifo"])
+def test_what_lies_where_the_new_file_goes_stays(kind: str, tmp_path: Path) -> None:
+    new = tmp_path / "new"
+    if kind == "link":
+        new.symlink_to(tmp_path / "elsewhere")
+    elif kind == "directory":
+        new.mkdir()
+    else:
+        os.mkfifo(new)
+    with pytest.raises(Refused, match=f"^{new} is in the way$"):
+        replace._create(str(new))
+    assert os.listdir(tmp_path) == ["new"]
+
+
+def test_what_a_killed_process_has_left_is_replaced(tmp_path: Path) -> None:
+    new = tmp_path / "new"
+    new.write_bytes(b"left")
+    fd = replace._create(str(new))
+    try:
+        assert os.fstat(fd).st_size == 0
+        # While its lock is held it is nobody else's to remove.
+        with pytest.raises(Refused, match=f"^{replace.BUSY}$"):
+            replace._create(str(new))
+        assert os.path.samestat(os.fstat(fd), new.stat())
+    finally:
+        os.close(fd)
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Iterator[tuple[int, int]]:
+    """Descriptors of two files, old and new."""
+    with ExitStack() as stack:
+        fds = []
+        for name in ("old", "new"):
+            fds.append(os.open(tmp_path / name, os.O_RDWR | os.O_CREAT, 0o600))
+            stack.callback(os.close, fds[-1])
+        yield fds[0], fds[1]
+
+
+@contextmanager
+def as_nobody() -> Iterator[None]:
+    os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def set_attribute(fd: int, name: str, value: bytes) -> None:
+    try:
+        os.setxattr(fd, name, value)
+    except OSError as error:
+        if error.errno not in (errno.ENOTSUP, errno.EPERM):
+            raise
+        pytest.skip(f"the file system of temporary files has no attribute {name}")
+
+
+def attributes(fd: int) -> dict[str, bytes]:
+    return {name: os.getxattr(fd, name) for name in os.listxattr(fd)}
+
+
+def test_attributes_are_copied(two: tuple[int, int]) -> None:
+    old, new = two
+    os.fchmod(old, 0o750)
+    os.utime(old, ns=(1_000_000_007, 2_000_000_009))
+    set_attribute(old, "user.same", b"1")
+    set_attribute(new, "user.same", b"1")
+    set_attribute(old, "user.other", b"2")
+    set_attribute(new, "user.other", b"3")
+    set_attribute(new, "user.more", b"4")
+    replace.copy_attributes(old, new)
+    assert attributes(new) == attributes(old)
+    assert attributes(new)["user.other"] == b"2"
+    status = os.fstat(new)
+    assert stat.S_IMODE(status.st_mode) == 0o750
+    assert (status.st_atime_ns, status.st_mtime_ns) == (1_000_000_007, 2_000_000_009)
+
+
+@pytest.mark.root("act as another user")
+def test_an_owner_that_cannot_be_kept(two: tuple[int, int]) -> None:
+    old, new = two
+    os.fchown(new, NOBODY, NOBODY)
+    with as_nobody(), pytest.raises(Refused, match="its owner cannot be kept"):
+        replace.copy_attributes(old, new)
+    assert os.fstat(new).st_uid == NOBODY
+
+
+@pytest.mark.root("act as another user")
+def test_an_attribute_that_cannot_be_kept(two: tuple[int, int]) -> None:
+    old, new = two
+    for fd in two:
+        os.fchown(fd, NOBODY, NOBODY)
+    set_attribute(old, "security.page_primer_test", b"1")
+    with as_nobody(), pytest.raises(Refused, match=r"attribute security\.page_primer_test cannot"):
+        replace.copy_attributes(old, new)
+
+
+def test_a_file_system_without_attributes() -> None:
+    with open("/proc/self/comm", "rb") as file:
+        assert replace._attributes(file.fileno()) == []
+
+
+def test_libraries_of_a_directory_with_a_link_to_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "a.so").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "b.so").write_bytes(bytes(100))
+    (tmp_path / "c.so.1").symlink_to("b.so")
+    assert list(targets.libraries([str(tmp_path)], smallest=100)) == [str(tmp_path / "b.so")]
+    assert list(targets.libraries([str(tmp_path)], smallest=101)) == []
+
+
+def test_what_a_program_needs_that_cannot_be_read(tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text("not ELF")
+    assert trial._needed(str(text)) == trial._needed(str(tmp_path / "nowhere")) == []
