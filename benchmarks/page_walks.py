@@ -1,7 +1,7 @@
 """Page walks of a workload, by trace: on 4 KiB pages, by rules, and with what each variant obtains.
 
     python benchmarks/page_walks.py [--work flask|django|dataframe|sklearn] [--python P]
-                                    [--loops N] [--json FILE]
+                                    [--loops N] [--json FILE] [--shares ARENAS,HEAP ...]
 
 Needs no hardware counters. The workload runs natively, for its address space; under QEMU with
 tlb/pagetrace.c, which records the sequence of pages that instructions are fetched from and data
@@ -13,9 +13,10 @@ four on the first core (the JSON has the others).
 
 Pages of files are told by their place in the object; anonymous memory by its kind (arenas, brk
 heap, other), of which the share counts that the variant has on huge pages at the end of the last
-iteration. Only user code counts; true LRU, no prefetch, no wrong-path fetch; QEMU has AVX2, not
-AVX-512. Packages that a workload needs and the Python does not have are installed into a virtual
-environment that lasts as long as this does.
+iteration; with --shares so much of arenas and [heap], in per cent, as benchmarks/heap.py finds it
+in a server's worker. Only user code counts; true LRU, no prefetch, no wrong-path fetch; QEMU has
+AVX2, not AVX-512. Packages that a workload needs and the Python does not have are installed into a
+virtual environment that lasts as long as this does.
 """
 
 from __future__ import annotations
@@ -186,8 +187,10 @@ def snapshots(command: list[str], listed: str, directory: Path, preload: Path):
     return found
 
 
-def policies(trace: Trace, found: dict[str, Snapshot], everything: set[int]) -> dict[str, Any]:
-    """Tags by name: 4 KiB pages, rules, and what the variants obtained."""
+def policies(
+    trace: Trace, found: dict[str, Snapshot], everything: set[int], asked: list[str]
+) -> dict[str, Any]:
+    """Tags by name: 4 KiB pages, rules, shares that were asked for, what the variants obtained."""
     native = found["off"]
     tags = {
         "4 KiB pages": trace.tags(native, native, set(), {}),
@@ -195,6 +198,10 @@ def policies(trace: Trace, found: dict[str, Snapshot], everything: set[int]) -> 
         "all spans": trace.tags(native, native, everything, {}),
         "all spans and heap": trace.tags(native, native, everything, dict.fromkeys(KINDS, 1.0)),
     }
+    for text in asked:
+        arenas, heap = (float(word) / 100 for word in text.split(","))
+        shares = {"arena": arenas, "brk": heap}
+        tags[f"all spans, heap {text} %"] = trace.tags(native, native, everything, shares)
     for name, space in found.items():
         files = [area for area in space.areas if area.path.startswith(("/", "/memfd:"))]
         huge = {chunk for area in files for chunk in area.huge_chunks}
@@ -269,6 +276,8 @@ def main() -> None:
     parser.add_argument("--python", default=sys.executable)
     parser.add_argument("--loops", type=int, default=20, help="iterations that are traced")
     parser.add_argument("--variants", default=VARIANTS, help="as page-primer bench has them")
+    parser.add_argument("--shares", nargs="*", default=[], metavar="ARENAS,HEAP",
+                        help="rows with so much on huge pages, per cent")  # fmt: skip
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     measured = commit()  # now: files may change while it runs
@@ -284,7 +293,7 @@ def main() -> None:
         trace = Trace(directory, simulator)
         everything = spans(found["off"])
         places = trace.places(found["off"], everything)
-        tags = policies(trace, found, everything)
+        tags = policies(trace, found, everything, options.shares)
         rows = replay(trace, tags, places, simulator, options.loops)
     code = [number for number, visits in enumerate(trace.visits) if visits]
     print(f"{options.work}: {sum(trace.instructions) / options.loops / 1e6:.2f} M instructions an "

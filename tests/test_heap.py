@@ -14,6 +14,7 @@ from harness.gunicorn_server import Gunicorn
 from harness.process import Process
 
 from page_primer import reasons
+from page_primer.heap.driver import growth_allowed
 
 MIB = 1 << 20
 PMD = outside.PMD
@@ -117,6 +118,15 @@ def end_of_heap(process):
 
 
 GROW = "blocks = [bytes(3000 + i % 2) for i in range({})]\n"
+
+
+def test_how_much_collapses_may_add():
+    """1.5 % or a quarter of a huge page; twice and four times as much where `all` is asked for."""
+    for mode in ("arenas", "auto"):
+        assert growth_allowed(mode, 10 * MIB, PMD) == PMD // 4
+        assert growth_allowed(mode, 1000 * MIB, PMD) == 15 * MIB
+    assert growth_allowed("all", 10 * MIB, PMD) == PMD
+    assert growth_allowed("all", 1000 * MIB, PMD) == 30 * MIB
 
 
 def test_the_heap_ends_where_a_huge_page_does(every_python):

@@ -23,9 +23,10 @@ if TYPE_CHECKING:
     from page_primer.kernel.smaps import Mapping
     from page_primer.options import Options
 
-# All collapses together may add so much to what is resident: a share of it, or a quarter of a huge
-# page. (Half of one is, on average, free in the last region.)
-_GROWTH = 0.015
+# All collapses together may add so much to what is resident: a share of it, or a part of a huge
+# page, whichever is more. (Half of one is, on average, free in the last region.)
+_GROWTH = {"all": (0.03, 1.0)}
+_GROWTH_OF_OTHERS = 0.015, 0.25
 
 # How often a process moves its break to the end of a huge page: before its application is loaded
 # and after, and when libraries arrive late. Each may cost a quarter of a megabyte of addresses.
@@ -160,10 +161,9 @@ class Heap:
             low, high = chunks.within(mapping, huge)
             if low < high and "hg" not in mapping.flags:
                 chunks.advise(low, high)
-        growth = max(huge // 4, int(_GROWTH * smaps.total(mappings, "Rss")))
-        growth = max(
-            0, growth - self.grown
-        )  # a fork has less than its parent: what is free is free
+        growth = growth_allowed(options.heap, smaps.total(mappings, "Rss"), huge)
+        # A fork has less than its parent: what is free is free.
+        growth = max(0, growth - self.grown)
         found = chunks.candidates(wanted, huge)
         if not options.heap_unshare:
             growth = min(growth, room)
@@ -175,6 +175,12 @@ class Heap:
 
     def _is_arena(self) -> _IsArena:
         return _IsArena([*self.older, *_regions()])
+
+
+def growth_allowed(mode: str | bool | None, resident: int, huge: int) -> int:
+    """How much collapses may add to so much resident memory; bytes."""
+    share, of_page = _GROWTH.get(str(mode), _GROWTH_OF_OTHERS)
+    return max(int(of_page * huge), int(share * resident))
 
 
 class _IsArena:
