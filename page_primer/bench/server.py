@@ -107,11 +107,6 @@ class Process:
         self._tree.stop()
         self._output.close()
 
-    @property
-    def pid(self) -> int:
-        assert self._process is not None
-        return self._process.pid
-
     def ended(self) -> str | None:
         """How it ended, with the last line of its output; None while it runs."""
         assert self._process is not None
