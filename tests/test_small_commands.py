@@ -16,7 +16,6 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from harness.launched import RUN
 from harness.servers import wait_for
 
 import page_primer
@@ -424,7 +423,8 @@ def test_a_program_that_is_being_written_cannot_be_started(tmp_path):
     path = tmp_path / "program"
     shutil.copy(shutil.which("true"), path)
     with path.open("r+b"):
-        done = subprocess.run([*RUN, str(path)], capture_output=True, text=True, timeout=100)
+        words = [sys.executable, "-m", "page_primer", "run", "--", str(path)]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=100)
     assert done.stderr == f"page-primer: {path}: Text file busy\n"
     assert done.returncode == 126
 
