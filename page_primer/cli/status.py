@@ -46,6 +46,7 @@ _BAR, _SHORT_BAR = 16, 10  # characters
 _NARROW = 100  # columns of a terminal
 _MOST = 40  # lines for other processes
 _LARGE = 1 << 20  # bytes of code
+_PIECE = 1.0  # seconds that are waited at a time
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -126,7 +127,8 @@ def _watch(given: argparse.Namespace) -> int:
             print("\n".join([*_screen(given, found), ""]), flush=True)
         until = time.monotonic() + given.interval
         while (left := until - time.monotonic()) > 0:
-            if signal.sigtimedwait([signal.SIGWINCH], left) and draws:
+            # In pieces: a Ctrl-C that comes just before it does not end it.
+            if signal.sigtimedwait([signal.SIGWINCH], min(left, _PIECE)) and draws:
                 break  # the terminal has another size
     if not seen:
         return _show_once(given)
