@@ -39,7 +39,7 @@ class Samples:
 def same_samples(expected: Samples, seen: Samples) -> Verdict:
     """99 % as many of the resolvable samples are resolved, and to the same symbols: by address in
     the files' own tables, and the hot ones by name. perf itself names a few in a thousand otherwise
-    than the tables do, where functions overlap; five of a few hundred are no share."""
+    than the tables do, where functions overlap."""
     shares = [found.resolved / max(found.resolvable, 1) for found in (expected, seen)]
     numbers = (
         f"{seen.resolved} of {seen.resolvable} samples named ({expected.resolved} of "
@@ -47,7 +47,7 @@ def same_samples(expected: Samples, seen: Samples) -> Verdict:
     )
     if shares[1] < 0.99 * shares[0]:
         return Verdict(CANNOT, numbers)
-    if seen.wrong > max(expected.wrong, 0.01 * seen.resolvable, 5):
+    if seen.wrong > max(expected.wrong, 0.01 * seen.resolvable):
         return Verdict(CANNOT, f"{numbers}, {seen.wrong} wrongly")
     hot = hottest(expected.names, expected.resolvable)
     missing = hot - set(seen.names)
