@@ -32,7 +32,7 @@ class Samples:
     total: int = 0
     resolvable: int = 0  # by the symbol tables of the objects' own files
     resolved: int = 0  # of these
-    wrong: int = 0  # of these, named otherwise than in the tables
+    wrong: Counter[str] = field(default_factory=Counter)  # of these, named otherwise than there
     names: Counter[str] = field(default_factory=Counter)  # of the resolvable ones
 
 
@@ -47,8 +47,8 @@ def same_samples(expected: Samples, seen: Samples) -> Verdict:
     )
     if shares[1] < 0.99 * shares[0]:
         return Verdict(CANNOT, numbers)
-    if seen.wrong > max(expected.wrong, 0.01 * seen.resolvable):
-        return Verdict(CANNOT, f"{numbers}, {seen.wrong} wrongly")
+    if seen.wrong.total() > max(expected.wrong.total(), 0.01 * seen.resolvable):
+        return Verdict(CANNOT, f"{numbers}, wrongly {dict(seen.wrong)}")
     hot = hottest(expected.names, expected.resolvable)
     missing = hot - set(seen.names)
     if missing:
@@ -136,7 +136,8 @@ def samples_of(target: Target, *scope: str, first: str = "") -> Samples:
             samples.names[name] += 1
         if known and name != "[unknown]":
             samples.resolved += 1
-            samples.wrong += name.partition("@")[0] not in known
+            if name.partition("@")[0] not in known:
+                samples.wrong[f"{name} for {', '.join(sorted(known))}"] += 1
     if samples.total < 100:
         raise Failed(
             last_line(record.said) if not samples.total else f"only {samples.total} samples"
