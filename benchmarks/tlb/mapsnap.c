@@ -1,8 +1,9 @@
 /* mapsnap.c - LD_PRELOAD library: after a call of
  * clock_gettime(CLOCK_PROCESS_CPUTIME_ID), write to $PAGE_WALKS_MAPS how many of
- * them there were, where pymalloc's arenas are, and a copy of /proc/self/smaps. So the last call's is what remains: at exit the interpreter
- * has freed much of what the workload used. Used for both the native reference
- * run and the traced run, so that it disturbs both layouts alike. */
+ * them there were, where pymalloc's arenas are, and a copy of /proc/self/smaps.
+ * So the last call's is what remains: at exit the interpreter has freed much of
+ * what the workload used. Used for both the native reference run and the traced
+ * run, so that it disturbs both layouts alike. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <fcntl.h>

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 # All collapses together may add so much to what is resident: a share of it, or a part of a huge
 # page, whichever is more. (Half of one is, on average, free in the last region.)
-_GROWTH = {"all": (0.03, 1.0)}
-_GROWTH_OF_OTHERS = 0.015, 0.25
+_GROWTH = 0.015, 0.25
+_GROWTH_OF_ALL = 0.03, 1.0  # where `all` is asked for
 
 # How often a process moves its break to the end of a huge page: before its application is loaded
 # and after, and when libraries arrive late. Each may cost a quarter of a megabyte of addresses.
@@ -179,7 +179,7 @@ class Heap:
 
 def growth_allowed(mode: str | bool | None, resident: int, huge: int) -> int:
     """How much collapses may add to so much resident memory; bytes."""
-    share, of_page = _GROWTH.get(str(mode), _GROWTH_OF_OTHERS)
+    share, of_page = _GROWTH_OF_ALL if mode == "all" else _GROWTH
     return max(int(of_page * huge), int(share * resident))
 
 

@@ -53,10 +53,12 @@ def on_reload(server: Any) -> None:
 def _prime_before_forks(server: Any) -> None:
     expect_forks(server.num_workers)
     thaw()
-    # Workers seed the generator, which since CPython 3.13 loads a library: here it is there for all
-    # of them, and prime() finds nothing new in each.
-    random.Random(b"")
-    collects = in_force() is not None and not server.cfg.preload_app
+    primes = in_force() is not None
+    if primes:
+        # Workers seed the generator, which since CPython 3.13 loads a library: here it is there for
+        # all of them, and prime() finds nothing new in each.
+        random.Random(b"")
+    collects = primes and not server.cfg.preload_app
     if collects:  # before, too: what priming loads takes the room of what is freed
         collect_if_small()
     report = prime_and_log(server.log)
