@@ -13,7 +13,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 
 import pytest
 from harness.servers import wait_for
@@ -229,10 +228,9 @@ def test_a_server_with_a_certificate_that_nobody_knows(tmp_path):
 def test_a_load_generator_that_does_not_end(monkeypatch):
     monkeypatch.setattr(load, "_SECONDS", 0.1)
     helpers = set()
-    began = time.monotonic()
     with pytest.raises(CutShort, match="no answer to all requests within 0 s"):
         load.run_helper(["sleep", "100"], helpers)
-    assert helpers == set() and time.monotonic() - began < 90
+    assert helpers == set()
 
 
 @pytest.mark.skipif(not shutil.which(load.H2LOAD), reason="h2load is not installed")
