@@ -21,6 +21,7 @@ from harness.placement import require_executable
 from harness.probes import PROBES, UNPRIMED, WORKS, Failed, NotHere, Shape, Target, cores, perf
 from harness.probes.commands import gdb
 from harness.probes.gdb import frames_of
+from harness.probes.symbols import debug_file
 from harness.process import Process, interpreter
 
 pytestmark = [
@@ -169,14 +170,6 @@ def unprimed(targets):
     return look
 
 
-def has_debug_file(pid):
-    """Whether the debug information of a process's program is installed apart from it."""
-    said = subprocess.run(["readelf", "-nW", f"/proc/{pid}/exe"], capture_output=True,
-                          text=True, check=True).stdout  # fmt: skip
-    found = re.search(r"Build ID: (\w\w)(\w+)", said)
-    return found and Path(f"/usr/lib/debug/.build-id/{found[1]}/{found[2]}.debug").exists()
-
-
 @pytest.mark.parametrize(
     ("form", "way", "name"),
     [(form, way, name) for form, way, names in CASES for name in names],
@@ -186,7 +179,11 @@ def test_the_tool_sees_what_it_sees_unprimed(targets, unprimed, form, way, name)
     target = targets(form, way, PROBES[name].late)
     seen = PROBES[name].look(target)
     verdict = PROBES[name].judge(expected, seen)
-    if verdict.mark != WORKS and name == "pystack remote --native" and has_debug_file(target.pid):
+    if (
+        verdict.mark != WORKS
+        and name == "pystack remote --native"
+        and debug_file(f"/proc/{target.pid}/exe")
+    ):
         pytest.skip(
             "debug information by build-id (a -dbg package): pystack has it of the file alone"
         )

@@ -19,7 +19,7 @@ from elftools.elf.elffile import ELFFile
 from harness import outside
 from harness.probes.commands import last_line, run, tool
 from harness.probes.registry import probe
-from harness.probes.symbols import FUNCTION, symbols
+from harness.probes.symbols import FUNCTION, debug_file, symbols
 from harness.probes.target import Failed, Target
 from harness.probes.verdicts import CANNOT, WORKS, Verdict, hottest
 from harness.recording import recording
@@ -33,6 +33,7 @@ class Samples:
     resolvable: int = 0  # by the symbol tables of the objects' own files
     resolved: int = 0  # of these
     wrong: Counter[str] = field(default_factory=Counter)  # of these, named otherwise than there
+    # or in debug information that is installed: libc6-dbg has pthread_self as __GI___pthread_self
     names: Counter[str] = field(default_factory=Counter)  # of the resolvable ones
 
 
@@ -70,15 +71,19 @@ def functions(path: str, _mtime: int) -> list[tuple[int, int, str]]:
 
 
 class Symbols:
-    """The functions of a process by address, read from its objects' own files."""
+    """The functions of a process by address, read from its objects' own files; or, with `debug`,
+    from the debug information of these that is installed, which has more of them and more names."""
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int, *, debug: bool = False) -> None:
         found: dict[tuple[int, int], set[str]] = {}
         vmas = outside.smaps(pid)
         for path in {v.path for v in vmas if v.path.startswith("/") and "w" in v.perms}:
             with contextlib.suppress(Exception):
                 bias = outside.load_bias(path, vmas)
-                for start, end, name in functions(path, os.stat(path).st_mtime_ns):
+                file = debug_file(path) if debug else path
+                if file is None:
+                    continue
+                for start, end, name in functions(str(file), os.stat(file).st_mtime_ns):
                     found.setdefault((bias + start, bias + end), set()).add(name)
         self._ranges = sorted(found.items())
         self._starts = [key[0] for key, _ in self._ranges]
@@ -122,7 +127,8 @@ def samples_of(target: Target, *scope: str, first: str = "") -> Samples:
     script = run(tool("perf"), "--buildid-dir", str(BUILD_IDS), "script", "-i", str(data),
                  "--pid", str(target.pid), "-F", "ip,sym,dso", "--show-mmap-events")  # fmt: skip
     data.unlink(missing_ok=True)
-    symbols, samples = Symbols(target.pid), Samples()
+    symbols, debug = Symbols(target.pid), Symbols(target.pid, debug=True)
+    samples = Samples()
     confused = of_several_files(script)
     for line in script.splitlines():
         found = re.match(r"\s*([0-9a-f]+) (.+?) \((.*)\)\s*$", line)
@@ -136,7 +142,7 @@ def samples_of(target: Target, *scope: str, first: str = "") -> Samples:
             samples.names[name] += 1
         if known and name != "[unknown]":
             samples.resolved += 1
-            if name.partition("@")[0] not in known:
+            if name.partition("@")[0] not in known | debug.at(address):
                 samples.wrong[f"{name} for {', '.join(sorted(known))}"] += 1
     if samples.total < 100:
         raise Failed(
