@@ -46,14 +46,14 @@ demo-celery: $(VENV)/.demo-celery
 	tools/system-packages redis-server:redis-server
 	$(BIN)/python examples/celery/demo.py
 
-test: $(VENV)/.dev
+test: $(VENV)/.test
 	tools/system-packages gdb:gdb ps:procps setpriv:util-linux readelf:binutils \
 	    redis-server:redis-server perf:linux-perf valgrind:valgrind nsenter:util-linux $(PIE) \
 	    ld.lld:lld ld.gold:binutils-gold mold:mold musl-gcc:musl-tools eu-addr2line:elfutils \
 	    fakeroot:fakeroot chattr:e2fsprogs h2load:nghttp2-client vmtouch:vmtouch git:git
 	$(PARALLEL) $(TESTS)
 
-test-fast: $(VENV)/.dev
+test-fast: $(VENV)/.test
 	$(PARALLEL) -m "not slow" $(TESTS)
 
 coverage: $(VENV)/.dev
@@ -100,10 +100,10 @@ changelog: $(VENV)/.release
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir build/docs
 
-drawing: $(VENV)/.dev
+drawing: $(VENV)/.test
 	$(BIN)/python tools/address_space --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')"
 
-bench: $(VENV)/.dev
+bench: $(VENV)/.test
 	$(BIN)/python benchmarks/prime_cost.py
 	$(BIN)/python benchmarks/start_cost.py
 	$(if $(AGAINST),$(BIN)/python benchmarks/against.py $(AGAINST))
@@ -113,20 +113,20 @@ bench: $(VENV)/.dev
 	    $(BIN)/python benchmarks/page_walks.py --work $$work --loops 4 || exit 1; done
 	$(BIN)/python benchmarks/throughput.py --minutes 3
 
-bench-pressure: $(VENV)/.dev
+bench-pressure: $(VENV)/.test
 	tools/system-packages vmtouch:vmtouch perf:linux-perf redis-server:redis-server
 	$(PIP_INSTALL) -e ".[test,bench]"
 	$(BIN)/python benchmarks/pressure.py --celery --plot docs/pressure
 
-environments: $(VENV)/.dev
+environments: $(VENV)/.test
 	tools/system-packages gcc:build-essential unshare:util-linux
 	$(BIN)/python tools/environments $(if $(GUEST),--guest $(GUEST))
 
-sanitize: $(VENV)/.dev
+sanitize: $(VENV)/.test
 	tools/system-packages gcc:build-essential setarch:util-linux python3-dbg:python3-dbg
 	$(BIN)/python tools/sanitize
 
-fuzz: $(VENV)/.dev
+fuzz: $(VENV)/.test
 	-$(PIP_INSTALL) atheris  # has wheels for some versions only; tools/fuzz does without
 	$(BIN)/python tools/fuzz $(FUZZ)
 
@@ -136,7 +136,7 @@ DEBIAN = $(notdir $(realpath /usr/bin/python3))
 ARCHIVE = $(DEBIAN:python%=config-%)-$(shell uname -m)-linux-gnu/lib$(DEBIAN)-pic.a
 PIE = $(if $(DEBIAN),/usr/lib/$(DEBIAN)/$(ARCHIVE):lib$(DEBIAN)-dev)
 
-tools-matrix: $(VENV)/.dev
+tools-matrix: $(VENV)/.test
 	tools/system-packages gdb:gdb perf:linux-perf valgrind:valgrind nsenter:util-linux \
 	    debootstrap:debootstrap needrestart:needrestart eu-stack:elfutils lldb:lldb $(PIE) \
 	    /usr/share/gdb/auto-load/usr/bin/$(DEBIAN)-gdb.py:$(DEBIAN)-dbg
@@ -184,15 +184,20 @@ PARTS = django/(conf/locale|contrib)|newrelic/hooks|numpy/(distutils|f2py)|pygme
 # Of uWSGI there are no wheels: it is built for this very interpreter, as fast as may be, and where
 # it can be, while pip, one process, has the other packages. pip would also compile their 9,000
 # modules one after the other; and each process of pytest rewrite the asserts of all tests.
-$(VENV)/.dev: $(VENV)/.created $(SOURCES)
+$(VENV)/.test: $(VENV)/.created $(SOURCES)
 	test -e $(BIN)/uwsgi || CFLAGS=-O0 UWSGI_PROFILE=buildconf/pyonly.ini $(BIN)/pip wheel \
 	    --no-deps --use-pep517 --no-cache-dir --wheel-dir $(VENV)/uwsgi uwsgi \
 	    >$(VENV)/uwsgi.log 2>&1 & \
-	    $(PIP_INSTALL) --no-compile -e ".[dev]" && wait && \
+	    $(PIP_INSTALL) --no-compile -e ".[test]" && wait && \
 	    { $(BIN)/python -m compileall -qq -j 0 -x '$(NOT_IMPORTED)' $(VENV)/lib & \
 	    $(BIN)/pytest --collect-only -qq >/dev/null 2>&1 & \
 	    test -e $(BIN)/uwsgi || $(PIP_INSTALL) $(VENV)/uwsgi/*.whl >>$(VENV)/uwsgi.log 2>&1 || \
 	    echo "make: uWSGI is not built, its tests are skipped; why: $(VENV)/uwsgi.log" >&2; wait; }
+	touch $@
+
+# Linters take 200 MB, and no test needs them.
+$(VENV)/.dev: $(VENV)/.test
+	$(PIP_INSTALL) -e ".[dev]"
 	touch $@
 
 clean:
