@@ -145,6 +145,8 @@ def on_process(action: Callable[[Process], Report]) -> Report:
             return _alone(action)
     except ImportError as error:  # built without its C core
         refused = Refusal(reasons.NOT_AVAILABLE, str(error))
+    except reasons.Declined as why:
+        refused = why.refusal
     except MemoryError:
         refused = Refusal(reasons.TOO_LITTLE_MEMORY, "MemoryError")
     except Exception as error:
@@ -161,7 +163,7 @@ def on_process(action: Callable[[Process], Report]) -> Report:
 
 def _prime(process: Process, options: Options, loaded: bool) -> Report:
     # The heap may be here since before it was known how many processes there will be.
-    refused = _too_little_memory() if loaded and process.options is None else None
+    refused = _no_room() if loaded and process.options is None else None
     return _nothing_done(refused.reason, refused.detail) if refused else process.prime(options)
 
 
@@ -200,7 +202,7 @@ def _load() -> Refusal | None:
     if _process is not None:
         return None
     with Loading():
-        refused = _too_little_memory()
+        refused = _no_room()
         if refused is None:
             from page_primer.apply.process import process  # not for `import page_primer`
 
@@ -208,13 +210,14 @@ def _load() -> Refusal | None:
         return refused
 
 
-def _too_little_memory() -> Refusal | None:
+def _no_room() -> Refusal | None:
     """The modules that prime take a few megabytes themselves, which may be the last ones; and more
-    in each process that is to be forked."""
+    in each process that is to be forked. Mappings may be the last ones as well."""
     with Loading():  # not for `import page_primer`
         from page_primer import family
         from page_primer.kernel import memory
 
+    memory.require_mappings()
     found = family.shortage(working=0 if _process else memory.WORKING)
     if found is None:
         return None

@@ -27,12 +27,21 @@ class Refusal(Record):
         return f"{self.reason}: {self.detail}" if self.detail else self.reason
 
 
+class Declined(Exception):
+    """Nothing was done, for a `refusal`."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(str(refusal))
+        self.refusal = refusal
+
+
 # Nothing was done for the process.
 SWITCHED_OFF = Reason("switched off")
 INVALID_OPTION = Reason("invalid option")
 NOT_SUPPORTED = Reason("not supported here")
 NOT_AVAILABLE = Reason("not available here")
 TOO_LITTLE_MEMORY = Reason("too little memory")
+TOO_MANY_MAPPINGS = Reason("too many mappings")
 IN_SIGNAL_HANDLER = Reason("called by a signal handler while it was under way")
 ANOTHER_CALL = Reason("another call has not ended")
 CUT_OFF = Reason("forked while another thread loaded page-primer")

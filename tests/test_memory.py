@@ -4,11 +4,15 @@ import json
 import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack
 
 import pytest
 from harness import outside
 from harness.cgroup import Cgroup
+from harness.environments import Made, Unavailable
 from harness.gunicorn_server import Gunicorn, require_no_failure
+from harness.hostile_places import MAPPINGS, old_map_limit
+from harness.libraries import build_library
 from harness.placement import require_executable
 from harness.process import Process, interpreter
 
@@ -185,6 +189,27 @@ def test_the_heap_that_is_there_first_changes_nothing_about_too_little_memory(py
             assert detail.endswith("5 processes need 140.2 MiB"), detail
         assert with_fewer[0] is None
         assert with_fewer[2] > 0
+
+
+@pytest.mark.slow
+def test_later_calls_leave_the_last_mappings_to_the_host(python, images, tmp_path):
+    """When something was loaded since, and nearly all that the kernel allows is in use."""
+    with Process(python) as process, ExitStack() as stack:
+        try:
+            old_map_limit(Made(python, tmp_path, {}), stack)
+        except Unavailable as why:
+            pytest.skip(str(why))
+        assert process.prime(image_dir=str(images))["reason"] is None
+        library = build_library(tmp_path, "late")
+        process.run(f"import ctypes; ctypes.CDLL({str(library)!r})\n" + MAPPINGS.format(left=40))
+        count = len(outside.smaps(process.pid))
+        again = process.prime(image_dir=str(images))
+        assert again["reason"] == "too many mappings"
+        assert again["detail"].endswith("(vm.max_map_count)")
+        assert len(outside.smaps(process.pid)) <= count + 2
+        assert process.run("result = len([str(n) for n in range(100_000)])") == 100_000
+        assert process.restore()["reason"] is None
+        assert process.run("result = len([str(n) for n in range(100_000)])") == 100_000
 
 
 def test_a_real_cgroup_and_the_one_around_it(python):

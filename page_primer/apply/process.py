@@ -72,8 +72,10 @@ class Process:
             last = self.heap.prime_again(last, options, self.registry.pmd, child=child)
             self.report = self.shown = last  # from now on the same, which costs a caller least
             return last
-        self.resident = 0 if child else self.resident[0], memory.resident()
         self.report = None  # as above
+        if self.options is not None:  # else it has been asked already
+            memory.require_mappings()
+        self.resident = 0 if child else self.resident[0], memory.resident()
         # By the parent too, so that locking it here takes no memory.
         held = budget.disjoint([*self.registry.ranges(), *self.mlocks.made])
         if child:
@@ -320,10 +322,8 @@ class Process:
         reported: dict[int, ObjectReport] | None = None,
     ) -> Report:
         self.huge = self.registry.huge(mappings)
-        objects = (
-            self.registry.describe(obj, mappings, (reported or {}).get(obj.start))
-            for obj in self.objects
-        )
+        known = reported or {}
+        objects = (self.registry.describe(o, mappings, known.get(o.start)) for o in self.objects)
         return replace(
             measured(self.options, self.mlocks),
             objects=tuple(objects),

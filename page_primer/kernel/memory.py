@@ -9,8 +9,10 @@ from __future__ import annotations
 import os
 import sys
 
+from page_primer import reasons
 from page_primer._lean import Record, suppress
 from page_primer.kernel import mounts
+from page_primer.reasons import Declined, Refusal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -56,6 +58,22 @@ def resident() -> int:
     """What this process has in memory, bytes; 0 where /proc does not say (proc(5), statm)."""
     fields = _text("/proc/self/statm").split()
     return int(fields[1]) * os.sysconf("SC_PAGESIZE") if len(fields) > 1 else 0
+
+
+def require_mappings(root: str = "") -> None:
+    """Moving and locking takes some hundreds of mappings in a large program. Each arena of malloc's
+    or pymalloc's may be one more: where none is left, it is the host that has no memory.
+
+    Raises:
+        Declined: a 32nd or less is left of those that the kernel allows a process.
+    """
+    with suppress(ValueError, OSError):
+        limit = int(_text(f"{root}/proc/sys/vm/max_map_count"))
+        with open(f"{root}/proc/self/maps", "rb", buffering=0) as file:
+            count = sum(part.count(b"\n") for part in iter(lambda: file.read(1 << 16), b""))
+        if count >= limit - limit // 32:
+            many = f"{count} of {limit} (vm.max_map_count)"
+            raise Declined(Refusal(reasons.TOO_MANY_MAPPINGS, many))
 
 
 def bounds(root: str = "") -> Iterator[Memory]:

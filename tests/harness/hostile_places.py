@@ -251,8 +251,6 @@ for n in range(1, most - have - {left}, 2):
     if libc.mprotect(at + n * page, page, 0):
         break
 """
-# At the edge: the report says what failed, or all of it is done.
-FAILED_OR_WHOLE = "failed to map segment|Cannot allocate memory|MemoryError|100 % of"
 UPGRADE = """
 def upgrade():
     folder = {folder}
@@ -399,13 +397,11 @@ TABLE = (
     *(
         Environment(
             f"vm.max_map_count, {left} left", "mprotect(2) of every second page of a mapping",
-            (PRIMED, OTHERWISE, NOT),
-            FAILED_OR_WHOLE if left < 40 else "",
-            old_map_limit, MAPPINGS.format(left=left),
-            undoes=True, slow=left != 12,
+            (PRIMED if left == 3000 else NOT,), "" if left == 3000 else "too many mappings",
+            old_map_limit, MAPPINGS.format(left=left), slow=left != 12,
         )
-        # With fewer the interpreter itself has no memory for its next arena.
-        for left in (12, 40, 400)
+        # Few of them are the interpreter's, for its next arenas.
+        for left in (12, 400, 3000)
     ),
     Environment(
         "a memory cgroup with no room", "a limit of 14 MiB", (NOT,),
