@@ -12,9 +12,11 @@
 # make wheel-debian  the wheel alone in a fresh Debian 12, 13 and unstable, without a compiler (root)
 # make changelog     fold the fragments of changelog.d/ into CHANGELOG.md (DRAFT=1: only show)
 # make docs    the documentation as a site, in build/docs; a warning is an error
-# make bench   what priming costs, and a start under page-primer run (AGAINST=COMMIT: and in another),
-#              page walks by trace, and processor time of gunicorn, uvicorn and Celery
-# make bench-pressure    what locking buys when memory is short (root)
+# make bench   all benchmarks, in half an hour: how much code is on huge pages, what priming costs and
+#              a start under page-primer run (AGAINST=COMMIT: and in another), what workers take of
+#              memory, page walks by trace, a request when memory is short (root), processor time of
+#              gunicorn, uvicorn and Celery; JSON goes to build/bench (RESULTS=DIR: elsewhere)
+# make bench-pressure    the last but one at length, and for Celery; its picture in docs/ (root)
 # make drawing     docs/address-space.svg, of PYTHON
 # make environments    hostile ones, each tried (root); writes docs/environments.md (GUEST=7.2: and a
 #              kernel that is set to give no huge pages, in qemu)
@@ -103,19 +105,26 @@ docs: $(VENV)/.docs
 drawing: $(VENV)/.test
 	$(BIN)/python tools/address_space --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')"
 
+RESULTS = build/bench
 bench: $(VENV)/.test
-	$(BIN)/python benchmarks/prime_cost.py
-	$(BIN)/python benchmarks/start_cost.py
+	tools/system-packages h2load:nghttp2-client qemu-x86_64:qemu-user redis-server:redis-server \
+	    vmtouch:vmtouch perf:linux-perf
+	$(BIN)/python benchmarks/huge_code.py --json $(RESULTS)/huge-code.json
+	$(BIN)/python benchmarks/prime_cost.py --json $(RESULTS)/prime-cost.json
+	$(BIN)/python benchmarks/start_cost.py --json $(RESULTS)/start-cost.json
 	$(if $(AGAINST),$(BIN)/python benchmarks/against.py $(AGAINST))
-	$(PIP_INSTALL) -e ".[test,bench]"
-	tools/system-packages h2load:nghttp2-client qemu-x86_64:qemu-user redis-server:redis-server
+	for application in small arrays; do \
+	    $(BIN)/python benchmarks/memory.py --code --application $$application --workers 4 \
+	    --requests 20 --json $(RESULTS)/memory-$$application.json || exit 1; done
 	for work in flask django dataframe sklearn; do \
-	    $(BIN)/python benchmarks/page_walks.py --work $$work --loops 4 || exit 1; done
-	$(BIN)/python benchmarks/throughput.py --minutes 3
+	    $(BIN)/python benchmarks/page_walks.py --work $$work --loops 4 \
+	    --json $(RESULTS)/page-walks-$$work.json || exit 1; done
+	test $$(id -u) != 0 || \
+	    $(BIN)/python benchmarks/pressure.py --rounds 12 --json $(RESULTS)/pressure.json
+	$(BIN)/python benchmarks/throughput.py --minutes 3 --json $(RESULTS)
 
 bench-pressure: $(VENV)/.test
 	tools/system-packages vmtouch:vmtouch perf:linux-perf redis-server:redis-server
-	$(PIP_INSTALL) -e ".[test,bench]"
 	$(BIN)/python benchmarks/pressure.py --celery --plot docs/pressure
 
 environments: $(VENV)/.test

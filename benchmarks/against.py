@@ -1,6 +1,7 @@
 """What a start costs in two commits, in one run.
 
-    python benchmarks/against.py COMMIT [--rounds N] [--python PYTHON] [--directory DIR] [--json]
+    python benchmarks/against.py COMMIT [--rounds N] [--python PYTHON] [--directory DIR]
+                                        [--json FILE]
 
 COMMIT is checked out and its C core built in a temporary directory; the other is the working tree.
 Each round starts a fresh interpreter with each, in turns, and measures inside it: `import
@@ -20,6 +21,8 @@ import sys
 import tempfile
 from pathlib import Path
 from statistics import median, quantiles
+
+import kept
 
 ROOT = Path(__file__).resolve().parents[1]
 TITLES = {
@@ -119,8 +122,9 @@ def main() -> int:
     parser.add_argument("--python", default=sys.executable, help="default: this one")
     parser.add_argument("--directory", default="/var/tmp", metavar="DIR",
                         help="for images: a file system with huge pages")  # fmt: skip
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
+    measured = kept.commit()
     work = Path(tempfile.mkdtemp(prefix="against-", dir=options.directory))
     try:
         trees = {"then": work / "then-tree", "now": work / "now-tree"}
@@ -135,8 +139,7 @@ def main() -> int:
         shutil.rmtree(work, ignore_errors=True)
     rows = {what: row(what, found) for what in TITLES}
     if options.json:
-        print(json.dumps(rows, indent=1))
-        return 0
+        kept.write(options.json, measured, rows)
     print(f"{options.python}, {options.rounds} rounds; {options.commit} and the working tree, ms")
     for what, title in TITLES.items():
         for kind, name in (("wall", title), ("cpu", "  of processor time")):

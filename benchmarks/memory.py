@@ -5,7 +5,7 @@
                                        [--server gunicorn|uvicorn|celery] [--aligned PYTHON]
                                        [--container] [--workers N,N,...]
     python benchmarks/memory.py        [--application ...] [--collect] [--workers N]
-                                both:  [--requests N] [--rounds N] [--json]
+                                both:  [--requests N] [--rounds N] [--json FILE]
 
 Each variant is a server of its own, preloaded or not; every round runs all of them in turns, and
 printed are medians. After so many requests a worker, from smaps and /proc/PID/stat:
@@ -38,7 +38,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
-import json
 import os
 import statistics
 import sys
@@ -46,11 +45,11 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import kept
 from applications import APPLICATIONS
 from served import Server, faults, serve
 from worker import Worker, work
 
-from page_primer.bench import machine
 from page_primer.kernel import smaps
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
@@ -180,7 +179,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--collect", action="store_true", help="full collections, too")
     parser.add_argument("--only", default="", help="variants whose title contains this")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", type=Path, metavar="FILE")
     given = parser.parse_args()
     if given.application == "torch" and importlib.util.find_spec("torch") is None:
         raise SystemExit("torch is not installed here")
@@ -188,6 +187,7 @@ def main() -> None:
         parser.error("--container, --server celery and several --workers are for --code")
     if given.container and (os.geteuid() or given.server == "celery"):
         parser.error("--container needs root, and a --server other than celery")
+    measured = kept.commit()
     runs: dict[str, list[dict[str, float]]] = {}
     variants, columns = (code_runs, CODE_COLUMNS) if given.code else (heap_runs, COLUMNS)
     for _ in range(given.rounds):
@@ -198,10 +198,7 @@ def main() -> None:
         for title, found in runs.items()
     }
     if given.json:
-        told = {name: getattr(given, name) for name in ("application", "server", "requests")}
-        told |= {"container": given.container, "rounds": given.rounds}
-        print(json.dumps({**told, "machine": machine.describe(), "mib": table}, indent=2))
-        return
+        kept.write(given.json, measured, {"mib": table})
     load = ", ".join(f"{figure:.1f}" for figure in os.getloadavg())
     many = ", ".join(map(str, given.workers))
     served = f"{given.server}, {given.application}, {many} workers"

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
 import mmap
 import os
 import subprocess
@@ -34,7 +33,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from page_primer.bench import interpreter, machine, variants
+import kept
+
+from page_primer.bench import interpreter, variants
 
 from tlb.cores import CORES, Core, simulate  # isort: skip
 from tlb.layout import HUGE, Snapshot, per_segment, spans, spread  # isort: skip
@@ -124,12 +125,6 @@ class Trace:
             page_number = address // HUGE if is_huge else address >> 12
             tags[number] = page_number << 2 | (SIZE_2M if is_huge else SIZE_4K)
         return tags
-
-
-def commit() -> str:
-    """The commit that is measured, with a `+` where files differ from it."""
-    asked = ["git", "-C", str(HERE), "describe", "--always", "--dirty=+", "--exclude=*"]
-    return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def build(directory: Path) -> dict[str, Path]:
@@ -280,7 +275,7 @@ def main() -> None:
                         help="rows with so much on huge pages, per cent")  # fmt: skip
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    measured = commit()  # now: files may change while it runs
+    measured = kept.commit()  # now: files may change while it runs
     with tempfile.TemporaryDirectory(prefix="page-walks-", dir="/var/tmp") as name:
         directory = Path(name)
         python = python_for(options.work, options.python, directory / "venv")
@@ -303,9 +298,6 @@ def main() -> None:
     print("\n" + table_of_places(rows, CORES[0], SCENARIOS["4"][0]))
     if options.json:
         result = {
-            "command": f"benchmarks/page_walks.py --work {options.work} --loops {options.loops}",
-            "commit": measured,
-            "machine": machine.describe(),
             "python": sys.version.split()[0],
             "packages": packages,
             "instructions": sum(trace.instructions) / options.loops,
@@ -315,7 +307,7 @@ def main() -> None:
                        for name, space in found.items()},
             "results": rows,
         }  # fmt: skip
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        kept.write(options.json, measured, result)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import kept
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
@@ -384,11 +386,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--celery", action="store_true", help="Celery too, with a Redis")
     parser.add_argument("--plot", metavar="PREFIX", help="write PREFIX.png and PREFIX.svg")
-    parser.add_argument("--json", metavar="FILE", help="write every sample")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample")
     given = parser.parse_args()
     if os.geteuid():
         sys.exit("needs root, to make memory cgroups")
-    results = {}
+    results: dict[str, Any] = {}
+    measured = kept.commit()
     # Children of killed processes come to us, so that none is left behind.
     ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
     for what in ("request", "task") if given.celery else ("request",):
@@ -397,7 +400,7 @@ def main() -> None:
             broker = stack.enter_context(redis(Path(work))) if what == "task" else None
             results[what] = summarise(measure(given.rounds, Path(work), broker), what)
     if given.json:
-        Path(given.json).write_text(json.dumps(results))
+        kept.write(given.json, measured, results)
     if given.plot:
         plot(results, given.plot)
 

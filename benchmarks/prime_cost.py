@@ -1,6 +1,6 @@
 """What priming costs, beside the plain work that it cannot do without.
 
-    python benchmarks/prime_cost.py [--python PATH] [--rounds N] [--directory DIR] [--json]
+    python benchmarks/prime_cost.py [--python PATH] [--rounds N] [--directory DIR] [--json FILE]
 
 Every number comes from a process of its own, started anew, and every round runs all of them in
 turns, so that what slows the machine for a while slows both sides of a comparison. Printed are
@@ -369,6 +369,9 @@ def main() -> int:
     import shutil
     import subprocess
     import tempfile
+    from pathlib import Path
+
+    import kept
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--python", default=sys.executable, metavar="PATH",
@@ -377,10 +380,11 @@ def main() -> int:
     parser.add_argument("--directory", default="/var/tmp", metavar="DIR",
                         help="where images go, in a temporary directory of its own: choose a "
                         "file system that has huge pages (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
+    parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     if options.rounds < 1:
         parser.error("--rounds must be at least 1")
+    measured = kept.commit()
     work = tempfile.mkdtemp(prefix="prime-cost-", dir=options.directory)
     try:
         summary = summarize(measure(options.python, options.rounds, work))
@@ -389,7 +393,9 @@ def main() -> int:
         return 2
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    print(json.dumps(summary, indent=1) if options.json else table(summary))
+    print(table(summary))
+    if options.json:
+        kept.write(options.json, measured, summary)
     return 0
 
 

@@ -1,7 +1,7 @@
 """What `page-primer run` costs a start, beside the start itself.
 
     python benchmarks/start_cost.py [PYTHON ...] [--rounds N] [--directory DIR] [--list FILE]
-                                    [--json]
+                                    [--json FILE]
 
 Whole-process times, from fork to exit, of `PYTHON -c pass`: plain, under `page-primer run`, and as
 a process under it starts another one (it inherits the environment, and is primed too). The image is
@@ -27,6 +27,8 @@ import time
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+import kept
 
 COMPARED = ("run", "child")  # with a plain start
 TITLES = {
@@ -148,10 +150,11 @@ def main() -> int:
         metavar="FILE",
         help="aligned files, for PAGE_PRIMER_ALIGNED: absolute paths, one a line",
     )
-    parser.add_argument("--json", action="store_true", help="print the summaries as JSON")
+    parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     if options.rounds < 1:
         parser.error("--rounds must be at least 1")
+    measured = kept.commit()
     summaries = {}
     work = tempfile.mkdtemp(prefix="start-cost-", dir=options.directory)
     try:
@@ -162,10 +165,9 @@ def main() -> int:
         return 2
     finally:
         shutil.rmtree(work, ignore_errors=True)
+    print("\n\n".join(table(python, s) for python, s in summaries.items()))
     if options.json:
-        print(json.dumps(summaries, indent=1))
-    else:
-        print("\n\n".join(table(python, s) for python, s in summaries.items()))
+        kept.write(options.json, measured, summaries)
     return 0
 
 

@@ -20,6 +20,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import kept
+
 ROOT = Path(__file__).resolve().parent.parent
 ASGI = """
 import json
@@ -49,12 +51,6 @@ def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])
-
-
-def commit() -> str:
-    """The commit that is measured, with a `+` where files differ from it."""
-    asked = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--exclude=*"]
-    return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def commands(directory: Path, port: int) -> dict[str, list[str]]:
@@ -90,6 +86,7 @@ def main() -> int:
     parser.add_argument("--variants", default="off,off-again,code,code+heap")
     parser.add_argument("--json", type=Path, metavar="DIR", help="a file for each server")
     given = parser.parse_args()
+    measured = kept.commit()
     slower: list[str] = []
     unknown: list[str] = []
     with tempfile.TemporaryDirectory(prefix="throughput-", dir="/var/tmp") as name:
@@ -133,11 +130,8 @@ def main() -> int:
             slower += its_slower
             unknown += its_unknown
             if given.json:
-                result["command"] = f"benchmarks/throughput.py --minutes {given.minutes:g}"
-                result["commit"] = commit()
                 result["server"] = words[at + 1 :]
-                text = json.dumps(result, indent=1).replace(sys.executable, "python")
-                (given.json / f"throughput-{server}.json").write_text(text + "\n")
+                kept.write(given.json / f"throughput-{server}.json", measured, result)
     print(f"\nslower: {'; '.join(slower)}" if slower else "\nno variant is slower")
     if unknown:
         print(f"too few rounds to tell: {'; '.join(unknown)}")

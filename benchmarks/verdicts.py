@@ -19,7 +19,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from throughput import commit, free_port
+import kept
+from throughput import free_port
 
 from page_primer.bench import intervals
 
@@ -83,10 +84,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=20 * ROUNDS_OF_A_RUN)
     parser.add_argument("--json", type=Path, metavar="FILE")
     given = parser.parse_args()
+    measured = kept.commit()
     result = measure(given.rounds)
     rounds = result["rounds"]
-    result["command"] = f"benchmarks/verdicts.py --rounds {given.rounds}"
-    result["commit"] = commit()
     result["runs_of_12"] = {
         name: called(rounds, name) for name in ("off-again", "slow-1", "slow-3")
     }
@@ -98,8 +98,7 @@ def main() -> int:
         differs = found is not None and found.differs and found.middle > 1
         right &= differs == (name != "off-again")
     if given.json:
-        text = json.dumps(result, indent=1).replace(sys.executable, "python")
-        given.json.write_text(text + "\n")
+        kept.write(given.json, measured, result)
     return 0 if right else 1
 
 
