@@ -1,10 +1,11 @@
 """Processor time, throughput and memory of gunicorn, uvicorn and Celery, primed and not.
 
-    python benchmarks/throughput.py [--minutes M] [--only NAME] [--json DIR] [--variants LIST]
+    python benchmarks/throughput.py [--minutes M] [--only SERVER] [--json DIR] [--variants LIST]
 
 `page-primer bench` on each in turn, M minutes each: examples/gunicorn (Flask and SQLite) under
 gunicorn with two workers, a small ASGI application under uvicorn, and a task of text and JSON under
-a Celery worker with Redis. Exit status 1 if a variant is slower than `off`.
+a Celery worker with Redis. By its name alone `django` (two views, template and ORM) under gunicorn
+with two workers a core, which take turns. Exit status 1 if a variant is slower than `off`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import kept
+from applications import DJANGO
 
 ROOT = Path(__file__).resolve().parent.parent
 ASGI = """
@@ -62,6 +64,9 @@ def commands(directory: Path, port: int) -> dict[str, list[str]]:
                      f"127.0.0.1:{port}", "app:app"],
         "uvicorn": ["--url", f"{url}/", "--", *python, "uvicorn", "--port", str(port),
                     "--log-level", "warning", "asgi:app"],
+        "django": ["--url", f"{url}/", "--url", f"{url}/stored", "--", *python, "gunicorn", "-w",
+                   str(2 * len(os.sched_getaffinity(0))), "-b", f"127.0.0.1:{port}",
+                   "djangoapp:application"],
         "celery": ["--celery-task", "work.count", "--", *python, "celery", "-A", "work", "worker",
                    "-c", "2"],
     }  # fmt: skip
@@ -82,7 +87,7 @@ def judge(server: str, result: dict[str, Any]) -> tuple[list[str], list[str]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--minutes", type=float, default=3.0, help="for each server")
-    parser.add_argument("--only", choices=("gunicorn", "uvicorn", "celery"))
+    parser.add_argument("--only", choices=("gunicorn", "uvicorn", "celery", "django"))
     parser.add_argument("--variants", default="off,off-again,code,code+heap")
     parser.add_argument("--json", type=Path, metavar="DIR", help="a file for each server")
     given = parser.parse_args()
@@ -101,9 +106,12 @@ def main() -> int:
             "GUESTBOOK_DB": str(directory / "db"),
         }  # fmt: skip
         for server, words in commands(directory, free_port()).items():
-            if given.only not in (None, server):
+            if given.only != server and (given.only or server == "django"):
                 continue
             print(f"\n{server}", flush=True)
+            if server == "django":
+                (directory / "djangoapp.py").write_text(DJANGO)
+                subprocess.run([sys.executable, "djangoapp.py"], cwd=directory, check=True)
             if server == "celery":
                 if not shutil.which("redis-server"):
                     print("left out: no redis-server")
