@@ -191,6 +191,23 @@ def test_the_heap_that_is_there_first_changes_nothing_about_too_little_memory(py
         assert with_fewer[2] > 0
 
 
+# In a child, which has no locks yet; and when there are few mappings again.
+DECLINED_IN_CHILD = """
+import os
+def locked():
+    return sum(int(line.split()[1]) for line in open("/proc/self/smaps") if line[:7] == "Locked:")
+parents = locked()
+child = os.fork()
+if child == 0:
+    declined = page_primer.prime(image_dir={images!r}).reason
+    none = locked()
+    libc.munmap(ctypes.c_void_p(at), ctypes.c_size_t(page * (most + 8)))
+    reason = page_primer.prime(image_dir={images!r}).reason
+    os._exit((declined, none, reason, locked() > 0) != ("too many mappings", 0, None, parents > 0))
+result = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+"""
+
+
 @pytest.mark.slow
 def test_later_calls_leave_the_last_mappings_to_the_host(python, images, tmp_path):
     """When something was loaded since, and nearly all that the kernel allows is in use."""
@@ -207,6 +224,7 @@ def test_later_calls_leave_the_last_mappings_to_the_host(python, images, tmp_pat
         assert again["reason"] == "too many mappings"
         assert again["detail"].endswith("(vm.max_map_count)")
         assert len(outside.smaps(process.pid)) <= count + 2
+        assert process.run(DECLINED_IN_CHILD.format(images=str(images))) == 0
         assert process.run("result = len([str(n) for n in range(100_000)])") == 100_000
         assert process.restore()["reason"] is None
         assert process.run("result = len([str(n) for n in range(100_000)])") == 100_000

@@ -55,10 +55,12 @@ class Process:
     def prime(self, options: Options) -> Report:
         """Bring the process to the primed state; see page_primer.prime()."""
         began = time.perf_counter()
-        identity = (os.getpid(), _core.forks())
-        child, self.identity = self.identity != identity, identity
-        last = self.report
-        if last is not None and self.options == options and self.loads == _core.loads():
+        child = self.identity != (identity := (os.getpid(), _core.forks()))
+        last = self.report if self.options == options and self.loads == _core.loads() else None
+        if last is None and self.options is not None:  # else it has been asked already
+            memory.require_mappings()
+        self.identity = identity
+        if last is not None:
             if child:
                 self.report = None  # should this not come to its end
                 self.resident = 0, memory.resident()
@@ -73,8 +75,6 @@ class Process:
             self.report = self.shown = last  # from now on the same, which costs a caller least
             return last
         self.report = None  # as above
-        if self.options is not None:  # else it has been asked already
-            memory.require_mappings()
         self.resident = 0 if child else self.resident[0], memory.resident()
         # By the parent too, so that locking it here takes no memory.
         held = budget.disjoint([*self.registry.ranges(), *self.mlocks.made])
