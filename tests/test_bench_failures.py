@@ -13,6 +13,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 
 import pytest
 from harness.servers import wait_for
@@ -100,6 +101,14 @@ def test_what_few_rounds_do_not_say():
 def report_of(*measured):
     names = list(measured[0])
     return Report(["true"], {}, names, Course(rounds=list(measured)), "run")
+
+
+def test_it_began_before_its_first_round():
+    at = []
+    course = rounds.go([OFF], lambda _: at.append(time.time()) or {"cpu_ms": 1.0}, Plan(2))
+    assert course.began <= at[0]
+    course.began = 86400.0
+    assert Report([], {}, ["off"], course, "run").as_dict()["began"] == "1970-01-02T00:00:00Z"
 
 
 def test_a_number_that_one_variant_lacks(tmp_path):

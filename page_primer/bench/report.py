@@ -70,7 +70,6 @@ class Report:
     generator: str = ""
     obtained: dict[str, dict[str, float]] = field(default_factory=dict)
     probe: list[dict[str, float]] = field(default_factory=list)
-    began: float = field(default_factory=time.time)
 
     def values(self, variant: str, name: str) -> list[float]:
         """A number of every round; empty if a round lacks it."""
@@ -95,7 +94,7 @@ class Report:
             "command": [sys.executable, "-m", "page_primer", *sys.argv[1:]],
             "server": self.command,
             "settings": self.settings,
-            "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.began)),
+            "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.course.began)),
             "python": sys.version.split()[0],
             "machine": machine.describe(),
             "tlb_probe": self.probe,

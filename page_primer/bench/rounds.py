@@ -29,6 +29,7 @@ class Course:
     left_out: list[str] = field(default_factory=list)
     ended: str | None = None
     interrupted: bool = False
+    began: float = field(default_factory=time.time, compare=False)  # seconds since the epoch
 
 
 @dataclass(frozen=True)
