@@ -121,7 +121,7 @@ bench: $(VENV)/.test
 	    --json $(RESULTS)/page-walks-$$work.json || exit 1; done
 	test $$(id -u) != 0 || \
 	    $(BIN)/python benchmarks/pressure.py --rounds 12 --json $(RESULTS)/pressure.json
-	$(BIN)/python benchmarks/throughput.py --minutes 3 --json $(RESULTS)
+	$(BIN)/python benchmarks/throughput.py --minutes 6 --json $(RESULTS)
 
 bench-pressure: $(VENV)/.test
 	tools/system-packages vmtouch:vmtouch perf:linux-perf redis-server:redis-server
