@@ -42,6 +42,8 @@ from tlb.layout import HUGE, Snapshot, per_segment, spans, spread  # isort: skip
 from tlb.works import WORKS, python_for, script, versions  # isort: skip
 
 HERE = Path(__file__).resolve().parent
+# All of it: variables take memory, and move everything that is allocated after them.
+ENVIRONMENT = {"PATH": os.defpath, "HOME": "/", "LC_ALL": "C.UTF-8", "PYTHONHASHSEED": "0"}
 SIZE_4K, SIZE_2M = 0, 2
 SCENARIOS = {"1": (1, 1), "4": (4, 1_000_000)}  # processes, instructions a turn
 KINDS = ("arena", "brk", "other")  # anonymous memory but stacks
@@ -158,7 +160,7 @@ def record(command: list[str], libraries: dict[str, Path], directory: Path, mark
     given = [word for name, value in settings.items() for word in ("-E", f"{name}={value}")]
     subprocess.run(
         ["qemu-x86_64", "-cpu", "max", "-seed", "1", *given, "-plugin", plugin, *command],
-        env={**os.environ, "PYTHONHASHSEED": "0", "PAGE_PRIMER": "0"}, check=True,
+        env={**ENVIRONMENT, "PAGE_PRIMER": "0"}, check=True,
         stdout=subprocess.DEVNULL,
     )  # fmt: skip
 
@@ -166,7 +168,7 @@ def record(command: list[str], libraries: dict[str, Path], directory: Path, mark
 def snapshots(command: list[str], listed: str, directory: Path, preload: Path):
     """The address space of each variant of `page-primer bench`."""
     environ = {
-        **os.environ, "PYTHONHASHSEED": "0", "LD_PRELOAD": str(preload),
+        **ENVIRONMENT, "LD_PRELOAD": str(preload),
         "PAGE_PRIMER_IMAGE_DIR": str(directory), "PAGE_PRIMER_MLOCK": "off",
     }  # fmt: skip
     found: dict[str, Snapshot] = {}
