@@ -27,7 +27,7 @@ def command() -> str:
     while "--json" in words:
         at = words.index("--json")
         del words[at : at + 2]
-    return shlex.join(words)
+    return shlex.join(word for word in words if not word.startswith("--json="))
 
 
 def write(path: Path, measured: str, result: dict[str, Any]) -> None:
