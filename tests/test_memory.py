@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 
 import pytest
 from harness import outside
@@ -19,6 +19,7 @@ from harness.process import Process, interpreter
 from page_primer import family
 from page_primer.kernel import memory
 from page_primer.kernel.memory import Memory
+from page_primer.reasons import Declined
 
 MIB = 1 << 20
 
@@ -189,6 +190,19 @@ def test_the_heap_that_is_there_first_changes_nothing_about_too_little_memory(py
             assert detail.endswith("5 processes need 140.2 MiB"), detail
         assert with_fewer[0] is None
         assert with_fewer[2] > 0
+
+
+@pytest.mark.parametrize(
+    ("count", "declined"), [(3, False), (619, False), (620, True), (640, True)]
+)
+def test_a_32nd_of_the_mappings_is_the_hosts(tmp_path, count, declined):
+    files = {"proc/sys/vm/max_map_count": "640\n", "proc/self/maps": "1-2 r--p 0 0:0 0\n" * count}
+    root = tree(tmp_path, files)
+    expected = pytest.raises(Declined, match=rf"^too many mappings: {count} of 640 \(")
+    with expected if declined else nullcontext():
+        memory.require_mappings(root)
+    (tmp_path / "proc/sys/vm/max_map_count").unlink()
+    memory.require_mappings(root)  # nothing is known
 
 
 # In a child, which has no locks yet; and when there are few mappings again.
