@@ -1,11 +1,11 @@
 """Whether `page-primer bench` tells a slower server from one that is not.
 
-    python benchmarks/verdicts.py [--rounds N] [--json FILE]
+    python benchmarks/verdicts.py [--rounds N] [--slow PERCENT ...] [--json FILE]
 
 One run of `page-primer bench` compares a gunicorn with itself (`off-again`) and with itself slowed
 on purpose by 1 % and by 3 % of its application's work (`slow-1`, `slow-3`: these load page-primer,
-told to do nothing). Its rounds are then judged as if they were many runs, of 12 rounds each, and
-all together. Exit status 1 if all together have a wrong verdict.
+told to do nothing), or by what --slow says. Its rounds are then judged as if they were many runs,
+of 12 rounds each, and all together. Exit status 1 if all together have a wrong verdict.
 """
 
 from __future__ import annotations
@@ -38,7 +38,6 @@ def app(environ, start_response):
     start_response("200 OK", [("Content-Length", str(len(body)))])
     return [body]
 """
-VARIANTS = "off,off-again,slow-1:remap=0:mlock=0:limit=1M,slow-3:remap=0:mlock=0:limit=3M"
 ROUNDS_OF_A_RUN = 12
 
 
@@ -61,9 +60,10 @@ def called(rounds: list[dict[str, Any]], variant: str) -> dict[str, int]:
     return counts
 
 
-def measure(rounds: int) -> dict[str, Any]:
+def measure(rounds: int, slow: list[int]) -> dict[str, Any]:
     """What `page-primer bench` finds."""
     port = free_port()
+    slowed = [f"slow-{percent}:remap=0:mlock=0:limit={percent}M" for percent in slow]
     with tempfile.TemporaryDirectory(prefix="verdicts-", dir="/var/tmp") as name:
         directory = Path(name)
         (directory / "app.py").write_text(APP)
@@ -71,7 +71,7 @@ def measure(rounds: int) -> dict[str, Any]:
         subprocess.run(
             [sys.executable, "-m", "page_primer", "bench", "--url", f"http://127.0.0.1:{port}/",
              "--requests", "1000", "--connections", "4", "--rounds", str(rounds),
-             "--variants", VARIANTS, "--json", str(found), "--",
+             "--variants", ",".join(["off", "off-again", *slowed]), "--json", str(found), "--",
              sys.executable, "-m", "gunicorn", "-b", f"127.0.0.1:{port}", "app:app"],
             cwd=directory, check=True,
             env={key: value for key, value in os.environ.items() if "PAGE_PRIMER" not in key},
@@ -82,13 +82,15 @@ def measure(rounds: int) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=20 * ROUNDS_OF_A_RUN)
+    parser.add_argument("--slow", type=int, nargs="+", default=[1, 3], metavar="PERCENT")
     parser.add_argument("--json", type=Path, metavar="FILE")
     given = parser.parse_args()
     measured = kept.commit()
-    result = measure(given.rounds)
+    result = measure(given.rounds, given.slow)
     rounds = result["rounds"]
     result["runs_of_12"] = {
-        name: called(rounds, name) for name in ("off-again", "slow-1", "slow-3")
+        name: called(rounds, name)
+        for name in ("off-again", *(f"slow-{percent}" for percent in given.slow))
     }
     right = True
     for name, counts in result["runs_of_12"].items():
