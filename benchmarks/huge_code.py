@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import kept
+from tlb.layout import HUGE, Area
 
 sys.path.insert(0, str(kept.ROOT / "tests"))
 
@@ -26,11 +27,10 @@ from harness.interpreters import INTERPRETERS, is_shared, python_of
 from harness.process import Process
 
 
-def per_segment(pid: int, text: outside.Text) -> int:
-    """Bytes of the .text in huge pages that lie wholly inside one executable mapping."""
-    low = next(v.start for v in text.span_vmas if "x" in v.perms)
-    high = max(v.end for v in text.span_vmas if "x" in v.perms)
-    return max(0, high // outside.PMD * outside.PMD - -(-low // outside.PMD) * outside.PMD)
+def per_segment(text: outside.Text) -> int:
+    """Bytes of huge pages that lie wholly inside one executable mapping of the object."""
+    areas = (Area(v.start, v.end, v.perms, v.offset, v.path) for v in text.span_vmas)
+    return HUGE * sum(len(area.chunks) for area in areas if "x" in area.permissions)
 
 
 def measure(base: str, directory: Path) -> dict[str, Any]:
@@ -38,14 +38,13 @@ def measure(base: str, directory: Path) -> dict[str, Any]:
     with Process(python) as process:
         version = process.run("import sys; result = sys.version.split()[0]")
         before = outside.text_of(process.pid)
-        rule = min(per_segment(process.pid, before), before.attainable)
         report = process.prime(image_dir=str(directory / "images"))
         text = outside.text_of(process.pid)
         if report["reason"]:
             raise SystemExit(f"{base}: not primed: {report['reason']}")
     return {
         "python": base, "version": version, "kind": "shared" if is_shared(base) else "static",
-        "bytes": text.size, "unprimed": before.huge, "per_segment": rule,
+        "bytes": text.size, "unprimed": before.huge, "per_segment": per_segment(before),
         "attainable": text.attainable, "primed": text.huge,
     }  # fmt: skip
 

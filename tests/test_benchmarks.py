@@ -11,6 +11,7 @@ import pytest
 from harness.container import container
 from harness.interpreters import BASE, is_shared
 from harness.kernel import require_huge_files
+from harness.outside import PMD
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -31,7 +32,9 @@ def test_code_on_huge_pages(tmp_path):
     assert found["commit"] or not (BENCHMARKS.parent / ".git").exists()
     (row,) = found["interpreters"]
     assert (row["kind"] == "shared") == is_shared(BASE)
-    assert row["bytes"] >= row["primed"] == row["attainable"] >= row["per_segment"]
+    assert row["bytes"] >= row["primed"] == row["attainable"]
+    # A chunk of the executable segment may begin before the .text in it, and end behind it.
+    assert row["per_segment"] < row["attainable"] + PMD
     assert row["version"] in done.stdout
 
 
@@ -62,6 +65,7 @@ def test_a_row_for_each_variant(counts, given, tmp_path):
         f"{count}: {variant}" for count in counts for variant in ("unprimed", "primed")
     }
     assert found["command"].startswith("benchmarks/memory.py --code --application small --workers ")
+    assert ("--container" in found["command"]) == ("--container" in given)
     assert found["machine"]["cores"] and "--json" not in found["command"]
     for title, row in found["mib"].items():
         assert row["PSS tree"] == pytest.approx(row["a worker"] * int(title[0])), title

@@ -401,7 +401,7 @@ TABLE = (
             old_map_limit, MAPPINGS.format(left=left), slow=left != 12,
         )
         # Few of them are the interpreter's, for its next arenas.
-        for left in (12, 400, 3000)
+        for left in (12, 40, 400, 3000)
     ),
     Environment(
         "a memory cgroup with no room", "a limit of 14 MiB", (NOT,),
