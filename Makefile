@@ -12,10 +12,10 @@
 # make wheel-debian  the wheel alone in a fresh Debian 12, 13 and unstable, without a compiler (root)
 # make changelog     fold the fragments of changelog.d/ into CHANGELOG.md (DRAFT=1: only show)
 # make docs    the documentation as a site, in build/docs; a warning is an error
-# make bench   all benchmarks, in half an hour: how much code is on huge pages, what priming costs and
-#              a start under page-primer run (AGAINST=COMMIT: and in another), what workers take of
-#              memory, page walks by trace, a request when memory is short (root), processor time of
-#              gunicorn, uvicorn and Celery; JSON goes to build/bench (RESULTS=DIR: elsewhere)
+# make bench   in half an hour: how much code is on huge pages, what priming costs and a start under
+#              page-primer run (AGAINST=COMMIT: and in another), what workers take of memory, page
+#              walks by trace, a request when memory is short (root), processor time of gunicorn,
+#              uvicorn and Celery; JSON goes to build/bench (RESULTS=DIR: elsewhere)
 # make bench-pressure    the last but one at length, and for Celery; its picture in docs/ (root)
 # make drawing     docs/address-space.svg, of PYTHON
 # make environments    hostile ones, each tried (root); writes docs/environments.md (GUEST=7.2: and a
@@ -187,7 +187,7 @@ $(VENV)/.release: $(VENV)/.dev
 
 # Nearly half of what there would be to compile: others' tests, and what no test of ours imports, or
 # pytest alone, which has copies of its own.
-NONE_IMPORTS = coverage|distlib|filelock|fontTools|hypothesis|mypyc?|nox|rich|textual|virtualenv
+NONE_IMPORTS = fontTools|hypothesis|rich|textual
 NOT_IMPORTED = /site-packages/(.*/tests|$(NONE_IMPORTS)|$(PARTS))/
 PARTS = django/(conf/locale|contrib)|newrelic/hooks|numpy/(distutils|f2py)|pygments/lexers
 # Of uWSGI there are no wheels: it is built for this very interpreter, as fast as may be, and where
