@@ -55,20 +55,19 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
-def commands(directory: Path, port: int) -> dict[str, list[str]]:
+def commands() -> dict[str, list[str]]:
     """What `page-primer bench` is given for each server."""
-    url = f"http://127.0.0.1:{port}"
+    url, address = "http://127.0.0.1:{port}", "127.0.0.1:{port}"
     python = [sys.executable, "-m"]
     return {
-        "gunicorn": ["--url", f"{url}/entries", "--", *python, "gunicorn", "-w", "2", "-b",
-                     f"127.0.0.1:{port}", "app:app"],
-        "uvicorn": ["--url", f"{url}/", "--", *python, "uvicorn", "--port", str(port),
+        "gunicorn": ["--url", f"{url}/entries", "--", *python, "gunicorn", "-w", "2", "-b", address,
+                     "app:app"],
+        "uvicorn": ["--url", f"{url}/", "--", *python, "uvicorn", "--port", "{port}",
                     "--log-level", "warning", "asgi:app"],
         "django": ["--url", f"{url}/", "--url", f"{url}/stored", "--", *python, "gunicorn", "-w",
-                   str(2 * len(os.sched_getaffinity(0))), "-b", f"127.0.0.1:{port}",
-                   "djangoapp:application"],
+                   str(2 * len(os.sched_getaffinity(0))), "-b", address, "djangoapp:application"],
         "celery": ["--celery-task", "work.count", "--", *python, "celery", "-A", "work", "worker",
-                   "-c", "2"],
+                   "-c", "2", "-Q", "{queue}", "-n", "{queue}"],
     }  # fmt: skip
 
 
@@ -105,7 +104,7 @@ def main() -> int:
             "BROKER": f"redis://127.0.0.1:{redis}/0", "C_FORCE_ROOT": "1",
             "GUESTBOOK_DB": str(directory / "db"),
         }  # fmt: skip
-        for server, words in commands(directory, free_port()).items():
+        for server, words in commands().items():
             if given.only != server and (given.only or server == "django"):
                 continue
             print(f"\n{server}", flush=True)

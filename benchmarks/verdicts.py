@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import kept
-from throughput import free_port
 
 from page_primer.bench import intervals
 
@@ -62,17 +61,16 @@ def called(rounds: list[dict[str, Any]], variant: str) -> dict[str, int]:
 
 def measure(rounds: int, slow: list[int]) -> dict[str, Any]:
     """What `page-primer bench` finds."""
-    port = free_port()
     slowed = [f"slow-{percent}:remap=0:mlock=0:limit={percent}M" for percent in slow]
     with tempfile.TemporaryDirectory(prefix="verdicts-", dir="/var/tmp") as name:
         directory = Path(name)
         (directory / "app.py").write_text(APP)
         found = directory / "found.json"
         subprocess.run(
-            [sys.executable, "-m", "page_primer", "bench", "--url", f"http://127.0.0.1:{port}/",
+            [sys.executable, "-m", "page_primer", "bench", "--url", "http://127.0.0.1:{port}/",
              "--requests", "1000", "--connections", "4", "--rounds", str(rounds),
              "--variants", ",".join(["off", "off-again", *slowed]), "--json", str(found), "--",
-             sys.executable, "-m", "gunicorn", "-b", f"127.0.0.1:{port}", "app:app"],
+             sys.executable, "-m", "gunicorn", "-b", "127.0.0.1:{port}", "app:app"],
             cwd=directory, check=True,
             env={key: value for key, value in os.environ.items() if "PAGE_PRIMER" not in key},
         )  # fmt: skip

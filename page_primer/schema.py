@@ -93,6 +93,7 @@ def _bench() -> Schema:
     plain = {
         "page_primer": str, "command": list[str], "server": list[str], "began": str, "python": str,
         "no_counters": str | None, "generator": str, "ended": str | None, "left_out": list[str],
+        "side_by_side": bool,
     }  # fmt: skip
     return _object({
         **_each(plain),

@@ -170,7 +170,7 @@ class Run:
     """One run of the command on benchserver.py, whose port is its mark."""
 
     def __init__(self, tmp_path, *options, behaviour=(), port=None, path="/"):
-        self.port = port or free_port()
+        self.port = port or free_port()  # "{port}": one for each variant
         self.json = tmp_path / "result.json"
         self.command = [
             *BENCH, "--url", f"http://127.0.0.1:{self.port}{path}", "--json", str(self.json),
@@ -229,6 +229,54 @@ def test_a_slower_variant_is_called_slower(tmp_path):
     assert result["settings"]["requests"] == 40
     assert all(row["ratio"] > 0 for row in result["tlb_probe"])
     assert "round 5 of 6: processor ms: " in done.stderr
+
+
+@pytest.mark.slow
+def test_variants_side_by_side(tmp_path):
+    """Each has a port of its own, and they take turns; memory is that of one which is alone."""
+    variants = "off,slow:exclude=slow:mlock=off:remap=off"
+    done = Run(
+        tmp_path, "--rounds", "6", "--variants", variants, behaviour=["works"], port="{port}"
+    ).wait()
+    assert done.returncode == 0, done.stderr
+    assert "6 rounds, every variant side by side, in turns; medians" in done.stdout
+    assert re.search(r"^slow: slower: \d+\.\d % more processor time a request \(95 %: ",
+                     done.stdout, re.MULTILINE), done.stdout  # fmt: skip
+    result = validated("bench", json.loads((tmp_path / "result.json").read_text()))
+    assert result["side_by_side"]
+    for name in ("off", "slow"):
+        of_each = [found[name] for found in result["rounds"]]
+        assert sum("pss_mib" in found for found in of_each) == 3
+        assert all(found["cpu_ms"] >= (1 if name == "off" else 3) for found in of_each)
+        medians = result["variants"][name]["medians"]
+        assert 0 < medians["private_mib"] <= medians["pss_mib"]
+        assert medians["p50_ms"] <= medians["p99_ms"] <= medians["max_ms"]
+    assert "pss_mib" not in result["variants"]["slow"]["ratios"]
+
+
+@pytest.mark.slow
+def test_daemons_side_by_side(tmp_path):
+    """Nobody knows of which variant one is."""
+    run = Run(tmp_path, behaviour=["leaves"], port="{port}")
+    done = run.wait()
+    assert done.returncode == 1
+    lines = [line for line in done.stdout.splitlines() if line.startswith("left out: ")]
+    assert len(lines) == 3
+    assert re.fullmatch(r"left out: round 1, process \d+ of a server made itself a daemon, .*",
+                        lines[0]), lines  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_server_that_dies_side_by_side(tmp_path):
+    done = Run(tmp_path, "--requests", "200", behaviour=["dies"], port="{port}").wait()
+    assert done.returncode == 1
+    lines = [line for line in done.stdout.splitlines() if line.startswith("left out: ")]
+    assert len(lines) == 3
+    for number, line in enumerate(lines, 1):
+        assert re.fullmatch(
+            rf"left out: round {number}, (off|mlock): the server ended with status 9: out of luck; "
+            r"\d+ of \d+ requests failed", line,
+        ), line  # fmt: skip
 
 
 @pytest.mark.slow
@@ -380,6 +428,17 @@ def test_everything_that_a_server_started_ends(tmp_path):
         (["--command", "--minutes", "0", "--", "true"], "--minutes must be above 0"),
         (["--command", "--variants", "vmtouch", "--", "true"], "vmtouch needs a server"),
         (["--celery-task", "t", "--", "true"], "`true` names no application"),
+        (
+            ["--url", "http://127.0.0.1:{port}/", "--", "true"],
+            "--url: http://127.0.0.1:{port}/: {port} is in it, but not in the command",
+        ),
+        (
+            ["--url", "http://127.0.0.1:80/", "--", "true", "{port}"],
+            "--url: http://127.0.0.1:80/: {port} is in the command, but not in it",
+        ),
+        (["--url", "http://127.0.0.1:x/", "--", "true"], "is no http:// or https:// URL"),
+        (["--command", "--", "true", "{port}"], "{port} in the command is for --url"),
+        (["--command", "--", "true", "{queue}"], "{queue} in the command is for --celery-task"),
     ],
 )
 def test_wrong_command_lines(words, line):

@@ -18,7 +18,7 @@ import time
 import pytest
 from harness.servers import wait_for
 
-from page_primer.bench import command, counters, load, machine, measure, plot, rounds, server
+from page_primer.bench import command, counters, load, machine, plot, rounds, server, vmtouch
 from page_primer.bench.celery import Task
 from page_primer.bench.failures import CutShort, Failure
 from page_primer.bench.interpreter import Copy, start_of
@@ -82,13 +82,13 @@ def test_a_file_that_cannot_be_written(tmp_path):
 
 
 def test_rounds_end_in_time_and_after_three_that_were_cut_short():
-    assert rounds.go([OFF], lambda _: {}, Plan(5, -1.0)) == Course()
+    assert rounds.go([OFF], lambda *_: {}, Plan(5, -1.0)) == Course()
 
-    def cut_short(variant):
-        raise CutShort(f"{variant.name} stopped")
+    def cut_short(order, told):
+        raise CutShort(f"{order[0].name}: it stopped")
 
     course = rounds.go([OFF], cut_short, Plan(5))
-    assert course.left_out == [f"round {number}, off: off stopped" for number in (1, 2, 3)]
+    assert course.left_out == [f"round {number}, off: it stopped" for number in (1, 2, 3)]
     assert course.ended == "3 rounds were cut short"
 
 
@@ -104,7 +104,7 @@ def report_of(*measured):
 
 
 def test_it_began_before_its_first_round():
-    course = rounds.go([OFF], lambda _: {"cpu_ms": 1.0, "at": time.time()}, Plan(2))
+    course = rounds.go([OFF], lambda *_: {"off": {"cpu_ms": 1.0, "at": time.time()}}, Plan(2))
     assert course.began <= course.rounds[0]["off"]["at"]
     course.began = 86400.0
     assert Report([], {}, ["off"], course, "run").as_dict()["began"] == "1970-01-02T00:00:00Z"
@@ -170,11 +170,11 @@ def test_a_process_that_is_no_longer_there():
     """Nothing is measured of it, and nothing waited for."""
     assert program("""
         import subprocess
-        from page_primer.bench import measure
+        from page_primer.bench import vmtouch
         from page_primer.bench.tree import Adopted, average
         process = subprocess.Popen(["true"])
         process.wait()
-        print(Adopted()._reap(process.pid), average([process.pid]), measure._maps(process.pid))
+        print(Adopted()._reap(process.pid), average([process.pid]), vmtouch._maps(process.pid))
         """) == ["True None []"]
 
 
@@ -185,12 +185,13 @@ def test_how_a_server_ended():
         from page_primer.bench.server import Process
         from page_primer.bench.tree import Adopted
         tree = Adopted()
-        with Process(["sh", "-c", "echo told; kill -9 $$"], os.environ, tree) as process:
+        with Process(["sh", "-c", "echo told; kill -9 $$"], os.environ, tree,
+                     alone=True) as process:
             while not process.ended():
                 time.sleep(0.01)
             print(process.ended())
         try:
-            Process(["/nonexistent/server"], os.environ, tree).__enter__()
+            Process(["/nonexistent/server"], os.environ, tree, alone=True).__enter__()
         except Failure as failure:
             print(failure)
         """) == [
@@ -267,7 +268,7 @@ def test_a_celery_worker_that_does_not_answer():
         from page_primer.bench.server import Process
         from page_primer.bench.tree import Adopted
         task, tree = Task("/bin/false", "work", "add", []), Adopted()
-        with Process(["sh", "-c", "echo told; exit 3"], os.environ, tree) as process:
+        with Process(["sh", "-c", "echo told; exit 3"], os.environ, tree, alone=True) as process:
             while not process.ended():
                 time.sleep(0.01)
             for seconds in (100, 0):
@@ -289,13 +290,13 @@ def test_a_celery_worker_that_does_not_answer():
 def test_vmtouch_that_is_missing_or_locks_nothing(monkeypatch):
     monkeypatch.setenv("PATH", "/nonexistent")
     with pytest.raises(Failure, match="vmtouch: command not found"):
-        measure.check_vmtouch()
+        vmtouch.check()
     monkeypatch.undo()
-    monkeypatch.setattr(measure, "_LOCK_SECONDS", 0.05)
+    monkeypatch.setattr(vmtouch, "_LOCK_SECONDS", 0.05)
     process = subprocess.Popen(["sleep", "100"], text=True)
     try:
         with pytest.raises(Failure, match="it locked nothing"):
-            measure._wait_for_locks(process)
+            vmtouch._wait_for_locks(process)
     finally:
         process.kill()
         process.wait()

@@ -24,6 +24,7 @@ from page_primer.align import targets
 from page_primer.bench import load
 from page_primer.bench.failures import CutShort, Failure
 from page_primer.bench.interpreter import Copy, start_of
+from page_primer.bench.measure import _turns
 
 SERVER = str(Path(__file__).parent / "harness" / "benchserver.py")
 BENCH = [sys.executable, "-m", "page_primer", "bench"]
@@ -99,6 +100,14 @@ def test_no_load_generator(monkeypatch):
         load.generator()
 
 
+def test_requests_are_divided_into_turns():
+    assert _turns(2000, 8, 1000.0) == [200] * 10
+    assert _turns(2000, 8, 1e6) == [500] * 4  # several, however fast it is
+    assert _turns(10, 4, 1.0) == [5, 5]  # one for each connection
+    assert _turns(3, 8, 1.0) == [3]
+    assert sum(_turns(1001, 8, 777.0)) == 1001
+
+
 # --- the process tree -----------------------------------------------------------------------------
 
 
@@ -145,7 +154,7 @@ def test_processor_time_and_faults_of_a_tree():
         process.stdout.readline()
         tree.settle()
         after = tree.used()
-        found = len(tree.processes()), len(workers(before, after))
+        found = len(tree.processes()), len(workers(after - before))
         tree.stop(5)
         print(json.dumps([after.seconds - before.seconds, after.minor_faults - before.minor_faults,
                           *found, len(tree.processes())]))
@@ -156,6 +165,28 @@ def test_processor_time_and_faults_of_a_tree():
     assert processes == 3  # the parent, its zombie, and the orphan
     assert working == 3
     assert left == 0
+
+
+def test_one_server_of_several():
+    """By its session: what it leaves to this process is its own, another's is not."""
+    out = program("""
+        import subprocess
+        from page_primer.bench.tree import Adopted
+        tree = Adopted()
+        leaves = ["sh", "-c", "(sleep 60 & echo $!) & wait"]
+        both = [subprocess.Popen(leaves, stdout=subprocess.PIPE, text=True, start_new_session=True)
+                for _ in "ab"]
+        orphans = [int(process.stdout.readline()) for process in both]
+        one, other = (tree.only(process.pid) for process in both)
+        for process in both:
+            process.wait()
+        print(one.processes() == orphans[:1], other.processes() == orphans[1:])
+        one.stop()
+        print(one.processes() == [], tree.processes() == orphans[1:])
+        other.stop()
+        print(tree.processes() == [])
+        """)
+    assert out.split() == ["True"] * 5
 
 
 def test_a_helper_is_no_part_of_the_tree():
@@ -386,6 +417,42 @@ def test_celery_tasks(tmp_path, broker):
     done = bench("work.add", "1", "2")
     assert done.returncode == 1
     assert "has no result backend" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_celery_workers_side_by_side(tmp_path, broker):
+    """Each has a queue of its own, of which nothing is left with the broker."""
+    (tmp_path / "work.py").write_text(
+        "import os\nfrom celery import Celery\n"
+        "app = Celery('work', broker=os.environ['BROKER'], backend=os.environ['BROKER'])\n"
+        "@app.task\ndef add(a, b):\n    return a + b\n"
+    )
+    result = tmp_path / "result.json"
+    command = [sys.executable, "-m", "celery", "-A", "work", "worker", "-c", "2"]
+    done = subprocess.run(
+        [*BENCH, "--variants", "off,mlock", "--rounds", "2", "--requests", "40", "--json",
+         str(result), "--celery-task", "work.add", "1", "2", "--", *command, "-Q", "{queue}", "-n",
+         "{queue}"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=600,
+        env={**os.environ, "BROKER": f"{broker}/8", "C_FORCE_ROOT": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = validated("bench", json.loads(result.read_text()))
+    assert found["side_by_side"]
+    for name in ("off", "mlock"):
+        assert all(one[name]["cpu_ms"] > 0 for one in found["rounds"])
+        assert found["variants"][name]["medians"]["workers"] >= 2
+    port = broker.rpartition(":")[2]
+    keys = subprocess.run(
+        ["redis-cli", "-p", port, "-n", "8", "--raw", "KEYS", "*page-primer*"],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert keys.split() == []
+    bound = subprocess.run(
+        ["redis-cli", "-p", port, "-n", "8", "--raw", "SMEMBERS", "_kombu.binding.celery"],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert "page-primer" not in bound
 
 
 @pytest.mark.slow

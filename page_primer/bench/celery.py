@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import time
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 _DRIVER = """
 import json, os, sys, time
 sys.path.insert(0, os.getcwd())
-application, name, arguments, number, window = json.load(sys.stdin)
+application, name, arguments, number, window, queue = json.load(sys.stdin)
 from celery.app.utils import find_app
 from celery.backends.base import DisabledBackend
 app = find_app(application)
@@ -31,12 +32,24 @@ if isinstance(app.backend, DisabledBackend):
                       "is seen (CELERY_RESULT_BACKEND=rpc:// gives it one)"}))
     sys.exit()
 try:
-    if not number:
-        answers, end = [], time.monotonic() + 3
-        while not answers and time.monotonic() < end:
-            answers = app.control.broadcast("ping", reply=True, limit=1, timeout=0.2)
-        print(json.dumps({"ready": len(answers)}))
+    if number < 0:
+        with app.connection_for_write() as connection:
+            made = app.amqp.queues[queue](connection.default_channel)
+            made.declare()  # or Redis's transport does not know what it is bound to
+            made.delete()
+            made.exchange.delete()
+        print("{}")
         sys.exit()
+    if not number:
+        ready, end = False, time.monotonic() + 3
+        while not ready and time.monotonic() < end:
+            answers = app.control.broadcast("active_queues", reply=True, timeout=0.2,
+                                            limit=None if queue else 1)
+            ready = any(not queue or queue in [one["name"] for one in found]
+                        for answer in answers for found in answer.values())
+        print(json.dumps({"ready": ready}))
+        sys.exit()
+    where = {"queue": queue} if queue else {}
     sent, latencies, began = [], [], time.perf_counter()
     def wait():
         at, result = sent.pop(0)
@@ -45,7 +58,7 @@ try:
     for _ in range(number):
         if len(sent) >= window:
             wait()
-        sent.append((time.perf_counter(), app.send_task(name, arguments)))
+        sent.append((time.perf_counter(), app.send_task(name, arguments, **where)))
     while sent:
         wait()
     print(json.dumps({"latencies": latencies, "seconds": time.perf_counter() - began}))
@@ -89,8 +102,10 @@ class Task:
         start = interpreter.start_of(command, environ)
         return cls(start.python, application, words[0], [_value(word) for word in words[1:]])
 
-    def wait_until_ready(self, process: Process, seconds: float, helpers: set[int]) -> float:
-        """Wait until the worker answers; returns how many seconds that took.
+    def wait_until_ready(
+        self, process: Process, seconds: float, helpers: set[int], queue: str = ""
+    ) -> float:
+        """Wait until the worker (of that queue) answers; returns how many seconds that took.
 
         Raises:
             Failure: it ended, or stays silent.
@@ -100,24 +115,29 @@ class Task:
             if why := process.ended():
                 raise Failure(f"the worker {why}, before it answered")
             try:
-                answer = self._ask(0, 1, helpers)
+                answer = self._ask(0, 1, helpers, queue)
             except CutShort as error:
                 raise Failure(str(error)) from None
             if answer.get("ready"):
                 return time.monotonic() - process.began
         raise Failure(f"no answer from the worker within {seconds:.0f} s{process.last_words()}")
 
-    def send(self, number: int, window: int, helpers: set[int]) -> load.Load:
-        """Send tasks, and wait for their results.
+    def send(self, number: int, window: int, helpers: set[int], queue: str = "") -> load.Load:
+        """Send tasks (to that queue), and wait for their results.
 
         Raises:
             CutShort: one failed.
         """
-        answer = self._ask(number, window, helpers)
+        answer = self._ask(number, window, helpers, queue)
         return load.Load(answer["seconds"], tuple(sorted(answer["latencies"])))
 
-    def _ask(self, number: int, window: int, helpers: set[int]) -> dict[str, Any]:
-        asked = json.dumps([self.application, self.name, self.arguments, number, window])
+    def forget(self, queue: str, helpers: set[int]) -> None:
+        """Leave nothing of the queue with the broker."""
+        with contextlib.suppress(CutShort):
+            self._ask(-1, 1, helpers, queue)
+
+    def _ask(self, number: int, window: int, helpers: set[int], queue: str = "") -> dict[str, Any]:
+        asked = json.dumps([self.application, self.name, self.arguments, number, window, queue])
         status, out = load.run_helper([self.python, "-c", _DRIVER], helpers, asked)
         lines = out.strip().splitlines() or ["no output"]
         # What the application's libraries say as they are taken down may come behind the answer.

@@ -6,18 +6,28 @@ import argparse
 import contextlib
 import json
 import os
+import random
 import shutil
 import signal
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
-from page_primer.bench import counters, load, machine, measure, plot, rounds, variants
+from page_primer.bench import (
+    counters,
+    load,
+    machine,
+    measure,
+    places,
+    plot,
+    rounds,
+    variants,
+    vmtouch,
+)
 from page_primer.bench.celery import Task
 from page_primer.bench.failures import CutShort, Failure
 from page_primer.bench.interpreter import Copy
 from page_primer.bench.progress import Progress
 from page_primer.bench.report import Report
-from page_primer.bench.server import Address
 from page_primer.bench.tree import Adopted
 
 if TYPE_CHECKING:
@@ -108,6 +118,7 @@ def _check(given: argparse.Namespace, command: Sequence[str]) -> list[variants.V
     listed = variants.parse(given.variants)
     if given.is_script and any(variant.vmtouch for variant in listed):
         raise ValueError("--variants: vmtouch needs a server: a command has ended when it is ready")
+    places.check(command, given.urls, task=bool(given.celery_task))
     variants.check_environment()
     return listed
 
@@ -124,16 +135,17 @@ def _prepare(
     if given.plot:
         plot.check()
     if any(variant.vmtouch for variant in listed):
-        measure.check_vmtouch()
+        vmtouch.check()
     task = Task.of(given.celery_task, command, environ) if given.celery_task else None
     bench = measure.Bench(
         command=command, requests=given.requests or (_TASKS if task else _REQUESTS),
         connections=given.connections, tree=Adopted(), counters=counters.available(),
-        environ=environ, start_seconds=given.start_timeout, task=task,
-        addresses=[Address.of(url) for url in given.urls], is_script=given.is_script,
-        generator=load.generator() if given.urls else "",
+        environ=environ, start_seconds=given.start_timeout, task=task, urls=given.urls,
+        is_script=given.is_script, generator=load.generator() if given.urls else "",
+        random=random.Random(given.seed),
     )  # fmt: skip
     # Nothing is left running, whatever ends this.
+    stack.callback(bench.forget, listed)
     stack.callback(bench.tree.stop)
     if any(variant.aligned for variant in listed):
         bench.aligned = stack.enter_context(Copy(command, environ))
@@ -166,14 +178,14 @@ def _measure(
             progress.told(course, variant, at)
             check_interrupt()
 
-        course = rounds.go(listed, bench.measure, plan, seed=given.seed, told=told)
+        course = rounds.go(listed, bench.round, plan, seed=given.seed, told=told)
     names = ("requests", "connections", "rounds", "minutes", "variants", "seed", "urls")
     return Report(
         command=list(bench.command), variants=[variant.name for variant in listed], course=course,
         settings={**{name: getattr(given, name) for name in names}, "requests": bench.requests},
         unit="task" if bench.task else "run" if bench.is_script else "request",
         counters=bench.counters.missing, generator=bench.generator, obtained=bench.obtained,
-        probe=probed,
+        probe=probed, side_by_side=bench.side_by_side,
     )  # fmt: skip
 
 

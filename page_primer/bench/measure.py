@@ -1,35 +1,35 @@
-"""One measurement: a variant of the command, started anew, under one piece of work, as numbers.
+"""Measurements: variants of the command, started anew, under one piece of work, as numbers.
 
-Three kinds of work: requests to a server's URLs, tasks for a Celery worker, and a command that runs
-to its end.
+Three kinds of work: requests to a server's URLs, tasks for a Celery worker, and a command that
+runs to its end. Where variants can run at the same time (see places.py) they take turns at it: what
+slows a shared machine for some seconds then slows all of them.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
-import subprocess
-import time
+import random
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from page_primer import processes
-from page_primer.bench import celery, load, server, tree
+from page_primer.bench import celery, load, places, server, vmtouch
 from page_primer.bench.failures import CutShort, Failure
-from page_primer.kernel.smaps import Mapping, read_maps
+from page_primer.bench.tree import Adopted, Held, Used, average, workers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
-    from page_primer.bench.counters import Counters
+    from page_primer.bench.counters import Attached, Counters
     from page_primer.bench.interpreter import Aligned
+    from page_primer.bench.rounds import Round
     from page_primer.bench.variants import Variant
 
-_VMTOUCH = "vmtouch"
-_LOCK_SECONDS = 30.0
 _MIB = 1 << 20
 _WARM_UP = 0.25  # of the requests that are measured, sent before
+_TURN_SECONDS = 0.2
+_FEWEST_TURNS = 4
 
 
 @dataclass
@@ -39,26 +39,59 @@ class Bench:
     command: Sequence[str]
     requests: int
     connections: int
-    tree: tree.Adopted
+    tree: Adopted
     counters: Counters
     environ: dict[str, str]
     start_seconds: float = 60.0
     aligned: Aligned | None = None
-    addresses: Sequence[server.Address] = ()
+    urls: Sequence[str] = ()
     generator: str = ""
     task: celery.Task | None = None
     is_script: bool = False
     obtained: dict[str, dict[str, float]] = field(default_factory=dict)
+    random: random.Random = field(default_factory=lambda: random.Random(1))
+    _rounds: int = 0
 
-    def measure(self, variant: Variant, requests: int | None = None) -> dict[str, float]:
-        """Start the command as the variant says, give it its work, end it.
+    @property
+    def side_by_side(self) -> bool:
+        """Whether variants run at the same time."""
+        return places.can_be_many(self.command)
+
+    def round(
+        self, order: Sequence[Variant], told: Callable[[Variant, int], None] = lambda *_: None
+    ) -> Round:
+        """Every variant once.
 
         Args:
-            variant: how.
+            order: in which they start.
+            told: called before each starts: it, and which it is.
+
+        Returns:
+            Numbers by name, by variant; those of report.METRICS, and the hardware counters.
+
+        Raises:
+            Failure: one does not start, or not answer; the message has its name.
+            CutShort: it was not all done; so has this.
+        """
+        self._rounds += 1
+        if self.side_by_side:
+            return self._in_turns(order, told)
+        found = {}
+        for at, variant in enumerate(order):
+            told(variant, at)
+            with _named(variant):
+                found[variant.name] = self.measure(variant)
+        return found
+
+    def measure(self, variant: Variant, requests: int | None = None) -> dict[str, float]:
+        """One variant, alone.
+
+        Args:
+            variant: how the command is run.
             requests: another number of requests than the run's.
 
         Returns:
-            Numbers by name; those of render.METRICS, and the hardware counters.
+            Numbers by name.
 
         Raises:
             Failure: it does not start, or not answer.
@@ -66,32 +99,77 @@ class Bench:
         """
         if self.is_script:
             return self._script(variant)
-        if self.task is None:
-            server.check_free(self.addresses)
-        with self._started(variant) as process:
-            requests = requests or self.requests
-            if self.task:
-                began = self.task.wait_until_ready(process, self.start_seconds, self.tree.helpers)
-            else:
-                began = process.wait_for(self.addresses, self.start_seconds)
-            found = {"start_s": began}
-            with self._vmtouch() if variant.vmtouch else contextlib.nullcontext():
-                try:
-                    self._send(max(self.connections, int(requests * _WARM_UP)))
-                    self.tree.settle()
-                    found.update(self._window(variant, requests))
-                except CutShort as error:
-                    why = process.ended()
-                    raise CutShort(f"the server {why}; {error}" if why else str(error)) from None
-            if why := process.ended():
-                raise CutShort(f"the server {why}")
-        return found
+        requests = requests or self.requests
+        with self._running(variant, alone=True) as running:
+            running.warm_up(int(requests * _WARM_UP))
+            with running.counted(self.counters):
+                running.turn(requests)
+            running.weigh()
+            return running.numbers()
+
+    def forget(self, variants: Sequence[Variant]) -> None:
+        """Leave no queue of theirs with the broker."""
+        for variant in variants:
+            queue = places.Place.of(variant.name, self.command, ()).queue
+            if queue and self.task:
+                self.task.forget(queue, self.tree.helpers)
+
+    def _in_turns(self, order: Sequence[Variant], told: Callable[[Variant, int], None]) -> Round:
+        # Memory that variants share would be divided among all of them: it is that of one of a
+        # round, when the others have ended.
+        names = sorted(variant.name for variant in order)
+        weighed = names[self._rounds % len(names)]
+        with contextlib.ExitStack() as stack:
+            running, rate = [], 0.0
+            for at, variant in enumerate(order):
+                told(variant, at)
+                with _named(variant):
+                    one = stack.enter_context(self._running(variant, alone=False))
+                    rate = max(rate, one.warm_up(int(self.requests * _WARM_UP)))
+                    running.append(one)
+            self._check_for_strays(running)
+            for one in running:
+                stack.enter_context(one.counted(self.counters))
+            for requests in _turns(self.requests, self.connections, rate):
+                self.random.shuffle(running)
+                for one in running:
+                    with _named(one.variant):
+                        one.turn(requests)
+            running.sort(key=lambda one: one.variant.name == weighed)
+            for one in running[:-1]:
+                with _named(one.variant):
+                    one.end()
+            running[-1].weigh()
+            return {one.variant.name: one.numbers() for one in running}
+
+    def _check_for_strays(self, running: Sequence[Running]) -> None:
+        known = {pid for one in running for pid in one.tree.processes()}
+        for pid in set(self.tree.processes()) - known:
+            raise Failure(
+                f"process {pid} of a server made itself a daemon, so nobody knows of which: "
+                "variants cannot run side by side (write the port in place of {port})"
+            )
 
     @contextlib.contextmanager
-    def _started(self, variant: Variant) -> Iterator[server.Process]:
+    def _running(self, variant: Variant, *, alone: bool) -> Iterator[Running]:
+        """A variant from its start to its end."""
+        place = places.Place.of(variant.name, self.command, self.urls)
+        if self.task is None:
+            server.check_free(place.addresses)
         command, environ = self._command(variant)
-        with server.Process(command, environ, self.tree) as process:
-            yield process
+        with contextlib.ExitStack() as stack:
+            process = stack.enter_context(
+                server.Process(place.fill(command), environ, self.tree, alone=alone)
+            )
+            if self.task:
+                began = self.task.wait_until_ready(
+                    process, self.start_seconds, self.tree.helpers, place.queue
+                )
+            else:
+                began = process.wait_for(place.addresses, self.start_seconds)
+            if variant.vmtouch:
+                stack.enter_context(vmtouch.locking(process.tree))
+            yield Running(self, variant, place, process, began)
 
     def _command(self, variant: Variant) -> tuple[list[str], dict[str, str]]:
         environ, command = variant.environment(self.environ), list(self.command)
@@ -101,66 +179,9 @@ class Bench:
             environ = {**environ, **self.aligned.environment}
         return variant.command(command), environ
 
-    def _send(self, requests: int) -> load.Load:
-        if self.task:
-            return self.task.send(requests, self.connections, self.tree.helpers)
-        urls = [address.url for address in self.addresses]
-        return load.send(self.generator, urls, requests, self.connections, self.tree.helpers)
-
-    def _window(self, variant: Variant, requests: int) -> dict[str, float]:
-        """The work that is measured, with the server's use of everything before and after."""
-        with self.counters.attach(self.tree.processes()) as counting:
-            counted = counting.read()
-            before = self.tree.used()
-            answered = self._send(requests)
-            after = self.tree.used()
-            counts = {name: value - counted.get(name, 0.0) for name, value in
-                      counting.read().items()}  # fmt: skip
-        working = tree.workers(before, after)
-        found = {
-            "cpu_ms": (after.seconds - before.seconds) * 1000 / requests,
-            "rate": answered.rate,
-            "p50_ms": answered.quantile(0.5) * 1000,
-            "p99_ms": answered.quantile(0.99) * 1000,
-            "max_ms": answered.latencies[-1] * 1000,
-            "minor_faults": (after.minor_faults - before.minor_faults) / requests,
-            "major_faults": (after.major_faults - before.major_faults) / requests,
-            "workers": len(working),
-        }
-        if held := tree.average(working):
-            found.update(pss_mib=held.pss / _MIB, private_mib=held.private / _MIB)
-        found.update({name: value / requests for name, value in counts.items()})
-        if working and variant.name not in self.obtained:
-            self.obtained[variant.name] = _obtained(working[-1])
-        return found
-
-    @contextlib.contextmanager
-    def _vmtouch(self) -> Iterator[None]:
-        """Have vmtouch lock in memory what the server executes, as its users do."""
-        files = {
-            mapping.path
-            for pid in self.tree.processes()
-            for mapping in _maps(pid)
-            if mapping.executable and os.path.isfile(mapping.path)
-        }
-        process = subprocess.Popen(
-            [_VMTOUCH, "-l", "-q", *sorted(files)], stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
-            preexec_fn=tree.dies_with_us(),
-        )  # fmt: skip
-        self.tree.helpers.add(process.pid)
-        try:
-            _wait_for_locks(process)
-            yield
-        finally:
-            process.kill()
-            process.wait()
-            process.stderr.close()  # type: ignore[union-attr]  # PIPE
-            self.tree.helpers.discard(process.pid)
-
     def _script(self, variant: Variant) -> dict[str, float]:
         command, environ = self._command(variant)
-        with server.Process(command, environ, self.tree) as process:
+        with server.Process(command, environ, self.tree, alone=True) as process:
             usage, took = process.run_to_end()
             if why := process.failed():
                 raise CutShort(f"{self.command[0]} {why}")
@@ -173,37 +194,122 @@ class Bench:
         }
 
 
-def check_vmtouch() -> None:
-    """
-    Raises:
-        Failure: it is not installed.
-    """
-    if not shutil.which(_VMTOUCH):
-        raise Failure("vmtouch: command not found (Debian and Ubuntu: apt install vmtouch)")
+@dataclass
+class Running:
+    """A variant of the command that runs, and what its work took so far."""
+
+    bench: Bench
+    variant: Variant
+    place: places.Place
+    process: server.Process
+    start_s: float = 0.0
+    requests: int = 0
+    seconds: float = 0.0
+    latencies: list[float] = field(default_factory=list)
+    used: Used = field(default_factory=lambda: Used({}, 0, 0))
+    held: Held | None = None
+    _counts: Counter[str] = field(default_factory=Counter)
+    _counting: Attached | None = None
+
+    @property
+    def tree(self) -> Adopted:
+        return self.process.tree
+
+    def warm_up(self, requests: int) -> float:
+        """Requests that do not count; returns how many a second were answered."""
+        found = self._send(max(self.bench.connections, requests))
+        self.tree.settle()
+        return found.rate
+
+    @contextlib.contextmanager
+    def counted(self, counters: Counters) -> Iterator[None]:
+        """With the hardware's counters in turns."""
+        with counters.attach(self.tree.processes()) as self._counting:
+            yield
+
+    def turn(self, requests: int) -> None:
+        """Requests that count, with what the server used between the first and the last.
+
+        Raises:
+            CutShort: not all were answered, or the server ended.
+        """
+        assert self._counting is not None
+        counted, used = self._counting.read(), self.tree.used()
+        answered = self._send(requests)
+        self.used += self.tree.used() - used
+        self._counts.update(self._counting.read())
+        self._counts.subtract(counted)
+        self.requests += requests
+        self.seconds += answered.seconds
+        self.latencies += answered.latencies
+
+    def weigh(self) -> None:
+        """Look at what its workers hold, and what they obtained."""
+        self._check()
+        working = workers(self.used)
+        self.held = average(working)
+        if working and self.variant.name not in self.bench.obtained:
+            self.bench.obtained[self.variant.name] = _obtained(working[-1])
+
+    def end(self) -> None:
+        """End it before the others.
+
+        Raises:
+            CutShort: it has ended by itself.
+        """
+        self._check()
+        self.tree.stop()
+
+    def numbers(self) -> dict[str, float]:
+        """What came of it; memory, if it was weighed."""
+        answered = load.Load(self.seconds, tuple(sorted(self.latencies)))
+        found = {
+            "start_s": self.start_s,
+            "cpu_ms": self.used.seconds * 1000 / self.requests,
+            "rate": answered.rate,
+            "p50_ms": answered.quantile(0.5) * 1000,
+            "p99_ms": answered.quantile(0.99) * 1000,
+            "max_ms": answered.latencies[-1] * 1000,
+            "minor_faults": self.used.minor_faults / self.requests,
+            "major_faults": self.used.major_faults / self.requests,
+            "workers": len(workers(self.used)),
+        }
+        if self.held:
+            found.update(pss_mib=self.held.pss / _MIB, private_mib=self.held.private / _MIB)
+        found.update({name: value / self.requests for name, value in self._counts.items()})
+        return found
+
+    def _send(self, requests: int) -> load.Load:
+        bench, helpers = self.bench, self.tree.helpers
+        try:
+            if bench.task:
+                return bench.task.send(requests, bench.connections, helpers, self.place.queue)
+            urls = [address.url for address in self.place.addresses]
+            return load.send(bench.generator, urls, requests, bench.connections, helpers)
+        except CutShort as error:
+            why = self.process.ended()
+            raise CutShort(f"the server {why}; {error}" if why else str(error)) from None
+
+    def _check(self) -> None:
+        if why := self.process.ended():
+            raise CutShort(f"the server {why}")
 
 
-def _wait_for_locks(process: subprocess.Popen[str]) -> None:
-    """vmtouch says nothing when it has locked everything: wait until its locks stay the same."""
-    end, before = time.monotonic() + _LOCK_SECONDS, ""
-    while time.monotonic() < end:
-        time.sleep(0.1)
-        if process.poll() is not None:
-            said = process.stderr.read()  # type: ignore[union-attr]
-            last = (said.strip().splitlines() or ["it ended"])[-1]
-            raise Failure(last.removeprefix("vmtouch: "))
-        with open(f"/proc/{process.pid}/status", encoding="utf-8") as file:
-            now = next((line for line in file if line.startswith("VmLck")), "")
-        if now == before and now.split()[1:2] not in ([], ["0"]):
-            return
-        before = now
-    raise Failure("it locked nothing")
-
-
-def _maps(pid: int) -> list[Mapping]:
+@contextlib.contextmanager
+def _named(variant: Variant) -> Iterator[None]:
+    """Put the variant's name before what failed."""
     try:
-        return list(read_maps(pid))
-    except OSError:
-        return []
+        yield
+    except (CutShort, Failure) as error:
+        raise type(error)(f"{variant.name}: {error}") from None
+
+
+def _turns(requests: int, connections: int, rate: float) -> list[int]:
+    """Divide the requests of a round: some tenths of a second each, several turns, and at least one
+    request for each connection."""
+    count = max(_FEWEST_TURNS, round(requests / (rate * _TURN_SECONDS)))
+    count = max(1, min(count, requests // connections))
+    return [requests * (at + 1) // count - requests * at // count for at in range(count)]
 
 
 def _obtained(pid: int) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import sys
 import time
@@ -70,16 +69,19 @@ class Report:
     generator: str = ""
     obtained: dict[str, dict[str, float]] = field(default_factory=dict)
     probe: list[dict[str, float]] = field(default_factory=list)
+    side_by_side: bool = False
 
     def values(self, variant: str, name: str) -> list[float]:
-        """A number of every round; empty if a round lacks it."""
-        found = [measured[variant].get(name, math.nan) for measured in self.course.rounds]
-        return [] if any(map(math.isnan, found)) else found
+        """A number of every round that has it: memory is not looked at in each, where variants run
+        side by side."""
+        return [measured[variant][name] for measured in self.course.rounds
+                if name in measured[variant]]  # fmt: skip
 
     def ratio(self, variant: str, name: str) -> Ratio | None:
-        """The number of a variant beside that of `off`."""
-        values, baseline = self.values(variant, name), self.values(OFF, name)
-        return intervals.ratio(values, baseline) if values and baseline else None
+        """The number of a variant beside that of `off`, of the rounds that have both."""
+        both = [(measured[variant][name], measured[OFF][name]) for measured in self.course.rounds
+                if name in measured[variant] and name in measured[OFF]]  # fmt: skip
+        return intervals.ratio(*zip(*both, strict=True)) if both else None
 
     def verdict(self, variant: str) -> str:
         """What a run is for, in a sentence."""
@@ -87,13 +89,13 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, ready for json.dumps()."""
-        names = [name for name in (self.course.rounds or [{OFF: {}}])[0][OFF]
-                 if self.values(OFF, name)]  # fmt: skip
+        names = list({name: None for measured in self.course.rounds for name in measured[OFF]})
         return {
             "page_primer": __version__,
             "command": [sys.executable, "-m", "page_primer", *sys.argv[1:]],
             "server": self.command,
             "settings": self.settings,
+            "side_by_side": self.side_by_side,
             "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.course.began)),
             "python": sys.version.split()[0],
             "machine": machine.describe(),
@@ -128,7 +130,8 @@ class Report:
         if self.course.ended:
             say(f"ended early: {self.course.ended}")
         count = len(self.course.rounds)
-        say(f"{count} round{'' if count == 1 else 's'}, every variant once in each; "
+        how = "side by side, in turns" if self.side_by_side else "once in each"
+        say(f"{count} round{'' if count == 1 else 's'}, every variant {how}; "
             f"medians, and ratios to `{OFF}` (95 % interval)")  # fmt: skip
         if not count:
             return

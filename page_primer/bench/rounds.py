@@ -1,10 +1,11 @@
-"""Interleaved rounds: every variant once in each, in random order, the server started anew."""
+"""Interleaved rounds: every variant in each, in random order, the server started anew."""
 
 from __future__ import annotations
 
 import random
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from page_primer.bench.failures import CutShort, Failure
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
     from page_primer.bench.variants import Variant
 
     Round = dict[str, dict[str, float]]
-    Measure = Callable[[Variant], dict[str, float]]
+    Told = Callable[[Variant, int], None]
+    Measure = Callable[[Sequence[Variant], Told], Round]
 
 _MOST_LEFT_OUT = 3
 
@@ -56,7 +58,12 @@ def go(
     same for the same seed.
 
     Args:
-        told: called before each measurement: the course, what comes, and which of its round it is.
+        variants: of the command.
+        measure: measures each once, in the order given, and calls what it is given, too, before
+            each: the variant, and which of its round it is.
+        plan: when it is enough.
+        seed: of the order within rounds.
+        told: called by it, with the course.
     """
     course, generator, began = Course(), random.Random(seed), time.monotonic()
     try:
@@ -68,29 +75,14 @@ def go(
                 break
             order = list(variants)
             generator.shuffle(order)
-            _one(order, measure, course, told)
-            if course.ended:
-                break
+            number = len(course.rounds) + len(course.left_out) + 1
+            try:
+                course.rounds.append(measure(order, partial(told, course)))
+            except (CutShort, Failure) as error:
+                course.left_out.append(f"round {number}, {error}")
+                if len(course.left_out) >= _MOST_LEFT_OUT:
+                    course.ended = f"{len(course.left_out)} rounds were cut short"
+                    break
     except KeyboardInterrupt:
         course.ended, course.interrupted = "interrupted", True
     return course
-
-
-def _one(
-    order: Sequence[Variant],
-    measure: Measure,
-    course: Course,
-    told: Callable[[Course, Variant, int], None],
-) -> None:
-    found: Round = {}
-    number = len(course.rounds) + len(course.left_out) + 1
-    for at, variant in enumerate(order):
-        told(course, variant, at)
-        try:
-            found[variant.name] = measure(variant)
-        except (CutShort, Failure) as error:
-            course.left_out.append(f"round {number}, {variant.name}: {error}")
-            if len(course.left_out) >= _MOST_LEFT_OUT:
-                course.ended = f"{len(course.left_out)} rounds were cut short"
-            return
-    course.rounds.append(found)

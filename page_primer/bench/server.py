@@ -44,10 +44,13 @@ class Address(NamedTuple):
         Raises:
             ValueError: it is no http or https URL.
         """
-        parts = urlsplit(url)
+        try:
+            parts = urlsplit(url)
+            port = parts.port or (443 if parts.scheme == "https" else 80)
+        except ValueError as error:
+            raise ValueError(f"--url: {url!r} is no http:// or https:// URL: {error}") from None
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"--url: {url!r} is no http:// or https:// URL")
-        port = parts.port or (443 if parts.scheme == "https" else 80)
         path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         return cls(url, parts.scheme == "https", parts.hostname, port, path)
 
@@ -79,10 +82,18 @@ class Address(NamedTuple):
 
 
 class Process:
-    """A command of the user's, in a session of its own, with its output in a file."""
+    """A command of the user's, in a session of its own, with its output in a file.
 
-    def __init__(self, command: Sequence[str], environ: Mapping[str, str], tree: Adopted) -> None:
-        self._command, self._environ, self._tree = list(command), dict(environ), tree
+    Attributes:
+        tree: its processes: all that are no helpers, or, where it is not `alone`, its session's.
+        began: when it was started, by time.monotonic().
+    """
+
+    def __init__(
+        self, command: Sequence[str], environ: Mapping[str, str], tree: Adopted, *, alone: bool
+    ) -> None:
+        self._command, self._environ, self._alone = list(command), dict(environ), alone
+        self.tree = tree
         self._output = tempfile.TemporaryFile()  # noqa: SIM115
         self._process: subprocess.Popen[bytes] | None = None
         self.began = 0.0
@@ -99,12 +110,14 @@ class Process:
             raise Failure(f"{self._command[0]}: {error.strerror}") from None
         except subprocess.SubprocessError as error:
             raise Failure(f"{self._command[0]}: {error}") from None
+        if not self._alone:
+            self.tree = self.tree.only(self._process.pid)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
     ) -> None:
-        self._tree.stop()
+        self.tree.stop()
         self._output.close()
 
     def ended(self) -> str | None:

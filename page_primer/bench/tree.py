@@ -7,8 +7,7 @@ import ctypes
 import os
 import signal
 import time
-from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -38,6 +37,20 @@ class Used:
     def seconds(self) -> float:
         return sum(self.processor.values())
 
+    def __add__(self, other: Used) -> Used:
+        return self._with(other, 1)
+
+    def __sub__(self, before: Used) -> Used:
+        return self._with(before, -1)
+
+    def _with(self, other: Used, sign: int) -> Used:
+        return Used(
+            {pid: self.processor.get(pid, 0.0) + sign * other.processor.get(pid, 0.0)
+             for pid in {**self.processor, **other.processor}},
+            self.minor_faults + sign * other.minor_faults,
+            self.major_faults + sign * other.major_faults,
+        )  # fmt: skip
+
 
 @dataclass
 class Adopted:
@@ -45,19 +58,28 @@ class Adopted:
     it made itself a daemon (prctl(2), PR_SET_CHILD_SUBREAPER)."""
 
     helpers: set[int] = field(default_factory=set)
+    session: int = 0  # of several servers, the one that began as this session's leader; 0: all
 
     def __post_init__(self) -> None:
         _prctl(_PR_SET_CHILD_SUBREAPER)
+
+    def only(self, session: int) -> Adopted:
+        """Those of one server among several, as long as what it leaves to this process stays in
+        its session."""
+        return replace(self, session=session)
 
     def processes(self) -> list[int]:
         """The server's processes, parents before children; ended ones that nobody waited for
         included."""
         children: dict[int, list[int]] = {}
-        for name in os.listdir("/proc"):
-            if name.isdigit():
-                with contextlib.suppress(OSError, IndexError):
-                    children.setdefault(int(_stat(int(name))[1]), []).append(int(name))
-        found = [pid for pid in sorted(children.get(os.getpid(), [])) if pid not in self.helpers]
+        session: dict[int, int] = {}
+        for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+            with contextlib.suppress(OSError, IndexError):
+                values = _stat(pid)
+                children.setdefault(int(values[1]), []).append(pid)
+                session[pid] = int(values[3])
+        found = [pid for pid in sorted(children.get(os.getpid(), []))
+                 if pid not in self.helpers and self.session in (0, session[pid])]  # fmt: skip
         for pid in found:
             found += sorted(children.get(pid, []))
         return found
@@ -131,12 +153,11 @@ class Adopted:
         return True
 
 
-def workers(before: Used, after: Used) -> list[int]:
-    """The processes that did the work between two looks."""
-    used = Counter({pid: seconds - before.processor.get(pid, 0.0)
-                    for pid, seconds in after.processor.items() if pid})  # fmt: skip
-    most = max(used.values(), default=0.0)
-    return [pid for pid, seconds in used.items() if seconds >= most * _WORKER_SHARE and most > 0]
+def workers(used: Used) -> list[int]:
+    """The processes that did the work."""
+    seconds = {pid: took for pid, took in used.processor.items() if pid}
+    most = max(seconds.values(), default=0.0)
+    return [pid for pid, took in seconds.items() if took >= most * _WORKER_SHARE and most > 0]
 
 
 @dataclass(frozen=True)

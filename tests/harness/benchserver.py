@@ -60,6 +60,9 @@ if "stubborn" in BEHAVIOUR:
     # A grandchild in a session of its own, which nobody waits for and SIGTERM does not end.
     ignore = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
     subprocess.Popen([sys.executable, "-c", ignore, *sys.argv], start_new_session=True)
+if "leaves" in BEHAVIOUR:
+    # A daemon: in a session of its own, and of a parent that has ended.
+    subprocess.run(["sh", "-c", "setsid sleep 600 & exit"], check=True)
 server = Server(("127.0.0.1", PORT), Handler)
 signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=server.shutdown).start())
 server.serve_forever(0.05)
