@@ -120,6 +120,7 @@ class Bench:
         names = sorted(variant.name for variant in order)
         weighed = names[self._rounds % len(names)]
         with contextlib.ExitStack() as stack:
+            stack.callback(self.tree.stop)  # what left its session, too
             running, rate = [], 0.0
             for at, variant in enumerate(order):
                 told(variant, at)

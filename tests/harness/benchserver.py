@@ -62,7 +62,8 @@ if "stubborn" in BEHAVIOUR:
     subprocess.Popen([sys.executable, "-c", ignore, *sys.argv], start_new_session=True)
 if "leaves" in BEHAVIOUR:
     # A daemon: in a session of its own, and of a parent that has ended.
-    subprocess.run(["sh", "-c", "setsid sleep 600 & exit"], check=True)
+    sleep = [sys.executable, "-c", "import time; time.sleep(600)", *sys.argv]
+    subprocess.run(["sh", "-c", 'setsid "$@" & exit', "sh", *sleep], check=True)
 server = Server(("127.0.0.1", PORT), Handler)
 signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=server.shutdown).start())
 server.serve_forever(0.05)
