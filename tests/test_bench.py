@@ -445,6 +445,10 @@ def test_everything_that_a_server_started_ends(tmp_path):
             "--url: http://127.0.0.1:80/: {port} is in the command, but not in it",
         ),
         (["--url", "http://127.0.0.1:x/", "--", "true"], "is no http:// or https:// URL"),
+        (
+            ["--url", "http://127.0.0.1/", "--side-by-side", "--", "true"],
+            "--side-by-side is for --command: of a server, write {port} in its command",
+        ),
         (["--command", "--", "true", "{port}"], "{port} in the command is for --url"),
         (["--command", "--", "true", "{queue}"], "{queue} in the command is for --celery-task"),
     ],

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import itertools
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -379,6 +382,57 @@ def test_a_script(tmp_path):
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
     assert last.startswith(f"page-primer: bench: mine: {sys.executable} ended with status 1: ")
+
+
+@pytest.mark.slow
+def test_scripts_side_by_side(tmp_path):
+    """Each works while the others are stopped, and none is left where one fails, or on Ctrl-C."""
+    (tmp_path / "script.py").write_text(
+        "import os, sys, time\n"
+        "seen = []\n"
+        "while time.process_time() < 0.7:\n"
+        "    seen.append(time.monotonic())\n"
+        "open(f'seen-{os.getpid()}', 'w').write(' '.join(map(str, seen)))\n"
+        "sys.exit(os.environ.get('PAGE_PRIMER_EXCLUDE') == 'wrong')\n"
+    )
+    result, mark = tmp_path / "result.json", f"mark-{free_port()}"
+
+    def command(*words):
+        return [*BENCH, "--command", "--side-by-side", *words, "--", sys.executable, "script.py",
+                mark]  # fmt: skip
+
+    environ = {**os.environ, "PAGE_PRIMER_IMAGE_DIR": str(tmp_path)}
+    run = functools.partial(
+        subprocess.run, cwd=tmp_path, capture_output=True, text=True, timeout=600, env=environ
+    )
+    done = run(command("--rounds", "1", "--variants", "off,off2", "--json", str(result)))
+    assert done.returncode == 0, done.stderr
+    found = validated("bench", json.loads(result.read_text()))
+    assert found["side_by_side"]
+    (measured,) = found["rounds"]
+    assert all(one["cpu_ms"] >= 700 and one["wall_ms"] >= 700 for one in measured.values())
+    *_, first, second = sorted(tmp_path.glob("seen-*"), key=os.path.getmtime)
+    seen = [list(map(float, path.read_text().split())) for path in (first, second)]
+    owners = [owner for _, owner in sorted((at, owner) for owner in (0, 1) for at in seen[owner])]
+    turns = [owner for owner, _ in itertools.groupby(owners)]
+    assert 4 <= len(turns) <= 30, len(turns)  # of 0.2 s: seven, or more where others are busy
+    done = run(command("--variants", "off,mine:exclude=wrong"))
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(
+        f"page-primer: bench: mine: {sys.executable} ended with status 1"
+    )
+    process = subprocess.Popen(
+        command("--rounds", "1000"), cwd=tmp_path, env=environ, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.DEVNULL, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    for line in process.stderr:
+        if line.startswith("round 1"):
+            break
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=600)
+    assert process.returncode == 130
+    running = subprocess.run(["pgrep", "-f", mark], capture_output=True, text=True).stdout
+    assert running.split() == []
 
 
 @pytest.mark.slow

@@ -64,6 +64,9 @@ def parser() -> argparse.ArgumentParser:
         help="the task to send to the Celery worker; arguments are JSON, or text")  # fmt: skip
     add("--command", action="store_true", dest="is_script",
         help="what is started is no server but ends by itself")  # fmt: skip
+    add("--side-by-side", action="store_true",
+        help="with --command: variants run at the same time, and one works while the others are "
+        "stopped")  # fmt: skip
     add("--requests", type=_positive, metavar="N",
         help=f"a round for each variant (default: {_REQUESTS}; tasks: {_TASKS})")  # fmt: skip
     add("--connections", type=_positive, default=8, metavar="N",
@@ -113,6 +116,9 @@ def _check(given: argparse.Namespace, command: Sequence[str]) -> list[variants.V
         raise ValueError("bench: no command (`-- COMMAND ...` comes last)")
     if sum(map(bool, (given.urls, given.celery_task, given.is_script))) != 1:
         raise ValueError("bench: give one of --url, --celery-task and --command")
+    if given.side_by_side and not given.is_script:
+        raise ValueError("--side-by-side is for --command: of a server, write {port} in its "
+                         "command, of a Celery worker {queue}")  # fmt: skip
     if given.minutes is not None and not given.minutes > 0:
         raise ValueError("--minutes must be above 0")
     listed = variants.parse(given.variants)
@@ -142,7 +148,7 @@ def _prepare(
         connections=given.connections, tree=Adopted(), counters=counters.available(),
         environ=environ, start_seconds=given.start_timeout, task=task, urls=given.urls,
         is_script=given.is_script, generator=load.generator() if given.urls else "",
-        random=random.Random(given.seed),
+        random=random.Random(given.seed), together=given.side_by_side,
     )  # fmt: skip
     # Nothing is left running, whatever ends this.
     stack.callback(bench.forget, listed)

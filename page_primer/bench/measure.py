@@ -19,6 +19,7 @@ from page_primer.bench.failures import CutShort, Failure
 from page_primer.bench.tree import Adopted, Held, Used, average, workers
 
 if TYPE_CHECKING:
+    import resource
     from collections.abc import Callable, Iterator, Sequence
 
     from page_primer.bench.counters import Attached, Counters
@@ -48,6 +49,7 @@ class Bench:
     generator: str = ""
     task: celery.Task | None = None
     is_script: bool = False
+    together: bool = False  # scripts
     obtained: dict[str, dict[str, float]] = field(default_factory=dict)
     random: random.Random = field(default_factory=lambda: random.Random(1))
     _rounds: int = 0
@@ -55,7 +57,7 @@ class Bench:
     @property
     def side_by_side(self) -> bool:
         """Whether variants run at the same time."""
-        return places.can_be_many(self.command)
+        return self.together or places.can_be_many(self.command)
 
     def round(
         self, order: Sequence[Variant], told: Callable[[Variant, int], None] = lambda *_: None
@@ -75,7 +77,8 @@ class Bench:
         """
         self._rounds += 1
         if self.side_by_side:
-            return self._in_turns(order, told)
+            in_turns = self._scripts_in_turns if self.is_script else self._in_turns
+            return in_turns(order, told)
         found = {}
         for at, variant in enumerate(order):
             told(variant, at)
@@ -181,11 +184,48 @@ class Bench:
         return variant.command(command), environ
 
     def _script(self, variant: Variant) -> dict[str, float]:
-        command, environ = self._command(variant)
-        with server.Process(command, environ, self.tree, alone=True) as process:
+        with self._started(variant, alone=True) as process:
             usage, took = process.run_to_end()
-            if why := process.failed():
-                raise CutShort(f"{self.command[0]} {why}")
+            return self._of_script(process, usage, took)
+
+    def _scripts_in_turns(
+        self, order: Sequence[Variant], told: Callable[[Variant, int], None]
+    ) -> Round:
+        took = dict.fromkeys((variant.name for variant in order), 0.0)
+        found: Round = {}
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.tree.stop)
+            running = []
+            for at, variant in enumerate(order):
+                told(variant, at)
+                with _named(variant):
+                    process = stack.enter_context(self._started(variant, alone=False))
+                process.pause()
+                running.append((variant, process))
+            while running:
+                self.random.shuffle(running)
+                for variant, process in list(running):
+                    usage, seconds = process.run_on(_TURN_SECONDS)
+                    took[variant.name] += seconds
+                    if usage:
+                        running.remove((variant, process))
+                        with _named(variant):
+                            found[variant.name] = self._of_script(
+                                process, usage, took[variant.name]
+                            )
+        return {variant.name: found[variant.name] for variant in order}
+
+    @contextlib.contextmanager
+    def _started(self, variant: Variant, *, alone: bool) -> Iterator[server.Process]:
+        command, environ = self._command(variant)
+        with server.Process(command, environ, self.tree, alone=alone) as process:
+            yield process
+
+    def _of_script(
+        self, process: server.Process, usage: resource.struct_rusage, took: float
+    ) -> dict[str, float]:
+        if why := process.failed():
+            raise CutShort(f"{self.command[0]} {why}")
         return {
             "cpu_ms": (usage.ru_utime + usage.ru_stime) * 1000,
             "wall_ms": took * 1000,

@@ -134,10 +134,39 @@ class Process:
     def run_to_end(self) -> tuple[resource.struct_rusage, float]:
         """Wait for its end; what it and the descendants that it waited for used, and seconds."""
         assert self._process is not None
-        _, status, usage = os.wait4(self._process.pid, 0)
-        took = time.monotonic() - self.began
+        usage = self._reaped(0)
+        assert usage is not None
+        return usage, time.monotonic() - self.began
+
+    def run_on(self, seconds: float) -> tuple[resource.struct_rusage | None, float]:
+        """Let a paused command go on, and pause it again; the same as run_to_end(), or None if it
+        has not ended."""
+        assert self._process is not None
+        began = time.monotonic()
+        self._signal(signal.SIGCONT)
+        while (usage := self._reaped(os.WNOHANG)) is None:
+            if time.monotonic() > began + seconds:
+                self.pause()
+                break
+            time.sleep(_LOOK_SECONDS)
+        return usage, time.monotonic() - began
+
+    def pause(self) -> None:
+        """Stop its processes where they are."""
+        self._signal(signal.SIGSTOP)
+
+    def _signal(self, number: signal.Signals) -> None:
+        assert self._process is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
+
+    def _reaped(self, options: int) -> resource.struct_rusage | None:
+        assert self._process is not None
+        pid, status, usage = os.wait4(self._process.pid, options)
+        if not pid:
+            return None
         self._process.returncode = os.waitstatus_to_exitcode(status)
-        return usage, took
+        return usage
 
     def failed(self) -> str | None:
         """As ended(), but None for success."""

@@ -136,6 +136,7 @@ class Adopted:
                     asked = left[0]
                     oldest = oldest or asked
                     _send(asked, signal.SIGTERM)
+                    _send(asked, signal.SIGCONT)  # it may be stopped
                 if time.monotonic() > end + _GIVE_UP:
                     return
                 if time.monotonic() > end:
