@@ -2,8 +2,8 @@
 
     python benchmarks/processor_time.py [--processes N] [--loops N] [options of page-primer bench]
 
-`page-primer bench --command` on request_work.py: several processes that take turns on one core,
-their start included. `off-again` is `off` once more: that ratio shows the noise.
+`page-primer bench --command --side-by-side` on request_work.py: several processes that take turns
+on one core, their start included. `off-again` is `off` once more: that ratio shows the noise.
 """
 
 from __future__ import annotations
@@ -28,4 +28,4 @@ if __name__ == "__main__":
     if not any(word.startswith("--variants") for word in others):
         others += ["--variants", VARIANTS]
     work = [given.python, str(WORK), str(given.loops), str(given.processes)]
-    sys.exit(main(["bench", "--command", *others, "--", *work]))
+    sys.exit(main(["bench", "--command", "--side-by-side", *others, "--", *work]))
