@@ -295,12 +295,11 @@ def test_gunicorn_primed(tmp_path, images):
         "    start_response('200 OK', [('Content-Length', '2')])\n"
         "    return [b'ok']\n"
     )
-    port = free_port()
     done = subprocess.run(
-        [*BENCH, "--url", f"http://127.0.0.1:{port}/", "--url", f"http://127.0.0.1:{port}/other",
+        [*BENCH, "--url", "http://127.0.0.1:{port}/", "--url", "http://127.0.0.1:{port}/other",
          "--variants", "off,mlock,code", "--requests", "200", "--rounds", "1", "--json",
          "result.json", "--plot", "result.svg", "--", sys.executable, "-m", "gunicorn",
-         *NO_CONTROL_SOCKET, "-w", "2", "-b", f"127.0.0.1:{port}", "app:app"],
+         *NO_CONTROL_SOCKET, "-w", "2", "-b", "127.0.0.1:{port}", "app:app"],
         cwd=tmp_path, capture_output=True, text=True, timeout=600,
         env={**os.environ, "PAGE_PRIMER_IMAGE_DIR": str(images)},
     )  # fmt: skip

@@ -107,6 +107,7 @@ class Bench:
             running.warm_up(int(requests * _WARM_UP))
             with running.counted(self.counters):
                 running.turn(requests)
+            running.look()
             running.weigh()
             return running.numbers()
 
@@ -139,10 +140,12 @@ class Bench:
                 for one in running:
                     with _named(one.variant):
                         one.turn(requests)
+            for one in running:
+                with _named(one.variant):
+                    one.look()
             running.sort(key=lambda one: one.variant.name == weighed)
             for one in running[:-1]:
-                with _named(one.variant):
-                    one.end()
+                one.tree.stop()
             running[-1].weigh()
             return {one.variant.name: one.numbers() for one in running}
 
@@ -284,22 +287,21 @@ class Running:
         self.seconds += answered.seconds
         self.latencies += answered.latencies
 
-    def weigh(self) -> None:
-        """Look at what its workers hold, and what they obtained."""
-        self._check()
+    def look(self) -> None:
+        """See what it obtained, once in a run.
+
+        Raises:
+            CutShort: it has ended.
+        """
+        if why := self.process.ended():
+            raise CutShort(f"the server {why}")
         working = workers(self.used)
-        self.held = average(working)
         if working and self.variant.name not in self.bench.obtained:
             self.bench.obtained[self.variant.name] = _obtained(working[-1])
 
-    def end(self) -> None:
-        """End it before the others.
-
-        Raises:
-            CutShort: it has ended by itself.
-        """
-        self._check()
-        self.tree.stop()
+    def weigh(self) -> None:
+        """See what its workers hold."""
+        self.held = average(workers(self.used))
 
     def numbers(self) -> dict[str, float]:
         """What came of it; memory, if it was weighed."""
@@ -330,10 +332,6 @@ class Running:
         except CutShort as error:
             why = self.process.ended()
             raise CutShort(f"the server {why}; {error}" if why else str(error)) from None
-
-    def _check(self) -> None:
-        if why := self.process.ended():
-            raise CutShort(f"the server {why}")
 
 
 @contextlib.contextmanager
