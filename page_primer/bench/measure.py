@@ -31,6 +31,7 @@ _MIB = 1 << 20
 _WARM_UP = 0.25  # of the requests that are measured, sent before
 _TURN_SECONDS = 0.2
 _FEWEST_TURNS = 4
+_END_SECONDS = 1.0
 
 
 @dataclass
@@ -330,7 +331,7 @@ class Running:
             urls = [address.url for address in self.place.addresses]
             return load.send(bench.generator, urls, requests, bench.connections, helpers)
         except CutShort as error:
-            why = self.process.ended()
+            why = self.process.ended(within=_END_SECONDS)
             raise CutShort(f"the server {why}; {error}" if why else str(error)) from None
 
 

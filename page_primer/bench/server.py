@@ -120,10 +120,16 @@ class Process:
         self.tree.stop()
         self._output.close()
 
-    def ended(self) -> str | None:
-        """How it ended, with the last line of its output; None while it runs."""
+    def ended(self, within: float = 0.0) -> str | None:
+        """How it ended, with the last line of its output; None while it runs.
+
+        Args:
+            within: seconds to wait for that: its connections end before it does.
+        """
         assert self._process is not None
-        status = self._process.poll()
+        end = time.monotonic() + within
+        while (status := self._process.poll()) is None and time.monotonic() < end:
+            time.sleep(_LOOK_SECONDS)
         if status is None:
             return None
         if status < 0:
