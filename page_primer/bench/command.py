@@ -151,7 +151,7 @@ def _prepare(
         random=random.Random(given.seed), together=given.side_by_side,
     )  # fmt: skip
     # Nothing is left running, whatever ends this.
-    stack.callback(bench.forget, listed)
+    stack.callback(bench.forget)
     stack.callback(bench.tree.stop)
     if any(variant.aligned for variant in listed):
         bench.aligned = stack.enter_context(Copy(command, environ))

@@ -54,6 +54,7 @@ class Bench:
     obtained: dict[str, dict[str, float]] = field(default_factory=dict)
     random: random.Random = field(default_factory=lambda: random.Random(1))
     _rounds: int = 0
+    _queues: set[str] = field(default_factory=set)  # of workers that answered
 
     @property
     def side_by_side(self) -> bool:
@@ -112,12 +113,10 @@ class Bench:
             running.weigh()
             return running.numbers()
 
-    def forget(self, variants: Sequence[Variant]) -> None:
-        """Leave no queue of theirs with the broker."""
-        for variant in variants:
-            queue = places.Place.of(variant.name, self.command, ()).queue
-            if queue and self.task:
-                self.task.forget(queue, self.tree.helpers)
+    def forget(self) -> None:
+        """Leave no queue with the broker."""
+        while self.task and self._queues:
+            self.task.forget(self._queues.pop(), self.tree.helpers)
 
     def _in_turns(self, order: Sequence[Variant], told: Callable[[Variant, int], None]) -> Round:
         # Memory that variants share would be divided among all of them: it is that of one of a
@@ -173,6 +172,7 @@ class Bench:
                 began = self.task.wait_until_ready(
                     process, self.start_seconds, self.tree.helpers, place.queue
                 )
+                self._queues |= {place.queue} - {""}
             else:
                 began = process.wait_for(place.addresses, self.start_seconds)
             if variant.vmtouch:
