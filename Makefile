@@ -15,7 +15,9 @@
 # make bench   in half an hour: how much code is on huge pages, what priming costs and a start under
 #              page-primer run (AGAINST=COMMIT: and in another), what workers take of memory, page
 #              walks by trace, a request when memory is short (root), processor time of gunicorn,
-#              uvicorn and Celery; JSON goes to build/bench (RESULTS=DIR: elsewhere)
+#              uvicorn and Celery; JSON goes to build/bench (RESULTS=DIR: elsewhere). MGLRU=both: when
+#              memory is short, with the multi-generational LRU on and off, where this kernel has it;
+#              GUEST=6.12: that without a clock under another kernel, in qemu (half an hour more)
 # make bench-pressure    the last but one at length, and for Celery; its picture in docs/ (root)
 # make drawing     docs/address-space.svg, of PYTHON
 # make environments    hostile ones, each tried (root); writes docs/environments.md (GUEST=7.2: and a
@@ -120,7 +122,11 @@ bench: $(VENV)/.test
 	    $(BIN)/python benchmarks/page_walks.py --work $$work --loops 4 \
 	    --json $(RESULTS)/page-walks-$$work.json || exit 1; done
 	test $$(id -u) != 0 || \
-	    $(BIN)/python benchmarks/pressure.py --rounds 12 --json $(RESULTS)/pressure.json
+	    $(BIN)/python benchmarks/pressure.py --rounds 12 $(if $(MGLRU),--mglru $(MGLRU)) \
+	    --json $(RESULTS)/pressure.json
+	test -z "$(GUEST)" || { tools/system-packages qemu-system-x86_64:qemu-system-x86 zstd:zstd \
+	    mkfs.xfs:xfsprogs && $(BIN)/python benchmarks/pressure.py --guest $(GUEST) --mglru both \
+	    --variants unprimed,both --rounds 8 --json $(RESULTS)/pressure-mglru-$(GUEST).json; }
 	$(BIN)/python benchmarks/throughput.py --minutes 6 --json $(RESULTS)
 
 bench-pressure: $(VENV)/.test

@@ -31,8 +31,10 @@ def command() -> str:
 
 
 def write(path: Path, measured: str, result: dict[str, Any]) -> None:
-    """Write a result of a commit. What is in it of this environment is named `python`."""
-    of = {"command": command(), "commit": measured, "machine": machine.describe()}
+    """Write a result of a commit; where it has no `machine`, of this one. What is in it of this
+    environment is named `python`."""
+    ran_on = result.get("machine") or machine.describe()
+    of = {"command": command(), "commit": measured, "machine": ran_on}
     whole = {**of, **result, **of}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(whole, indent=1).replace(sys.executable, "python") + "\n")

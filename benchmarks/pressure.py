@@ -1,6 +1,7 @@
 """What locking buys when memory is short: the first request, or task, after a quiet spell.
 
     python benchmarks/pressure.py [--rounds N] [--celery] [--plot PREFIX] [--json FILE]
+        [--variants NAME,NAME] [--mglru on|off|both] [--guest KERNEL]
 
 Needs root (memory cgroups of its own, version 1 or 2, removed afterwards), redis-server for
 --celery, and vmtouch and perf (Debian's packages of these names, linux-perf) for what they add.
@@ -14,11 +15,19 @@ sparse: it takes memory as any file does and leaves the disk to the worker, whos
 less for it. In as many further rounds there is no neighbour, and the variants answer requests in
 turns.
 
-Printed are medians, the 99th percentile and the maximum over all rounds; the median of major page
-faults of the worker, by getrusage(2) and by /proc/PID/stat; how many of one more such request hit
-ELF-backed memory, by perf; ratios to the unprimed worker, taken within each round; and of those
-without pressure, by the clock and by the worker's own time on a processor (/proc/PID/schedstat),
-the interval that the median lies in with a probability of 95 % (binomial, over the rounds).
+With --mglru the kernel's multi-generational LRU is switched on or off meanwhile, and restored; with
+`both` each round has both, in an order that changes, and behind each switch every variant has a
+pressure and a request that do not count. Without it the setting is left alone. --guest measures in
+a guest with another kernel, booted in qemu (tests/harness/guest.py), without --celery; --untimed
+leaves out what a clock says, and the requests without pressure, as is done in a guest.
+
+Printed are medians, the 99th percentile and the maximum over all rounds; the median, least and most
+of major page faults of the worker, by getrusage(2), and the median by /proc/PID/stat; how many of
+one more such request hit ELF-backed memory, by perf; what of the interpreter's code was in the
+worker's memory between the pressure and the request, by smaps; ratios to the unprimed worker, taken
+within each round; and of those without pressure, by the clock and by the worker's own time on a
+processor (/proc/PID/schedstat), the interval that the median lies in with a probability of 95 %
+(binomial, over the rounds).
 """
 
 from __future__ import annotations
@@ -28,7 +37,6 @@ import contextlib
 import ctypes
 import http.client
 import json
-import math
 import os
 import random
 import re
@@ -38,23 +46,30 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import guests
 import kept
+import mglru
+from pressure_tables import Found, plot, summarise
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
 from harness.cgroup import Cgroup  # noqa: E402
+from harness.outside import text_of  # noqa: E402
 from harness.pressure import environment, private_copy, stream_through  # noqa: E402
+from harness.recording import recording  # noqa: E402
 from harness.servers import NO_CONTROL_SOCKET, children, free_port, wait_for  # noqa: E402
 
 MIB = 1 << 20
 LIMIT = 144 * MIB
 FILE = 320 * MIB  # what the neighbour streams through
 QUIET = 60  # requests without pressure, a round
+SETTLING = 2  # rounds at first that do not count, where each switch has not its own
+START = 600  # seconds that a server may take, in an emulated machine
 VARIANTS = {
     "unprimed": {"PAGE_PRIMER": "0"},
     "mlock only": {"PAGE_PRIMER_REMAP": "0"},
@@ -131,9 +146,6 @@ class Served:
         )  # fmt: skip
         self.client: Any = None
         self.locker: subprocess.Popen[bytes] | None = None
-        self.samples: list[dict[str, float]] = []
-        self.elf: tuple[int, int] | None = None
-        self.quiet: list[tuple[float, float]] = []  # milliseconds by the clock, and of work
 
     def start(self) -> None:
         if self.broker:
@@ -141,7 +153,7 @@ class Served:
 
             self.client = Celery("tasks", broker=self.env["BROKER"], backend=self.env["BROKER"])
         for _ in range(20):
-            wait_for(self.request, f"{self.name} ({self.home}/output)", 60)
+            wait_for(self.request, f"{self.name} ({self.home}/output)", START)
         self.worker = self.request()["pid"]
         if self.name == "vmtouch -l":
             files = sorted(elf_files(self.worker))
@@ -164,22 +176,23 @@ class Served:
     def press(self) -> None:
         stream_through(self.cgroup, self.stream)
 
-    def round(self) -> None:
+    def round(self) -> dict[str, float]:
         """Pressure, and one request."""
         before = self.request()["major"]
         self.press()
+        resident, code = interpreter_code(self.worker)
         outside = major_faults(self.worker)
         began = time.perf_counter()
         answer = self.request()
         spent = (time.perf_counter() - began) * 1000
-        self.samples.append({
-            "ms": spent, "major": answer["major"] - before,
-            "outside": major_faults(self.worker) - outside,
-        })  # fmt: skip
         assert answer["pid"] == self.worker, "the worker is the same throughout"
+        return {
+            "ms": spent, "major": answer["major"] - before,
+            "outside": major_faults(self.worker) - outside, "resident": resident, "code": code,
+        }  # fmt: skip
 
-    def quiet_round(self) -> None:
-        """Requests without pressure."""
+    def quiet_round(self) -> tuple[float, float]:
+        """Requests without pressure: milliseconds of one, by the clock and of work."""
         for _ in range(3):
             self.request()
         spent = []
@@ -189,22 +202,19 @@ class Served:
             self.request()
             spent.append((time.perf_counter() - began) * 1000)
         worked = on_processor(self.worker) - worked
-        self.quiet.append((statistics.median(spent), worked / QUIET))
+        return statistics.median(spent), worked / QUIET
 
     def elf_faults(self) -> tuple[int, int] | None:
         """Major faults of one request after pressure: (all, in ELF-backed memory), by perf."""
         self.press()
-        recording = self.home / "perf.data"
-        perf = subprocess.Popen(
-            ["perf", "record", "-q", "-e", "major-faults", "-c", "1", "-d", "-p", str(self.worker),
-             "-o", str(recording)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        time.sleep(1)
-        self.request()
-        perf.send_signal(2)
-        perf.wait()
+        data = str(self.home / "perf.data")
+        options = ["-e", "major-faults", "-c", "1", "-d", "-p", str(self.worker), "-o", data]
+        with recording("perf", *options) as perf:
+            if not perf.running:
+                return None
+            self.request()
         listed = subprocess.run(
-            ["perf", "script", "-i", str(recording), "-F", "addr"], capture_output=True, text=True
+            ["perf", "script", "-i", data, "-F", "addr"], capture_output=True, text=True
         )
         addresses = [int(word, 16) for word in listed.stdout.split()]
         elf = [(low, high) for low, high in elf_ranges(self.worker)]
@@ -228,6 +238,12 @@ class Served:
 def major_faults(pid: int) -> int:
     """majflt of /proc/PID/stat, proc(5)."""
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[9])
+
+
+def interpreter_code(pid: int) -> tuple[int, int]:
+    """Bytes of the interpreter's code that the process has in memory, and all that there are."""
+    code = [vma for vma in text_of(pid).span_vmas if "x" in vma.perms]
+    return sum(vma.kb["Rss"] for vma in code) << 10, sum(vma.end - vma.start for vma in code)
 
 
 def on_processor(pid: int) -> float:
@@ -277,128 +293,113 @@ def redis(work: Path) -> Iterator[str]:
         server.wait()
 
 
-def measure(rounds: int, work: Path, broker: str | None) -> list[Served]:
-    names = [n for n in VARIANTS if n != "vmtouch -l" or shutil.which("vmtouch")]
+def settle(served: list[Served]) -> None:
+    """A round that does not count: pages are in the order that the mode before has left."""
+    for one in served:
+        one.round()
+
+
+def measure(
+    work: Path, broker: str | None, given: argparse.Namespace, switch: Callable[[str], None]
+) -> dict[str, list[Found]]:
+    """Start all variants and measure them, in each mode of MGLRU that is asked for."""
+    names = [n for n in given.variants if n != "vmtouch -l" or shutil.which("vmtouch")]
+    modes = mglru.MODES[given.mglru]
+    found = {mode: {name: Found(name) for name in names} for mode in modes}
     served: list[Served] = []
     try:
         for name in names:
             served.append(Served(name, work, broker))
             served[-1].start()
-        for number in range(rounds + 2):
-            for one in random.Random(number).sample(served, len(served)):
-                one.round()
-            if number < 2:  # settling
-                for one in served:
-                    one.samples.clear()
-        for number in range(rounds):
-            for one in random.Random(number).sample(served, len(served)):
-                one.quiet_round()
-        for one in served:
-            one.elf = one.elf_faults() if shutil.which("perf") else None
+        settling = 0 if given.mglru else SETTLING
+        for number in range(given.rounds + settling):
+            order = random.Random(number)
+            for mode in order.sample(modes, len(modes)):
+                switch(mode)
+                settle(served if mode else [])
+                for one in order.sample(served, len(served)):
+                    sample = one.round()
+                    if number >= settling:
+                        found[mode][one.name].samples.append(sample)
+        for mode in modes:
+            switch(mode)
+            settle(served if mode else [])
+            for number in range(0 if given.untimed else given.rounds):
+                for one in random.Random(number).sample(served, len(served)):
+                    found[mode][one.name].quiet.append(one.quiet_round())
+            for one in served:
+                found[mode][one.name].elf = one.elf_faults() if shutil.which("perf") else None
     finally:
         for one in served:
             one.stop()
-    return served
+    return {mode: list(variants.values()) for mode, variants in found.items()}
 
 
-def quantile(values: list[float], share: float) -> float:
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+def in_this_machine(given: argparse.Namespace) -> dict[str, Any]:
+    """Measure, print tables and return what is kept, by the tables' titles."""
+    results: dict[str, Any] = {}
+    with mglru.switch(given.mglru) as switch:
+        # Children of killed processes come to us, so that none is left behind.
+        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+        for what in ("request", "task") if given.celery else ("request",):
+            with tempfile.TemporaryDirectory(prefix="page-primer-", dir=given.work) as work, \
+                    contextlib.ExitStack() as stack:  # fmt: skip
+                broker = stack.enter_context(redis(Path(work))) if what == "task" else None
+                for mode, found in measure(Path(work), broker, given, switch).items():
+                    title = f"{what}, MGLRU {mode}" if mode else what
+                    results[title] = summarise(found, title, timed=not given.untimed)
+    return results
 
 
-def interval(values: list[float]) -> tuple[float, float, float]:
-    """The median, and between which two of the values that of all such values lies, with a
-    probability of 95 %: how many fall below it is a matter of tossing coins."""
-    ordered = sorted(values)
-    count = len(ordered)
-    below, chance = 0, 0.5**count
-    while below < count // 2 and chance <= 0.025:
-        below += 1
-        chance += math.comb(count, below) * 0.5**count
-    low = max(0, below - 1)
-    return statistics.median(ordered), ordered[low], ordered[count - 1 - low]
+def in_a_guest(given: argparse.Namespace) -> dict[str, Any]:
+    """The same under another kernel, which may be emulated: no clock is read."""
+    arguments = ["--untimed", "--work", guests.SCRATCH, "--rounds", str(given.rounds)]
+    arguments += ["--variants", ",".join(given.variants)]
+    asked = ["--mglru", given.mglru] if given.mglru else []
+    return guests.run(given.guest, Path(__file__).name, [*arguments, *asked])
 
 
-def summarise(served: list[Served], what: str) -> dict[str, Any]:
-    base = served[0]
-    print(f"\nthe first {what} after a quiet spell, {len(base.samples)} rounds, milliseconds")
-    print(f"{'':12} {'p50':>7} {'p99':>7} {'max':>7}  ratio  faults  outside   in ELF"
-          "   without pressure: p50, ratio, ratio of work")  # fmt: skip
-    result = {}
-    for one in served:
-        ms = [s["ms"] for s in one.samples]
-        pairs = zip(one.samples, base.samples, strict=True)
-        ratio = statistics.median(mine["ms"] / theirs["ms"] for mine, theirs in pairs)
-        both = list(zip(one.quiet, base.quiet, strict=True))
-        quiet, work = (interval([mine[i] / theirs[i] for mine, theirs in both]) for i in (0, 1))
-        faults = statistics.median(s["major"] for s in one.samples)
-        outside = statistics.median(s["outside"] for s in one.samples)
-        elf = "-" if one.elf is None else "{1} of {0}".format(*one.elf)
-        print(f"{one.name:12} {statistics.median(ms):7.2f} {quantile(ms, 0.99):7.2f} {max(ms):7.2f}"
-              f"  {ratio:5.2f} {faults:7g} {outside:8g} {elf:>8}"
-              f"   {statistics.median(ms for ms, _ in one.quiet):5.2f}  "
-              + "  ".join("{:.3f} ({:.3f} to {:.3f})".format(*of) for of in (quiet, work))
-              )  # fmt: skip
-        result[one.name] = {
-            "ms": ms, "quiet_ms": one.quiet, "ratio": ratio, "quiet_ratio": quiet,
-            "quiet_work_ratio": work,
-            "major": [s["major"] for s in one.samples], "elf": one.elf,
-            "outside": [s["outside"] for s in one.samples],
-        }  # fmt: skip
-    return result
+def variants(text: str) -> list[str]:
+    names = text.split(",")
+    for name in names:
+        if name not in VARIANTS:
+            raise argparse.ArgumentTypeError(f"no variant is named {name!r}")
+    return names
 
 
-def plot(results: dict[str, Any], prefix: str) -> None:
-    """Every round a dot, the median a line."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot, ticker
-
-    figure, panes = pyplot.subplots(1, len(results), figsize=(5 * len(results), 3.4), squeeze=False)
-    for pane, (what, variants) in zip(panes[0], results.items(), strict=True):
-        for at, (_name, found) in enumerate(variants.items()):
-            spread = random.Random(1)
-            x = [at + spread.uniform(-0.18, 0.18) for _ in found["ms"]]
-            pane.plot(x, found["ms"], ".", alpha=0.35, markersize=4, color="#3572A5")
-            middle = statistics.median(found["ms"])
-            pane.hlines(middle, at - 0.32, at + 0.32, color="#222222")
-            pane.text(at + 0.36, middle, f"{middle:.1f}", ha="left", va="center", fontsize=9)
-        pane.set_xticks(range(len(variants)), variants.keys(), fontsize=8)
-        pane.set_xlim(-0.5, len(variants) - 0.2)
-        pane.set_yscale("log")
-        pane.set_ylim(bottom=1)
-        pane.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-        pane.yaxis.set_major_formatter("{x:g}")
-        pane.yaxis.set_minor_locator(ticker.NullLocator())
-        pane.set_ylabel("milliseconds")
-        pane.set_title(f"first {what} after a quiet spell", fontsize=10)
-        pane.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    for kind in ("png", "svg"):
-        figure.savefig(
-            f"{prefix}.{kind}", dpi=150, metadata={"Date": None} if kind == "svg" else {}
-        )
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("--rounds", type=int, default=60)
+    add("--celery", action="store_true", help="Celery too, with a Redis")
+    add("--plot", metavar="PREFIX", help="write PREFIX.png and PREFIX.svg")
+    add("--json", type=Path, metavar="FILE", help="write every sample")
+    add("--variants", type=variants, default=[*VARIANTS], metavar="NAME,NAME",
+        help=f"of {', '.join(VARIANTS)}; ratios are to the first")  # fmt: skip
+    add("--mglru", choices=[mode for mode in mglru.MODES if mode],
+        help="with the multi-generational LRU on, off, or both in turns; restored")  # fmt: skip
+    add("--untimed", action="store_true", help="only what needs no clock")
+    add("--guest", metavar="KERNEL", help="under this kernel, in qemu, --untimed")
+    add("--work", default="/var/tmp", metavar="DIR", help="on a disk (default: %(default)s)")
+    given = parser.parse_args()
+    if given.rounds < 1:
+        parser.error("--rounds must be at least 1")
+    if given.plot and (given.untimed or given.guest):
+        parser.error("--plot is of times: not with --untimed or --guest")
+    if given.guest and given.celery:
+        parser.error("--celery is not for --guest")
+    return given
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--celery", action="store_true", help="Celery too, with a Redis")
-    parser.add_argument("--plot", metavar="PREFIX", help="write PREFIX.png and PREFIX.svg")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample")
-    given = parser.parse_args()
-    if os.geteuid():
+    given = options()
+    if os.geteuid() and not given.guest:
         sys.exit("needs root, to make memory cgroups")
-    results: dict[str, Any] = {}
     measured = kept.commit()
-    # Children of killed processes come to us, so that none is left behind.
-    ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
-    for what in ("request", "task") if given.celery else ("request",):
-        with tempfile.TemporaryDirectory(prefix="page-primer-", dir="/var/tmp") as work, \
-                contextlib.ExitStack() as stack:  # fmt: skip
-            broker = stack.enter_context(redis(Path(work))) if what == "task" else None
-            results[what] = summarise(measure(given.rounds, Path(work), broker), what)
+    try:
+        results = in_a_guest(given) if given.guest else in_this_machine(given)
+    except (mglru.Unavailable, guests.Failed) as why:
+        sys.exit(str(why))
     if given.json:
         kept.write(given.json, measured, results)
     if given.plot:
