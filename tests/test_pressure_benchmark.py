@@ -94,10 +94,12 @@ def test_where_it_cannot_be_switched_one_line_says_so(setting, monkeypatch, ther
         (("--guest", "6.12", "--celery"), "--celery is not for --guest"),
     ],
 )
-def test_options_that_do_not_fit(options, said):
-    done = run(*options)
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith(f"pressure.py: error: {said}")
+def test_options_that_do_not_fit(options, said, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["pressure.py", *options])
+    with pytest.raises(SystemExit) as ended:
+        pressure.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"pressure.py: error: {said}")
 
 
 def test_without_a_clock_there_are_no_times(capsys):
