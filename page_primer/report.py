@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from page_primer._lean import Record, asdict
+from page_primer._loading import Loading
 from page_primer.logs import Shortfall, say
 from page_primer.options import nearest_variable
 from page_primer.outcome import ObjectReport, code_reasons
@@ -265,11 +266,17 @@ class Report(Record):
             return None
         why = "; ".join((*core.notes, *code_reasons(core))) or "no reason known"
         remedy = "run `page-primer align` once"
-        if core.attainable_bytes:
+        with Loading():  # not with the package: few processes have this line
+            from page_primer.images.trust import BUILD
+            from page_primer.kernel import credentials
+        who = credentials.read()
+        if core.attainable_bytes and who.user in who.trusted:
             remedy += (
                 ", or name a directory of this user on ext4 (Linux 6.16) or xfs with "
                 "PAGE_PRIMER_IMAGE_DIR"
             )
+        elif core.attainable_bytes:
+            remedy += f", or `{BUILD}` as root"
         text = f"{problem} ({why}): {remedy}; `page-primer doctor` explains"
         return Shortfall("huge_shortfall", text, {
             "code_bytes": core.code_bytes, "code_huge_bytes": core.code_huge_bytes,

@@ -21,6 +21,7 @@ from harness.debian_python import DEBIAN, LIBRARY, PACKAGE, build_shared
 from harness.interpreters import INTERPRETERS, KINDS, python_of
 from harness.kernel import release
 from harness.kernel_log import KernelLog, faults
+from harness.placement import require_images
 from harness.scopes import LONG, scope_of
 from harness.servers import free_port, wait_for
 
@@ -65,10 +66,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what the markers `root` and `kernel` say cannot be done here."""
+    """Skip what the markers `root`, `images` and `kernel` say cannot be done here."""
     for marker in item.iter_markers("root"):
         if os.geteuid() != 0:
             pytest.skip(f"only root can {marker.args[0]}")
+    if item.get_closest_marker("images"):
+        require_images()
     for marker in item.iter_markers("kernel"):
         *since, what = marker.args
         if release() < tuple(since):

@@ -89,6 +89,7 @@ def test_plain_processes(copy):
             assert text.huge == text.attainable > 0, (options, text)
 
 
+@pytest.mark.images
 def test_small_pages_become_one_image_and_the_log_names_warm(copy, env, tmp_path):
     """As after drop_caches, where ld.so has read the file first."""
     twin = aligned.rewritten(copy, tmp_path, 32 << 10)

@@ -12,6 +12,7 @@ from harness.container import container
 from harness.interpreters import BASE, is_shared
 from harness.kernel import require_huge_files
 from harness.outside import PMD
+from harness.privileges import has_images
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -32,7 +33,8 @@ def test_code_on_huge_pages(tmp_path):
     assert found["commit"] or not (BENCHMARKS.parent / ".git").exists()
     (row,) = found["interpreters"]
     assert (row["kind"] == "shared") == is_shared(BASE)
-    assert row["bytes"] >= row["primed"] == row["attainable"]
+    assert row["bytes"] >= row["attainable"] >= row["primed"]
+    assert row["primed"] == row["attainable"] or not has_images()
     # A chunk of the executable segment may begin before the .text in it, and end behind it.
     assert row["per_segment"] < row["attainable"] + PMD
     assert row["version"] in done.stdout

@@ -168,6 +168,7 @@ def test_other_content_under_the_name_of_a_built_image(python, public, tmp_path)
         assert process.run("result = loads.library.answer()") == 42
 
 
+@pytest.mark.images
 def test_an_application_as_its_server_loads_it(python, public):
     (public / "shop.py").write_text(
         "import ssl\n"
@@ -187,6 +188,7 @@ def test_an_application_as_its_server_loads_it(python, public):
     assert any(name.startswith("libcrypto") for name in objects) or len(objects) == 1
 
 
+@pytest.mark.images
 def test_mistakes_are_one_line(python, public, tmp_path):
     status, out, error = build(python, "--dir", public / "images", "--import", "nosuchmodule")
     assert (status, out) == (2, "")

@@ -11,6 +11,7 @@ import pytest
 from harness import elves, outside
 from harness.kernel import require_huge_files
 from harness.outside import PAGE, PMD
+from harness.placement import require_images
 from harness.process import Process
 
 PF_X, PF_W, PF_R = 1, 2, 4
@@ -116,6 +117,7 @@ def check_protections(name, vmas, base, library, merge):
 def test_every_layout(python, images, libraries, backing, merge):
     if backing == "image":
         require_huge_files(images.parent)
+        require_images()
     with Process(python) as process:
         names = {name: str(path) for name, path in libraries.items()}
         process.run(

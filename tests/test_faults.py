@@ -11,6 +11,8 @@ from harness import outside
 from harness.faults import build_fault
 from harness.interpreters import KINDS, python_of
 from harness.kernel import release
+from harness.placement import require_images
+from harness.privileges import has_images
 from harness.process import Process, interpreter
 from harness.system_calls import TESTS
 
@@ -71,6 +73,8 @@ def whole(process, before):
     ],
 )
 def test_every_call_may_fail(python, images, preload, backing, function, number):
+    if backing == "image":
+        require_images()
     options = backing_options(backing, images)
     outcomes = []
     with Process(python, env={"LD_PRELOAD": preload}) as process:
@@ -116,6 +120,7 @@ def test_every_call_may_fail(python, images, preload, backing, function, number)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backing", ["image", "memfd", "anonymous"])
+@pytest.mark.images
 def test_a_anchor_may_fail(images, tmp_path, preload, backing):
     """Then a program's head stays on its file in memory without a name."""
     if "static" not in KINDS:
@@ -150,8 +155,8 @@ def test_a_anchor_may_fail(images, tmp_path, preload, backing):
 @pytest.mark.slow
 @pytest.mark.parametrize("function", ["mmap", "mmap with a hole", "madvise", "munmap"])
 def test_restore_may_fail(python, images, preload, function):
-    """What cannot be put back stays on the image, says so, and can be put back later."""
-    options = backing_options("image", images)
+    """What cannot be put back stays on the copy, says so, and can be put back later."""
+    options = backing_options("image" if has_images() else "memfd", images)
     with Process(python, env={"LD_PRELOAD": preload}) as process:
         process.run("import ctypes, json, re, decimal; fault = ctypes.CDLL(None)")
         process.prime(**options)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from harness import outside
 from harness.gunicorn_server import Gunicorn
+from harness.privileges import has_images
 from harness.process import Process, interpreter
 from harness.servers import Server, free_port, wait_for
 
@@ -122,7 +123,8 @@ def test_wsgi_example_under_gunicorn(python, images, tmp_path):
             assert found["primed"], found
             assert found["locked_bytes"], found
             code = found["interpreter"]["code_huge_bytes"]
-            assert text.huge == text.attainable <= code <= text.huge + 0x10000, (text, found)
+            text.require_huge()
+            assert text.huge <= code <= text.huge + 0x10000, (text, found)
 
 
 def test_asgi_example_under_uvicorn(python, images, tmp_path):
@@ -136,4 +138,6 @@ def test_asgi_example_under_uvicorn(python, images, tmp_path):
         found = json.loads(server.get("/health"))
         SCHEMA.validate(found)
         assert (found["pid"], found["primed"], found["reason"]) == (server.pid, True, None)
-        assert found["interpreter"]["code_huge_bytes"] == found["interpreter"]["attainable_bytes"]
+        core = found["interpreter"]
+        assert core["attainable_bytes"] >= core["code_huge_bytes"] > 0
+        assert core["code_huge_bytes"] == core["attainable_bytes"] or not has_images()

@@ -14,7 +14,8 @@ from harness.faults import build_fault
 from harness.interpreters import INTERPRETERS, python_of
 from harness.kernel import filesystem, require_huge_files
 from harness.libraries import build_library
-from harness.privileges import locks_fit
+from harness.placement import require_images
+from harness.privileges import BACKING, locks_fit
 from harness.process import Process, interpreter, left_of
 
 ROOT = Path(__file__).parents[1]
@@ -94,6 +95,8 @@ def test_the_core_compiles_for_free_threading(tmp_path):
 @pytest.mark.parametrize("backing", ["image", "memfd"])
 def test_file_size_limit_with_its_signal_on(python, images, backing):
     """SIGXFSZ, which CPython ignores and a host that embeds it may not."""
+    if backing == "image":
+        require_images()
     source = f"""
         import resource, signal
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
@@ -170,7 +173,7 @@ def test_an_unforeseen_failure_around_the_swap(python, images, error, when):
     with Process(python) as process:
         before = outside.file_mappings(process.pid)
         first, last = process.run(textwrap.dedent(source))
-        assert interpreter(first)["backing"] == "image"
+        assert interpreter(first)["backing"] == BACKING
         assert interpreter(first)["code_huge_bytes"] > 0
         assert interpreter(last)["code_huge_bytes"] == 0
         assert [m for m in before if m not in outside.file_mappings(process.pid)] == []
@@ -293,7 +296,7 @@ def test_a_failed_call_does_not_spoil_the_next(python, images, tmp_path):
         reason, report = process.run(textwrap.dedent(source))
         assert "Too many open files" in reason
         (big,) = [obj for obj in report["objects"] if obj["path"] == str(library)]
-        assert big["backing"] == "image"
+        assert big["backing"] == BACKING
         assert big["locked_bytes"] > 0 or not locks_fit()
 
 
@@ -312,7 +315,7 @@ def test_a_file_replaced_after_priming_is_not_forgotten(python, images, tmp_path
         report = process.prime(image_dir=str(images))
         assert report["moved"] == [str(other)]
         (big,) = [obj for obj in report["objects"] if obj["path"] == str(library)]
-        assert big["backing"] == "image"
+        assert big["backing"] == BACKING
         assert big["code_huge_bytes"] > 0
         assert "already remapped" not in left_of(report, "libbig.so")
         # Its own file is not at its path any more, so it cannot be put back, and it is said.
@@ -358,6 +361,7 @@ def test_the_file_is_replaced_in_the_midst_of_a_failing_swap(python, images, tmp
         assert process.run(textwrap.dedent(source)) == 42
 
 
+@pytest.mark.images
 def test_no_descriptors_are_left_open(python, images, tmp_path):
     with Process(python) as process:
         process.run("import page_primer.apply.process, random, os")

@@ -10,7 +10,7 @@ import pytest
 from elftools.elf.elffile import ELFFile
 from harness.libraries import build_library, chunks_library
 from harness.outside import PMD
-from harness.placement import has_one_address, require_one_address
+from harness.placement import has_one_address, require_images, require_one_address
 from harness.process import Process, interpreter
 
 from page_primer import reasons
@@ -19,6 +19,7 @@ from page_primer import reasons
 @pytest.fixture(scope="module")
 def primed(tmp_path_factory):
     """(object's path, image's path, base, mappings) of the interpreter and of libcrypto."""
+    require_images()
     directory = tmp_path_factory.mktemp("images")
     with Process(sys.executable) as process:
         process.run("import ssl")
@@ -134,6 +135,7 @@ def test_symbols_are_the_originals(primed):
         assert symbols(path)[0]
 
 
+@pytest.mark.images
 def test_symbols_have_their_versions_where_the_rest_is_a_hole(python, images, tmp_path):
     """What is before the first chunk that moved, as of any library at a random address."""
     (tmp_path / "versions").write_text("CHUNKS_1 { global: touch; where; local: *; };")
@@ -163,6 +165,7 @@ def test_the_build_id_is_its_own(primed):
     assert len({build_id(image)[0] for _, image, _ in primed[0]}) == len(primed[0])
 
 
+@pytest.mark.images
 def test_the_same_image_is_written_the_same(python, tmp_path):
     require_one_address(python)
     files = []

@@ -68,6 +68,7 @@ def load(process, library, images):
     return folder
 
 
+@pytest.mark.images
 def test_an_image_of_a_random_address_goes_with_its_last_user(python, images, library):
     with Process(python) as process:
         folder = load(process, library, images)
@@ -90,6 +91,7 @@ def test_an_image_of_a_random_address_goes_with_its_last_user(python, images, li
     assert names(images)  # the interpreter's comes again
 
 
+@pytest.mark.images
 def test_a_killed_process_leaves_its_image_to_the_next(python, images, library):
     left = []
     for _ in range(3):
@@ -120,6 +122,7 @@ def make(images: Path, like: Path, number: int, size: int) -> Path:
     return folder
 
 
+@pytest.mark.images
 def test_the_longest_unused_go_first(python, images):
     require_one_address(python)
     with Process(python) as process:
@@ -140,6 +143,7 @@ def test_the_longest_unused_go_first(python, images):
             os.close(fd)
 
 
+@pytest.mark.images
 def test_store_limit(python, images):
     with Process(python) as process:
         core = interpreter(process.prime(image_dir=str(images), store_limit="1M"))
@@ -381,6 +385,7 @@ def command(*arguments: str) -> tuple[int, str, str]:
 
 
 @pytest.mark.slow
+@pytest.mark.images
 def test_the_command_lists_prunes_and_clears(python, images):
     with Process(python) as process:
         core = interpreter(process.prime(image_dir=str(images)))
@@ -416,6 +421,7 @@ def test_the_command_lists_prunes_and_clears(python, images):
     assert (store["images"], where.parent.name in store["removed"]) == ([], True)
 
 
+@pytest.mark.images
 def test_the_command_refuses_what_prime_refuses(images):
     status, _, error = command("--dir", str(images))
     assert (status, error) == (1, f"page-primer: no directory {images}\n")

@@ -114,6 +114,7 @@ def test_no_backing_copies_what_is_huge_already(python, huge, images):
         assert code_of(process, huge).path == huge
 
 
+@pytest.mark.images
 def test_small_pages_of_an_aligned_file_become_an_image_where_the_kernel_cannot_collapse(
     python, small, images
 ):

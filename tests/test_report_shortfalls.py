@@ -2,9 +2,13 @@
 
 import logging
 
+import pytest
+from harness.privileges import has_images
 from harness.process import Process
 
 from page_primer._lean import replace
+from page_primer.kernel import credentials
+from page_primer.kernel.credentials import Credentials
 from page_primer.outcome import ObjectReport
 from page_primer.report import Report
 
@@ -64,9 +68,25 @@ def test_less_than_the_layout_allows_is_one_warning_with_reason_and_remedy():
         "(/srv/images: Permission denied): "
     )
     assert "page-primer align" in line
-    assert "PAGE_PRIMER_IMAGE_DIR" in line
+    assert ("PAGE_PRIMER_IMAGE_DIR" if has_images() else "page-primer build") in line
     # In a worker it is the same, and said once.
     assert warnings(replace(of(IN_MEMORY), pid=2), since=of(IN_MEMORY)) == []
+
+
+@pytest.mark.parametrize(
+    ("who", "remedy"),
+    [
+        (Credentials(1000), "name a directory of this user"),
+        (Credentials(65534), "`page-primer build` as root"),
+        (Credentials(1000, "it has capabilities"), "`page-primer build` as root"),
+    ],
+)
+def test_a_remedy_is_one_for_this_user(monkeypatch, who, remedy):
+    """Whose own files are not to be trusted, a directory of its own is none."""
+    monkeypatch.setattr(credentials, "read", lambda: who)
+    monkeypatch.setitem(credentials._names, 1000, True)  # as outside of a namespace
+    (line,) = warnings(of(IN_MEMORY))
+    assert f"run `page-primer align` once, or {remedy}" in line
 
 
 def test_a_directory_or_backing_that_was_named_and_not_used_is_one_warning():

@@ -16,7 +16,7 @@ from harness.interpreters import KINDS, python_of
 from harness.kernel import require_huge_files
 from harness.launched import LAUNCHER, RUN, check_primed, environment, is_primed, run
 from harness.placement import require_one_address
-from harness.privileges import locks_fit
+from harness.privileges import has_images, locks_fit
 from harness.servers import (
     NO_CONTROL_SOCKET,
     Server,
@@ -25,6 +25,8 @@ from harness.servers import (
     patient_uvicorn,
     wait_for,
 )
+
+from page_primer.images import trust
 
 APP = """
 import os
@@ -181,7 +183,7 @@ def test_every_interpreter(every_python, images):
             assert process.stdout.readline() == expected
             pids = children(process.pid) if before else [process.pid]
             (text,) = check_primed(pids)
-            if text.attainable == text.size:
+            if text.attainable == text.size and has_images():
                 assert text.huge == text.size
             process.stdin.close()
         assert process.returncode == 0
@@ -418,8 +420,8 @@ def tell(number=0):
     ]
 
 def is_primed():
-    place = os.environ.get("PAGE_PRIMER_IMAGE_DIR")
-    return place is None or f" {place}/" in open("/proc/self/maps").read()
+    place = os.environ.get("MOVED")
+    return place is None or place in open("/proc/self/maps").read()
 
 if __name__ == "__main__":
     found = {"self": tell()}
@@ -463,6 +465,7 @@ def test_an_interpreter_behaves_as_without(base, images, tmp_path, where):
     python = python_of(tmp_path, base) if where == "inside" else base
     script = tmp_path / "behaviour.py"
     script.write_text(BEHAVIOUR)
+    moved = f" {images}/" if has_images() else " /memfd:page-primer"
     found = []
     for index, before in enumerate(([], RUN, RUN)):
         work = tmp_path / "work"
@@ -476,7 +479,7 @@ def test_an_interpreter_behaves_as_without(base, images, tmp_path, where):
         pip = ["pip"] if where == "inside" and has_headers(python) and index < 2 else []
         done = subprocess.run(
             [*before, python, str(script), *pip], cwd=work, text=True,
-            capture_output=True, env=environment(images) if before else None,
+            capture_output=True, env=environment(images, MOVED=moved) if before else None,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert done.stderr == ""
@@ -512,6 +515,7 @@ def written(images):
     return [path for path in found if not path.parent.name.endswith("anchor")]
 
 
+@pytest.mark.images
 def test_first_starts_at_the_same_time(kind, images):
     """All share what the fastest wrote."""
     processes = [waiting([kind], images) for _ in range(6)]
@@ -542,6 +546,7 @@ def read_small(path):
 
 
 @pytest.mark.parametrize("read", [False, True], ids=["dropped", "read as small pages"])
+@pytest.mark.images
 def test_pages_that_are_no_longer_in_memory(kind, images, read):
     """As after a restart of the machine, or when somebody copied the store."""
     require_one_address(kind)
@@ -582,14 +587,17 @@ def test_an_interpreter_that_was_replaced(images, tmp_path):
 def test_gunicorns_integration_says_it(kind, images, tmp_path):
     require_module(kind, "gunicorn")
     env = {"PAGE_PRIMER_IMAGE_DIR": str(images)}
+    where = f"image in {images}" if has_images() else "memfd"
     with Gunicorn(kind, tmp_path, "-w", "2", env=env, wrapper=RUN) as server:
         server.wait_for_workers(2)
         (text, *_) = check_primed([server.master, *server.workers])
         ((pid, line),) = server.lines("INFO")
         assert pid == server.master
-        share = "100 %" if text.attainable == text.size else r"\d+\.\d %"
-        assert re.match(rf"{share} of .* of code on huge pages \(image in {images}[,)]", line)
-        assert not server.lines("WARNING")
+        share = "100 %" if text.huge == text.size else r"\d+\.\d %"
+        assert re.match(rf"{share} of .* of code on huge pages \({where}[,)]", line)
+        warnings = server.lines("WARNING")
+        assert not warnings or not has_images()
+        assert all(pid == server.master and trust.UNTRUSTED in text for pid, text in warnings)
 
 
 # ---------------------------------------------------------------------------------- fallbacks ---

@@ -109,6 +109,7 @@ def test_doctor():
     assert said("doctor", "doctor", status=(0, 1, 2))["interpreter"]
 
 
+@pytest.mark.images
 def test_images_and_build(tmp_path):
     """In a store that belongs to whoever runs this."""
     store = tmp_path / "store"

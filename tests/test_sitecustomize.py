@@ -13,6 +13,7 @@ import pytest
 from harness.interpreters import KINDS, python_of
 from harness.kernel import require_huge_files
 from harness.launched import LAUNCHER, RUN, environment
+from harness.privileges import has_images
 
 import page_primer
 
@@ -107,7 +108,8 @@ def test_a_tracer_before_ours(base, images, tmp_path, way, own):
 
 
 PRIMED = "import os; m = open('/proc/self/maps').read();"
-PRIMED += "print(f' {os.environ[\"PAGE_PRIMER_IMAGE_DIR\"]}/' in m)"
+MOVED = "f' {os.environ[\"PAGE_PRIMER_IMAGE_DIR\"]}/'" if has_images() else "' /memfd:page-primer'"
+PRIMED += f"print({MOVED} in m)"
 
 
 # ------------------------------------------------------------------------------- real tracers ---

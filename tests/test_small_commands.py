@@ -81,6 +81,7 @@ def test_a_row_of_an_image():
 
 
 @pytest.mark.parametrize("action", ["prune", "clear"])
+@pytest.mark.images
 def test_a_store_that_holds_nothing(tmp_path, capsys, action):
     (tmp_path / "images").mkdir(mode=0o755)
     assert main.main(["images", action, "--dir", str(tmp_path / "images")]) == 0
@@ -94,6 +95,7 @@ def test_a_store_that_holds_nothing(tmp_path, capsys, action):
      ("signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
       " resource.setrlimit(resource.RLIMIT_FSIZE, (MIB, MIB))", "File too large")],
 )  # fmt: skip
+@pytest.mark.images
 def test_what_is_not_built_is_named(tmp_path, more, why):
     text = f"""
         import os, resource, signal

@@ -23,6 +23,7 @@ def huge(process):
     return text.huge == text.attainable > 0
 
 
+@pytest.mark.images
 def test_names_and_modes(python, images):
     with Process(python) as process:
         core = interpreter(process.prime(image_dir=str(images)))
@@ -39,6 +40,7 @@ def test_names_and_modes(python, images):
             assert (where.parent / name).stat().st_mode & 0o777 == 0o600
 
 
+@pytest.mark.images
 def test_a_wrong_image_is_never_mapped_and_is_written_again(python, images):
     require_one_address(python)
     with Process(python) as process:
@@ -63,6 +65,7 @@ def test_a_wrong_image_is_never_mapped_and_is_written_again(python, images):
 
 
 @pytest.mark.parametrize("limit", [None, 8 << 20])
+@pytest.mark.images
 def test_an_image_on_small_pages_is_written_again(python, images, limit):
     """smaps is asked once the image is mapped over the code: then it is put back, and moved to what
     smaps confirms, and is locked there."""
@@ -93,6 +96,7 @@ def test_an_image_on_small_pages_is_written_again(python, images, limit):
 
 
 @pytest.mark.parametrize("size", [0, 4096, 0x200000 + 4096])
+@pytest.mark.images
 def test_a_truncated_image_is_written_again(python, images, size):
     """What a crash of the machine can leave behind; reading beyond its end would be a SIGBUS."""
     require_one_address(python)
@@ -106,6 +110,7 @@ def test_a_truncated_image_is_written_again(python, images, size):
         assert huge(process)
 
 
+@pytest.mark.images
 def test_an_image_others_can_write_is_not_used(python, images):
     require_one_address(python)
     with Process(python) as process:
@@ -121,7 +126,10 @@ def test_an_image_others_can_write_is_not_used(python, images):
 @pytest.mark.parametrize(
     ("prepare", "reason"),
     [
-        (lambda path: path.mkdir(mode=0o777) or path.chmod(0o777), "not ours alone"),
+        pytest.param(
+            lambda path: path.mkdir(mode=0o777) or path.chmod(0o777), "not ours alone",
+            marks=pytest.mark.images,
+        ),
         (lambda path: path.write_text(""), "Not a directory"),
         (lambda path: path.symlink_to("/tmp"), "Not a directory"),
         pytest.param(
@@ -184,6 +192,7 @@ def test_no_permission_is_an_outcome(python, tmp_path):
         assert core["backing"] in ("memfd", "anonymous", None)
 
 
+@pytest.mark.images
 def test_processes_that_start_together_write_one_image(python, images):
     require_one_address(python)
     code = f"import page_primer; r = page_primer.prime(image_dir={str(images)!r}); "
@@ -208,6 +217,7 @@ def test_processes_that_start_together_write_one_image(python, images):
             process.communicate("\n")
 
 
+@pytest.mark.images
 def test_a_writer_killed_half_way_is_no_obstacle(python, images):
     require_one_address(python)
     code = textwrap.dedent(f"""
@@ -234,6 +244,7 @@ def test_a_writer_killed_half_way_is_no_obstacle(python, images):
         assert not draft.parent.exists()
 
 
+@pytest.mark.images
 def test_a_writer_killed_at_once_leaves_nothing_unseen(python, images):
     """Between making an image's folder and naming its origin, by which the folder is found."""
     code = textwrap.dedent(f"""
@@ -253,6 +264,7 @@ def test_a_writer_killed_at_once_leaves_nothing_unseen(python, images):
         assert os.readlink(Path(core["where"]).parent / "origin") == core["path"]
 
 
+@pytest.mark.images
 def test_pruning_removes_what_nobody_uses(python, images):
     """Images of a changed file go, images in use stay, and a few spare ones of each file stay."""
     require_one_address(python)
@@ -294,6 +306,7 @@ def test_pruning_removes_what_nobody_uses(python, images):
         assert huge(process)
 
 
+@pytest.mark.images
 def test_a_forked_child_holds_the_image_too(python, images):
     """The parent restores and ends; its child runs on with the image, which must stay."""
     with Process(python) as process:
@@ -323,6 +336,7 @@ def places(process):
     )
 
 
+@pytest.mark.images
 def test_default_directories(python, tmp_path):
     """Disks before memory, of which most is left to the application."""
     env = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "XDG_RUNTIME_DIR": "/dev/shm/none"}
@@ -370,6 +384,7 @@ def test_what_others_do_to_the_system_is_not_ours_to_repair(python, tmp_path):
         assert core["backing"] != "image"
 
 
+@pytest.mark.images
 def test_other_users_cannot_lock_what_we_lock(python, images):
     """Everybody can open an image; whoever can open a file can lock it."""
     require_one_address(python)
@@ -389,6 +404,7 @@ def test_other_users_cannot_lock_what_we_lock(python, images):
             lock.close()
 
 
+@pytest.mark.images
 def test_a_read_only_store_can_be_used(python, images, tmp_path):
     """Images that are baked into a container."""
     require_one_address(python)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from harness.privileges import has_images
 
 from page_primer import processes
 from page_primer.images import directory, inventory, locks, places, store, trust
@@ -96,7 +97,7 @@ def test_drafts_of_killed_writers_are_removed(tmp_path: Path, folder: int) -> No
 
 def test_a_store_is_made_where_its_parents_parent_is_there(tmp_path: Path) -> None:
     who = credentials.read()
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError if has_images() else Unusable):
         directory.open_or_make("/nowhere/store", who, make=True)
     with pytest.raises(FileNotFoundError):
         directory.open_or_make(str(tmp_path / "store"), who, make=False)
@@ -105,6 +106,18 @@ def test_a_store_is_made_where_its_parents_parent_is_there(tmp_path: Path) -> No
         directory.open_or_make(str(tmp_path / "file"), who, make=True)
 
 
+def test_whose_files_may_be_anybodys_makes_no_store(tmp_path: Path) -> None:
+    """Nor is it told that there is none, which it would make and have refused."""
+    nobody = credentials.Credentials(65534)
+    with pytest.raises(Unusable, match=trust.UNTRUSTED) as refused:
+        directory.open_or_make(str(tmp_path / "store"), nobody, make=True)
+    assert refused.value.remedy == trust.BUILD
+    with pytest.raises(FileNotFoundError):
+        directory.open_or_make(str(tmp_path / "store"), nobody, make=False)
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.images
 def test_a_store_is_not_too_deep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trust, "_DEEPEST", 1)
     (tmp_path / "a/b").mkdir(parents=True, mode=0o755)
@@ -114,6 +127,7 @@ def test_a_store_is_not_too_deep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     os.close(fd)
 
 
+@pytest.mark.images
 def test_a_unit_has_its_own_directory_for_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

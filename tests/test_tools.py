@@ -17,7 +17,7 @@ from harness import aligned, outside, probes
 from harness.debian_python import ARCHIVE, PACKAGE, build_pie
 from harness.elves import huge_files_here
 from harness.interpreters import INTERPRETERS, python_of
-from harness.placement import require_executable
+from harness.placement import require_executable, require_images
 from harness.probes import PROBES, UNPRIMED, WORKS, Failed, NotHere, Shape, Target, cores, perf
 from harness.probes.commands import gdb
 from harness.probes.gdb import frames_of
@@ -100,6 +100,8 @@ def targets(scratch):
 
     def target(form, way, late=False):
         key = form, way, late
+        if way.startswith("image"):
+            require_images()
         if way == "image on tmpfs":
             require_executable("/dev/shm")
         if key not in running:
@@ -299,6 +301,7 @@ def test_a_perf_map_is_added_to_cpythons_own(tmp_path):
             path.unlink()
 
 
+@pytest.mark.images
 def test_debug_information_is_left_out_where_there_is_no_room(python, images):
     """An image must not fill a small file system for the sake of source lines."""
     sizes = []

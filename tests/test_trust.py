@@ -10,16 +10,20 @@ from pathlib import Path
 
 import pytest
 from harness import outside
+from harness.gunicorn_server import Gunicorn
 from harness.interpreters import KINDS, python_of
 from harness.kernel import require_huge_files
 from harness.marks import needs_root
 from harness.placement import require_one_address
+from harness.privileges import has_images
 from harness.process import Process, interpreter
 from harness.service import NOBODY, OTHER, USER, become, capable, public, public_python
 
-from page_primer.images import trust
+from page_primer.doctor import coverage
+from page_primer.images import places, trust
 from page_primer.images.store import Store
 from page_primer.kernel import credentials
+from page_primer.options import Options
 
 __all__ = ["public", "public_python"]
 
@@ -133,6 +137,7 @@ def test_what_the_kernel_does_not_tell_is_not_trusted(monkeypatch):
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o775, 0o1777])
+@pytest.mark.images
 def test_a_directory_above_that_others_can_write_to(tmp_path, mode):
     above = tmp_path / "above"
     store = above / "between" / "images"
@@ -148,6 +153,7 @@ def test_a_directory_above_that_others_can_write_to(tmp_path, mode):
     Store(str(store)).__exit__()
 
 
+@pytest.mark.images
 def test_a_store_in_a_sticky_directory_is_not_one_itself(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images").chmod(0o1777)
@@ -172,6 +178,7 @@ def test_a_directory_above_that_is_somebody_elses(tmp_path, sticky):
     assert not (above / "more").exists()
 
 
+@pytest.mark.images
 def test_the_way_to_a_store_may_be_anybodys_link(tmp_path):
     """What counts is the directory that was opened, not the name that led to it."""
     (tmp_path / "real" / "images").mkdir(parents=True)
@@ -182,6 +189,7 @@ def test_the_way_to_a_store_may_be_anybodys_link(tmp_path):
         Store(str(tmp_path / "link" / "images"))
 
 
+@pytest.mark.images
 def test_an_exchanged_directory_is_not_looked_up_again(python, images, tmp_path):
     """The store is moved away between its check and what follows; what is written is in it."""
     with Process(python) as process:
@@ -203,6 +211,7 @@ def test_an_exchanged_directory_is_not_looked_up_again(python, images, tmp_path)
     assert not [path for path in images.glob("*") if not path.name.endswith("-anchor")]
 
 
+@pytest.mark.images
 def test_an_images_folder_that_others_can_write_to_is_not_used(python, images):
     require_one_address(python)
     with Process(python) as process:
@@ -268,6 +277,67 @@ def test_nobodys_own_files_are_not_trusted(public, public_python):
         assert core["backing"] in MEMORY
         assert any("may be anybody" in note or "anybody's name" in note for note in core["notes"])
     assert not list(store.iterdir())
+
+
+@pytest.fixture
+def nobody(request: pytest.FixtureRequest) -> tuple[str, list[str]]:
+    """An interpreter for that user, and a prefix that becomes it, if that is not who tests."""
+    if os.geteuid() not in (0, NOBODY):
+        pytest.skip(f"only root can become user {NOBODY}")
+    if os.geteuid() == NOBODY:
+        return sys.executable, []
+    return request.getfixturevalue("public_python"), become(NOBODY)
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["by default", "a named directory"])
+def test_nobodys_code_is_in_memory_files(public, nobody, named):
+    """What needs no file is done, and the report says why no more is."""
+    options = {"image_dir": str(public / "images")} if named else {}
+    python, wrapper = nobody
+    with Process(python, wrapper=wrapper, env={"HOME": str(public)}) as process:
+        before = outside.file_mappings(process.pid)
+        report = process.prime(**options)
+        core = interpreter(report)
+        text = outside.text_of(process.pid, core["path"])
+        # Of the default directories there is the one that root may have filled.
+        if text.attainable and (named or not os.path.isdir(places.SYSTEM)):
+            assert text.huge in (text.attainable, text.attainable - text.head)
+            assert core["backing"] in (MEMORY[:2] if text.huge else MEMORY)
+            why = trust.UNTRUSTED if named else f"user {NOBODY} may be anybody"
+            assert any(why in note for note in core["notes"]), core["notes"]
+        assert process.run("import decimal; result = str(decimal.Decimal(1) / 4)") == "0.25"
+        process.restore()
+        assert [m for m in before if m not in outside.file_mappings(process.pid)] == []
+    assert not list(public.iterdir())
+
+
+def test_a_server_of_nobodys(public, nobody):
+    """It runs on, in one memory file for all its processes, and says what it does without."""
+    python, wrapper = nobody
+    if wrapper:
+        shutil.chown(public, NOBODY, NOBODY)
+    env = {"HOME": str(public), "PAGE_PRIMER_IMAGE_DIR": str(public / "images")}
+    with Gunicorn(python, public, "--workers", "2", env=env, wrapper=wrapper) as server:
+        server.wait_for_workers(2)
+        family = [server.master, *server.workers]
+        assert {os.stat(f"/proc/{pid}").st_uid for pid in family} == {NOBODY}
+        texts = [outside.text_of(pid) for pid in family]
+        for text in texts:
+            assert text.huge in (text.attainable, text.attainable - text.head)
+        assert len({vma.inode for text in texts for vma in text.moved}) <= 1
+        said = [message for _, message in [*server.lines("INFO"), *server.lines("WARNING")]]
+        assert any("huge pages" in message for message in said), said
+        if any(text.attainable for text in texts):
+            assert any(trust.UNTRUSTED in message for message in said), said
+        server.wait_until_each_answered()
+    assert not (public / "images").exists()
+
+
+def test_nobody_has_no_directory_for_anchors(monkeypatch, tmp_path):
+    """What doctor expects of a move is what prime() will do."""
+    assert coverage.has_directory(Options(image_dir=str(tmp_path))) == has_images()
+    monkeypatch.setattr(coverage.credentials, "read", lambda: credentials.Credentials(NOBODY))
+    assert not coverage.has_directory(Options(image_dir=str(tmp_path)))
 
 
 # ------------------------------------------------------------------------------- who may read it
@@ -399,6 +469,7 @@ def test_one_bit(python, images, name, at):
         assert process.run("import ssl; result = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT) and 1")
 
 
+@pytest.mark.images
 def test_one_bit_in_a_store_that_cannot_be_written_to(python, images):
     require_one_address(python)
     with Process(python) as process:
@@ -466,6 +537,7 @@ def test_an_anchor_that_differs_in_one_bit(tmp_path, images):
     assert {path: path.read_bytes() for path in anchors} == before
 
 
+@pytest.mark.images
 def test_content_is_on_disk_before_it_is_executed(python, images):
     with Process(python) as process:
         process.run(

@@ -78,6 +78,8 @@ class Interpreter:
 def has_directory(options: Options) -> bool:
     """Whether files can be written for anchors, as far as permissions tell."""
     who = credentials.read()
+    if who.user not in who.trusted:
+        return False
     for place in image_backing.directories(options):
         there = place.path
         while not os.path.lexists(there):

@@ -29,7 +29,8 @@ def open_or_make(path: str, who: credentials.Credentials, *, make: bool) -> int:
 
     Raises:
         OSError: it cannot be opened, or made.
-        Unusable: others can write where it would be made.
+        Unusable: others can write where it would be made, or this process must not trust what it
+            would make.
     """
     parent, name = os.path.split(path)
     try:
@@ -37,6 +38,9 @@ def open_or_make(path: str, who: credentials.Credentials, *, make: bool) -> int:
     except ours(FileNotFoundError):
         if not make:
             raise
+        if who.user not in who.trusted:
+            why = f"it is not there, and none can be made: {trust.UNTRUSTED}"
+            raise trust.Unusable(why, trust.BUILD) from None
     except ours(NotADirectoryError):
         if os.path.isdir(parent):
             raise

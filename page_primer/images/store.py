@@ -93,7 +93,7 @@ class Store:
         # What this process may not trust it need not write.
         self.writable = who.user in who.trusted
         try:
-            self.fd = directory.open_or_make(path, who, make=make and self.writable)
+            self.fd = directory.open_or_make(path, who, make=make)
         except ours(OSError) as error:
             raise Unusable(error.strerror or str(error)) from error
         self._owners = who.trusted
@@ -223,7 +223,7 @@ class Store:
 
     def _make_folder(self, name: str) -> bool:
         """Make an image's folder where it is missing; returns whether it was."""
-        why = "its own user is not to be trusted"
+        why = trust.UNTRUSTED
         if self.writable:
             try:
                 os.mkdir(name, 0o755, dir_fd=self.fd)

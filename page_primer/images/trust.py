@@ -21,6 +21,7 @@ _ABOVE = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _DEEPEST = 200  # directories above a store
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _ACCESS_LIST = "system.posix_acl_access"
+UNTRUSTED = "its own user is not to be trusted"
 BUILD = "page-primer build"  # as root: it fills a store that everybody can trust
 
 

@@ -15,12 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from harness import outside
+from harness.privileges import has_images
 from harness.process import Failed, Process, interpreter
 from harness.state import EXERCISE, assert_nothing_left, state
 from page_primer import reasons
 
 MIB = 1 << 20
 PRIMED, OTHERWISE, NOT = "on huge pages", "on huge pages, otherwise", "left alone"
+
+NOT_TRUSTED = "its own user is not to be trusted|that may be anybody's name"
 
 PRIME = "import page_primer; report = page_primer.prime(**options)"
 
@@ -127,13 +130,18 @@ def _outcome(
             assert bool(huge) == bool(core["code_huge_bytes"]), (huge, core)
         huge = huge or core["code_huge_bytes"]
     wanted = made.options.get("backing", "image")
-    outcome = NOT
+    outcome, allowed, says = NOT, environment.outcome, environment.says
     if core is not None and huge:
         outcome = PRIMED if core["backing"] in (wanted, "already", "in_place") else OTHERWISE
-    assert outcome in environment.outcome, (outcome, text)
-    found = re.search(environment.says, text)
-    assert found, (environment.says, text)
-    reason = found[0] if environment.says else ""
+    if wanted == "image" and not has_images():
+        # Whatever else is wrong with the store, it may not be the first thing that shows.
+        allowed = tuple(OTHERWISE if one == PRIMED else one for one in allowed)
+        if outcome == OTHERWISE:
+            says = f"{says}|{NOT_TRUSTED}" if says else NOT_TRUSTED
+    assert outcome in allowed, (outcome, text)
+    found = re.search(says, text)
+    assert found, (says, text)
+    reason = found[0] if says else ""
     if outcome != NOT and core is not None:
         return f"{outcome}: {core['backing']}", reason
     return outcome, reason

@@ -442,7 +442,7 @@ TABLE = (
         open_to_others,
     ),
     Environment("store: of a user without rights", "uid 65534, a directory of root's",
-                (OTHERWISE,), "Permission denied|No such file", as_nobody),
+                (OTHERWISE,), "Permission denied|its own user is not to be trusted", as_nobody),
     Environment("store: raced", "nine other processes prime at the same time", make=raced),
     Environment(
         "image: cut short", "truncate(1)", make=images_before(cut_short),

@@ -41,4 +41,4 @@ def is_primed(pid, path=None):
         text = outside.text_of(pid, path)
     except (OSError, StopIteration, AttributeError):
         return False
-    return text.huge == text.attainable and bool(text.attainable or text.phase) and text.locked
+    return text.is_huge and bool(text.attainable or text.phase) and text.locked

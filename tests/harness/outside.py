@@ -13,7 +13,7 @@ from typing import Any
 from elftools.elf.elffile import ELFFile
 
 from harness.kernel_log import watch
-from harness.privileges import locks_fit
+from harness.privileges import has_images, locks_fit
 from harness.state import file_mappings as file_mappings
 
 PMD = int(open("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size").read())
@@ -85,6 +85,7 @@ class Text:
     path: str
     size: int
     attainable: int  # covered by whole huge pages of the read-only span
+    head: int  # of that, what stays on the interpreter's own file for profilers if the rest cannot
     huge: int
     locked: bool
     executable: bool  # all of it is mapped r-x
@@ -105,9 +106,16 @@ class Text:
         """Of the span, what is mapped from elsewhere: of a library, its hot chunks."""
         return [v for v in self.span_vmas if v.path != self.path]
 
+    @property
+    def is_huge(self) -> bool:
+        """Whether all that can be is on huge pages: of a user without images, in a memory file or
+        in place."""
+        without_images = () if has_images() else (self.attainable - self.head,)
+        return self.huge in (self.attainable, *without_images)
+
     def require_huge(self) -> None:
         """All that can be is on huge pages; at a huge page boundary, some can."""
-        assert self.huge == self.attainable, self
+        assert self.is_huge, self
         assert self.attainable or self.phase, self
 
     def require_hot_chunks_huge(self) -> None:
@@ -158,7 +166,8 @@ def load_bias(path: str, vmas: list[Vma], file: str | None = None) -> int:
 
 def text_of(pid: int, path: str | None = None) -> Text:
     """Measure the .text of an object, by default of the interpreter."""
-    path = path or interpreter_file(pid)
+    interpreter = interpreter_file(pid)
+    path = path or interpreter
     vmas = smaps(pid)
     # A process may see other files than we; one in another root is shown with a path of ours.
     there = next(p for p in (f"/proc/{pid}/root{path}", path) if os.path.exists(p))
@@ -178,7 +187,13 @@ def text_of(pid: int, path: str | None = None) -> Text:
         if not load["p_flags"] & 2:
             span_start, span_end = span_start if span_start is not None else start, end
     chunk_low, chunk_high = -(-span_start // PMD) * PMD, span_end // PMD * PMD
-    attainable = max(0, min(high, chunk_high) - max(low, chunk_low))
+    reached = max(low, chunk_low), min(high, chunk_high)
+    attainable, head = max(0, reached[1] - reached[0]), 0
+    if path == interpreter:
+        # The huge pages of the ELF header and of the first code.
+        first = next(h["p_vaddr"] for h in loads if h["p_flags"] & 1)
+        for at in {(base + start & -PAGE) // PMD * PMD for start in (loads[0]["p_vaddr"], first)}:
+            head += max(0, min(reached[1], at + PMD) - max(reached[0], at))
 
     huge, executable, locked = _huge_between(vmas, low, high), True, True
     for vma in vmas:
@@ -187,24 +202,28 @@ def text_of(pid: int, path: str | None = None) -> Text:
             locked &= "lo" in vma.flags
     span_vmas = [v for v in vmas if span_start <= v.start and v.end <= span_end]
     return Text(
-        path, high - low, attainable, huge, locked, executable, fixed, base % PMD, span_vmas
+        path, high - low, attainable, head, huge, locked, executable, fixed, base % PMD, span_vmas
     )
 
 
 def require_one_image(texts: Iterable[Text]) -> dict[int, int]:
     """Processes map one image of the interpreter; or, where the loader has put it at random
-    addresses, those in which it is at the same one modulo a huge page. Returns the images' sizes,
-    by that."""
+    addresses, those in which it is at the same one modulo a huge page. Without images there are
+    memory files and the interpreter's own. Returns the sizes, by the addresses."""
     moved = [text for text in texts if text.attainable]
     spans = {text.phase: text.span for text in moved}
-    assert len({vma.path for text in moved for vma in text.span_vmas}) == len(spans), moved
+    if has_images():
+        assert len({vma.path for text in moved for vma in text.span_vmas}) == len(spans), moved
     return spans
 
 
 def require_one_copy(texts: Iterable[Text]) -> None:
-    """These are all processes that map it, and share its memory."""
+    """These are all processes that map it, and share its memory; without images those do that are
+    forked from a primed one."""
     texts = list(texts)
     expected = sum(require_one_image(texts).values())
+    if not has_images():
+        return
     assert expected or all(text.phase for text in texts), texts
     pss = sum(text.pss for text in texts if text.attainable)
     assert abs(pss - expected) <= expected // 20, (pss, expected, texts)

@@ -13,8 +13,15 @@ import tempfile
 import pytest
 
 from harness.outside import PMD
+from harness.privileges import has_images
 
-__all__ = ["has_one_address", "has_random_addresses", "require_executable", "require_one_address"]
+__all__ = [
+    "has_one_address",
+    "has_random_addresses",
+    "require_executable",
+    "require_images",
+    "require_one_address",
+]
 
 _RANDOM = "load addresses are random on this file system"
 
@@ -51,6 +58,12 @@ def require_one_address(python: str) -> None:
     their last process."""
     if not has_one_address(python):
         pytest.skip(f"{_RANDOM}: no start maps what another one wrote")
+
+
+def require_images() -> None:
+    """Skip what needs a directory of our own for images, or for anchors."""
+    if not has_images():
+        pytest.skip(f"files of user {os.geteuid()} may be anybody's: no image of ours is mapped")
 
 
 def require_executable(directory: str) -> None:

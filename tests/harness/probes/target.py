@@ -154,7 +154,7 @@ class Target:
         text = outside.text_of(self.pid)
         # What may be left for profilers is the head of what has a random address.
         whole = text.fixed or (wanted == "image" and self.interpreter.endswith(".so.1.0"))
-        if text.huge < (text.attainable if whole else 1):
+        if not (text.is_huge if whole else text.huge):
             raise Failed(f"not primed: {text}")
 
     def require_huge(self) -> None:
