@@ -136,7 +136,7 @@ def _outcome(
     if wanted == "image" and not has_images():
         # Whatever else is wrong with the store, it may not be the first thing that shows.
         allowed = tuple(OTHERWISE if one == PRIMED else one for one in allowed)
-        if outcome == OTHERWISE:
+        if outcome == OTHERWISE and (says or OTHERWISE not in environment.outcome):
             says = f"{says}|{NOT_TRUSTED}" if says else NOT_TRUSTED
     assert outcome in allowed, (outcome, text)
     found = re.search(says, text)
