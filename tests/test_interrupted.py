@@ -32,9 +32,11 @@ INTERRUPT = """
                 len(signal.pthread_sigmask(signal.SIG_BLOCK, []))]
     for _ in range(20):
         once()
-    began = time.time()
-    once()
-    took = time.time() - began
+    took = 1.0
+    for _ in range(3):  # one may be stalled by others
+        began = time.time()
+        once()
+        took = min(took, time.time() - began)
     before, raised, reasons = state(), 0, set()
     for _ in range(100):
         try:
