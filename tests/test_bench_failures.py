@@ -32,11 +32,12 @@ BENCH = [sys.executable, "-m", "page_primer", "bench"]
 OFF, PRIMED, MINE = Variant("off"), Variant("primed"), Variant("mine")
 
 
-def program(text):
+def program(text, *arguments):
     """Run a program of its own: being a subreaper is a property of a process."""
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(text)], capture_output=True, text=True, timeout=100
-    )
+        [sys.executable, "-c", textwrap.dedent(text), *arguments], capture_output=True, text=True,
+        timeout=100,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -260,30 +261,49 @@ def test_the_application_of_a_celery_task():
     assert task == Task(sys.executable, "work", "add", [1, "2", "three"])
 
 
-def test_a_celery_worker_that_does_not_answer():
-    assert program("""
-        import os, time
-        from page_primer.bench.celery import Task
+def test_a_celery_worker_that_does_not_answer(tmp_path):
+    """Nor a driver: one that ends, one that says nothing, and one that never answers."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexec sleep 600\n")
+    python.chmod(0o755)
+    assert program(
+        """
+        import os, sys, time
+        from page_primer.bench import celery
+        from page_primer.bench.celery import Client, Task
         from page_primer.bench.failures import CutShort, Failure
         from page_primer.bench.server import Process
         from page_primer.bench.tree import Adopted
-        task, tree = Task("/bin/false", "work", "add", []), Adopted()
+        task, tree, helpers = Task("/bin/false", "work", "add", []), Adopted(), set()
         with Process(["sh", "-c", "echo told; exit 3"], os.environ, tree, alone=True) as process:
             while not process.ended():
                 time.sleep(0.01)
-            for seconds in (100, 0):
+            for seconds, queue in ((100, ""), (0, ""), (0, "mine")):
+                with Client(task, queue, helpers) as client:
+                    try:
+                        client.wait_until_ready(process, seconds)
+                    except Failure as failure:
+                        print(failure)
+        celery._SECONDS = celery._FORGET_SECONDS = 0.2
+        for python in ("/bin/false", sys.argv[1]):
+            with Client(Task(python, "work", "add", []), "", helpers) as client:
                 try:
-                    task.wait_until_ready(process, seconds, set())
-                except Failure as failure:
+                    client._ask("send", 1, 1, seconds=0.2)
+                except CutShort as failure:
                     print(failure)
-        try:
-            task._ask(1, 1, set())
-        except CutShort as failure:
-            print(failure)
-        """) == [
+                print(client.forget())
+        print(helpers, tree.processes())
+        """,
+        str(python),
+    ) == [
         "the worker ended with status 3: told, before it answered",
-        "no answer from the worker within 0 s: told",
+        "no answer from a worker within 0 s: told",
+        "no answer from a worker of queue mine within 0 s: told",
         "sending tasks ended with status 1: no output",
+        "False",
+        "no answer to all tasks within 0 s",
+        "False",
+        "set() []",
     ]
 
 

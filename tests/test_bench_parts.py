@@ -105,10 +105,11 @@ def test_no_load_generator(monkeypatch):
 
 def test_requests_are_divided_into_turns():
     assert _turns(2000, 8, 1000.0) == [200] * 10
-    assert _turns(2000, 8, 1e6) == [500] * 4  # several, however fast it is
-    assert _turns(10, 4, 1.0) == [5, 5]  # one for each connection
+    assert _turns(2000, 8, 1e6) == [496, 504, 496, 504]  # several, however fast it is
+    assert _turns(10, 4, 1.0) == [4, 6]  # every connection is used alike, but for the rest
     assert _turns(3, 8, 1.0) == [3]
     assert sum(_turns(1001, 8, 777.0)) == 1001
+    assert all(number % 16 == 0 for number in _turns(1600, 16, 10.0))  # of two URLs
 
 
 # --- the process tree -----------------------------------------------------------------------------
@@ -384,11 +385,23 @@ def test_a_script(tmp_path):
     assert last.startswith(f"page-primer: bench: mine: {sys.executable} ended with status 1: ")
 
 
+def processes_with(mark):
+    return subprocess.run(["pgrep", "-f", mark], capture_output=True, text=True).stdout.split()
+
+
 @pytest.mark.slow
 def test_scripts_side_by_side(tmp_path):
     """Each works while the others are stopped, and none is left where one fails, or on Ctrl-C."""
     (tmp_path / "script.py").write_text(
-        "import os, sys, time\n"
+        "import os, signal, subprocess, sys, time\n"
+        "def end(*_):\n"
+        "    open(f'told-{os.getpid()}', 'w').close()\n"
+        "    os._exit(1)\n"
+        "signal.signal(signal.SIGTERM, end)\n"
+        "if sys.argv[2:]:\n"
+        "    child = [sys.executable, __file__, sys.argv[1]]\n"
+        "    sys.exit(subprocess.run(child, start_new_session=True).returncode)\n"
+        "open(f'began-{os.getpid()}', 'w').close()\n"
         "seen = []\n"
         "while time.process_time() < 0.7:\n"
         "    seen.append(time.monotonic())\n"
@@ -399,7 +412,7 @@ def test_scripts_side_by_side(tmp_path):
 
     def command(*words):
         return [*BENCH, "--command", "--side-by-side", *words, "--", sys.executable, "script.py",
-                mark]  # fmt: skip
+                mark, "has a child in a session of its own"]  # fmt: skip
 
     environ = {**os.environ, "PAGE_PRIMER_IMAGE_DIR": str(tmp_path)}
     run = functools.partial(
@@ -410,7 +423,7 @@ def test_scripts_side_by_side(tmp_path):
     found = validated("bench", json.loads(result.read_text()))
     assert found["side_by_side"]
     (measured,) = found["rounds"]
-    assert all(one["cpu_ms"] >= 700 and one["wall_ms"] >= 700 for one in measured.values())
+    assert all(one["cpu_ms"] >= 700 and "wall_ms" not in one for one in measured.values())
     *_, first, second = sorted(tmp_path.glob("seen-*"), key=os.path.getmtime)
     seen = [list(map(float, path.read_text().split())) for path in (first, second)]
     owners = [owner for _, owner in sorted((at, owner) for owner in (0, 1) for at in seen[owner])]
@@ -428,11 +441,25 @@ def test_scripts_side_by_side(tmp_path):
     for line in process.stderr:
         if line.startswith("round 1"):
             break
+    began = len(list(tmp_path.glob("began-*")))
+    wait_for(lambda: len(list(tmp_path.glob("began-*"))) > began, "the second round")
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=600)
     assert process.returncode == 130
-    running = subprocess.run(["pgrep", "-f", mark], capture_output=True, text=True).stdout
-    assert running.split() == []
+    assert not processes_with(mark)
+    # By SIGTERM, which those that are stopped get as well.
+    assert list(tmp_path.glob("told-*"))
+    killed = subprocess.Popen(
+        command("--rounds", "1000")[:-1], cwd=tmp_path, env=environ, text=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    for line in killed.stderr:
+        if line.startswith("round 1"):
+            break
+    wait_for(lambda: len(processes_with(mark)) > 2, "bench and two scripts")
+    killed.kill()
+    killed.communicate()
+    wait_for(lambda: not processes_with(mark), "the end of stopped scripts")
 
 
 @pytest.mark.slow

@@ -191,8 +191,18 @@ def _measure(
         settings={**{name: getattr(given, name) for name in names}, "requests": bench.requests},
         unit="task" if bench.task else "run" if bench.is_script else "request",
         counters=bench.counters.missing, generator=bench.generator, obtained=bench.obtained,
-        probe=probed, side_by_side=bench.side_by_side,
+        probe=probed, side_by_side=bench.side_by_side, notes=_notes(bench, listed),
     )  # fmt: skip
+
+
+def _notes(bench: measure.Bench, listed: Sequence[variants.Variant]) -> list[str]:
+    names = [variant.name for variant in listed if variant.locks_alone]
+    if not bench.side_by_side or not names:
+        return []
+    return [
+        f"{', '.join(names)}: pages of files are locked for every process that maps them, so side "
+        "by side `off` has them locked, too"
+    ]
 
 
 def _conclude(given: argparse.Namespace, report: Report, show_table: Table, say: Say) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import signal
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from page_primer import processes
 from page_primer.bench import celery, load, places, server, vmtouch
 from page_primer.bench.failures import CutShort, Failure
 from page_primer.bench.tree import Adopted, Held, Used, average, workers
+from page_primer.bench.variants import OFF
 
 if TYPE_CHECKING:
     import resource
@@ -53,8 +55,8 @@ class Bench:
     together: bool = False  # scripts
     obtained: dict[str, dict[str, float]] = field(default_factory=dict)
     random: random.Random = field(default_factory=lambda: random.Random(1))
-    _rounds: int = 0
-    _queues: set[str] = field(default_factory=set)  # of workers that answered
+    _weighed: Counter[str] = field(default_factory=Counter)
+    _queues: set[str] = field(default_factory=set)
 
     @property
     def side_by_side(self) -> bool:
@@ -77,7 +79,6 @@ class Bench:
             Failure: one does not start, or not answer; the message has its name.
             CutShort: it was not all done; so has this.
         """
-        self._rounds += 1
         if self.side_by_side:
             in_turns = self._scripts_in_turns if self.is_script else self._in_turns
             return in_turns(order, told)
@@ -116,13 +117,15 @@ class Bench:
     def forget(self) -> None:
         """Leave no queue with the broker."""
         while self.task and self._queues:
-            self.task.forget(self._queues.pop(), self.tree.helpers)
+            with celery.Client(self.task, self._queues.pop(), self.tree.helpers) as client:
+                if not client.forget():
+                    return  # nor would others be
 
     def _in_turns(self, order: Sequence[Variant], told: Callable[[Variant, int], None]) -> Round:
         # Memory that variants share would be divided among all of them: it is that of one of a
         # round, when the others have ended.
         names = sorted(variant.name for variant in order)
-        weighed = names[self._rounds % len(names)]
+        weighed = min(names, key=lambda name: (self._weighed[name], name != OFF))
         with contextlib.ExitStack() as stack:
             stack.callback(self.tree.stop)  # what left its session, too
             running, rate = [], 0.0
@@ -135,7 +138,8 @@ class Bench:
             self._check_for_strays(running)
             for one in running:
                 stack.enter_context(one.counted(self.counters))
-            for requests in _turns(self.requests, self.connections, rate):
+            at_once = self.connections * max(1, len(self.urls))
+            for requests in _turns(self.requests, at_once, rate):
                 self.random.shuffle(running)
                 for one in running:
                     with _named(one.variant):
@@ -147,11 +151,13 @@ class Bench:
             for one in running[:-1]:
                 one.tree.stop()
             running[-1].weigh()
+            self._weighed[weighed] += 1
             return {one.variant.name: one.numbers() for one in running}
 
     def _check_for_strays(self, running: Sequence[Running]) -> None:
+        found = self.tree.live()
         known = {pid for one in running for pid in one.tree.processes()}
-        for pid in set(self.tree.processes()) - known:
+        for pid in set(found) - known:
             raise Failure(
                 f"process {pid} of a server made itself a daemon, so nobody knows of which: "
                 "variants cannot run side by side (write the port in place of {port})"
@@ -165,19 +171,21 @@ class Bench:
             server.check_free(place.addresses)
         command, environ = self._command(variant)
         with contextlib.ExitStack() as stack:
+            client = None
+            if self.task:
+                client = celery.Client(self.task, place.queue, self.tree.helpers)
+                stack.enter_context(client)
+                self._queues |= {place.queue} - {""}
             process = stack.enter_context(
                 server.Process(place.fill(command), environ, self.tree, alone=alone)
             )
-            if self.task:
-                began = self.task.wait_until_ready(
-                    process, self.start_seconds, self.tree.helpers, place.queue
-                )
-                self._queues |= {place.queue} - {""}
+            if client:
+                began = client.wait_until_ready(process, self.start_seconds)
             else:
                 began = process.wait_for(place.addresses, self.start_seconds)
             if variant.vmtouch:
                 stack.enter_context(vmtouch.locking(process.tree))
-            yield Running(self, variant, place, process, began)
+            yield Running(self, variant, place, process, client, began)
 
     def _command(self, variant: Variant) -> tuple[list[str], dict[str, str]]:
         environ, command = variant.environment(self.environ), list(self.command)
@@ -195,7 +203,6 @@ class Bench:
     def _scripts_in_turns(
         self, order: Sequence[Variant], told: Callable[[Variant, int], None]
     ) -> Round:
-        took = dict.fromkeys((variant.name for variant in order), 0.0)
         found: Round = {}
         with contextlib.ExitStack() as stack:
             stack.callback(self.tree.stop)
@@ -209,30 +216,29 @@ class Bench:
             while running:
                 self.random.shuffle(running)
                 for variant, process in list(running):
-                    usage, seconds = process.run_on(_TURN_SECONDS)
-                    took[variant.name] += seconds
-                    if usage:
+                    if usage := process.run_on(_TURN_SECONDS):
                         running.remove((variant, process))
                         with _named(variant):
-                            found[variant.name] = self._of_script(
-                                process, usage, took[variant.name]
-                            )
+                            found[variant.name] = self._of_script(process, usage, None)
         return {variant.name: found[variant.name] for variant in order}
 
     @contextlib.contextmanager
     def _started(self, variant: Variant, *, alone: bool) -> Iterator[server.Process]:
         command, environ = self._command(variant)
-        with server.Process(command, environ, self.tree, alone=alone) as process:
+        by = signal.SIGTERM if alone else signal.SIGKILL  # which a stopped one notices
+        with server.Process(command, environ, self.tree, alone=alone, dies_by=by) as process:
             yield process
 
     def _of_script(
-        self, process: server.Process, usage: resource.struct_rusage, took: float
+        self, process: server.Process, usage: resource.struct_rusage, took: float | None
     ) -> dict[str, float]:
         if why := process.failed():
             raise CutShort(f"{self.command[0]} {why}")
+        # Of one that others stop and go, time on the wall means nothing.
+        wall = {} if took is None else {"wall_ms": took * 1000}
         return {
             "cpu_ms": (usage.ru_utime + usage.ru_stime) * 1000,
-            "wall_ms": took * 1000,
+            **wall,
             "resident_mib": usage.ru_maxrss / 1024,
             "minor_faults": usage.ru_minflt,
             "major_faults": usage.ru_majflt,
@@ -247,6 +253,7 @@ class Running:
     variant: Variant
     place: places.Place
     process: server.Process
+    client: celery.Client | None
     start_s: float = 0.0
     requests: int = 0
     seconds: float = 0.0
@@ -326,8 +333,8 @@ class Running:
     def _send(self, requests: int) -> load.Load:
         bench, helpers = self.bench, self.tree.helpers
         try:
-            if bench.task:
-                return bench.task.send(requests, bench.connections, helpers, self.place.queue)
+            if self.client:
+                return self.client.send(requests, bench.connections)
             urls = [address.url for address in self.place.addresses]
             return load.send(bench.generator, urls, requests, bench.connections, helpers)
         except CutShort as error:
@@ -344,12 +351,15 @@ def _named(variant: Variant) -> Iterator[None]:
         raise type(error)(f"{variant.name}: {error}") from None
 
 
-def _turns(requests: int, connections: int, rate: float) -> list[int]:
-    """Divide the requests of a round: some tenths of a second each, several turns, and at least one
-    request for each connection."""
+def _turns(requests: int, at_once: int, rate: float) -> list[int]:
+    """Divide the requests of a round: some tenths of a second each, several turns, each a multiple
+    of what goes out at once (every URL on every connection), but for what is left at the end."""
     count = max(_FEWEST_TURNS, round(requests / (rate * _TURN_SECONDS)))
-    count = max(1, min(count, requests // connections))
-    return [requests * (at + 1) // count - requests * at // count for at in range(count)]
+    times = requests // at_once
+    count = max(1, min(count, times))
+    turns = [(times * (at + 1) // count - times * at // count) * at_once for at in range(count)]
+    turns[-1] += requests - sum(turns)
+    return turns
 
 
 def _obtained(pid: int) -> dict[str, float]:

@@ -3,6 +3,7 @@ and in URLs, is a free port, and `{queue}`, in the command of a Celery worker, a
 
 from __future__ import annotations
 
+import os
 import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 PORT, QUEUE = "{port}", "{queue}"
+_HIGHEST = "65535"
 
 
 def can_be_many(command: Sequence[str]) -> bool:
@@ -28,16 +30,16 @@ def check(command: Sequence[str], urls: Sequence[str], *, task: bool) -> None:
     """
     port, queue = (any(what in word for word in command) for what in (PORT, QUEUE))
     for url in urls:
-        Address.of(url.replace(PORT, "80"))
+        Address.of(url.replace(PORT, _HIGHEST))
         if port != (PORT in url):
             raise ValueError(
                 f"--url: {url}: {PORT} is in " + ("the command" if port else "it") + ", but not in "
                 + ("it" if port else "the command")
             )  # fmt: skip
-    if port and not urls:
-        raise ValueError(f"bench: {PORT} in the command is for --url")
-    if queue and not task:
+    if queue and urls:
         raise ValueError(f"bench: {QUEUE} in the command is for --celery-task")
+    if port and task:
+        raise ValueError(f"bench: {PORT} in the command is for --url")
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,16 @@ class Place:
 
     @classmethod
     def of(cls, name: str, command: Sequence[str], urls: Sequence[str]) -> Place:
-        """A port that is free now; a queue, by the variant's name, or the empty string."""
+        """A port that is free now; a queue of this process's by the variant's name, or the empty
+        string."""
         with socket.socket() as sock:
             sock.bind(("127.0.0.1", 0))
             port = str(sock.getsockname()[1])
-        queue = f"page-primer-bench-{name}" if any(QUEUE in word for word in command) else ""
+        queue = (
+            f"page-primer-bench-{os.getpid()}-{name}"
+            if any(QUEUE in word for word in command)
+            else ""
+        )
         return cls(port, queue, tuple(Address.of(url.replace(PORT, port)) for url in urls))
 
     def fill(self, command: Sequence[str]) -> list[str]:

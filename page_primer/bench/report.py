@@ -70,6 +70,7 @@ class Report:
     obtained: dict[str, dict[str, float]] = field(default_factory=dict)
     probe: list[dict[str, float]] = field(default_factory=list)
     side_by_side: bool = False
+    notes: Sequence[str] = ()
 
     def values(self, variant: str, name: str) -> list[float]:
         """A number of every round that has it: memory is not looked at in each, where variants run
@@ -89,7 +90,8 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, ready for json.dumps()."""
-        names = list({name: None for measured in self.course.rounds for name in measured[OFF]})
+        names = list({name: None for measured in self.course.rounds
+                      for found in measured.values() for name in found})  # fmt: skip
         return {
             "page_primer": __version__,
             "command": [sys.executable, "-m", "page_primer", *sys.argv[1:]],
@@ -141,6 +143,8 @@ class Report:
         for name in self.variants[1:]:
             say(f"{name}: {self.verdict(name)}")
         print()
+        for note in self.notes:
+            say(note)
         say(machine.judge(self.probe))
         if self.counters:
             say(self.counters)
@@ -148,9 +152,9 @@ class Report:
     def _rows(self) -> list[list[str]]:
         rows = []
         for metric in METRICS:
-            if not self.values(OFF, metric.name):
-                continue
             medians = [self.values(name, metric.name) for name in self.variants]
+            if not any(medians):
+                continue
             rows.append([metric.title.format(unit=self.unit),
                          *(format(statistics.median(values), metric.form) if values else ""
                            for values in medians)])  # fmt: skip

@@ -90,9 +90,16 @@ class Process:
     """
 
     def __init__(
-        self, command: Sequence[str], environ: Mapping[str, str], tree: Adopted, *, alone: bool
+        self,
+        command: Sequence[str],
+        environ: Mapping[str, str],
+        tree: Adopted,
+        *,
+        alone: bool,
+        dies_by: signal.Signals = signal.SIGTERM,  # should this process be killed
     ) -> None:
         self._command, self._environ, self._alone = list(command), dict(environ), alone
+        self._dies_by = dies_by
         self.tree = tree
         self._output = tempfile.TemporaryFile()  # noqa: SIM115
         self._process: subprocess.Popen[bytes] | None = None
@@ -103,7 +110,8 @@ class Process:
         try:
             self._process = subprocess.Popen(
                 self._command, env=self._environ, stdin=subprocess.DEVNULL, stdout=self._output,
-                stderr=self._output, start_new_session=True, preexec_fn=dies_with_us(),
+                stderr=self._output, start_new_session=True,
+                preexec_fn=dies_with_us(self._dies_by),
             )  # fmt: skip
         except OSError as error:
             self._output.close()
@@ -144,27 +152,28 @@ class Process:
         assert usage is not None
         return usage, time.monotonic() - self.began
 
-    def run_on(self, seconds: float) -> tuple[resource.struct_rusage | None, float]:
-        """Let a paused command go on, and pause it again; the same as run_to_end(), or None if it
-        has not ended."""
-        assert self._process is not None
-        began = time.monotonic()
+    def run_on(self, seconds: float) -> resource.struct_rusage | None:
+        """Let a paused command go on, and pause it again; what it used if it has ended."""
+        end = time.monotonic() + seconds
         self._signal(signal.SIGCONT)
         while (usage := self._reaped(os.WNOHANG)) is None:
-            if time.monotonic() > began + seconds:
+            if time.monotonic() > end:
                 self.pause()
                 break
             time.sleep(_LOOK_SECONDS)
-        return usage, time.monotonic() - began
+        return usage
 
     def pause(self) -> None:
         """Stop its processes where they are."""
         self._signal(signal.SIGSTOP)
 
     def _signal(self, number: signal.Signals) -> None:
-        assert self._process is not None
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, number)
+        asked: set[int] = set()
+        while new := set(self.tree.processes()) - asked:  # what they started meanwhile, too
+            for pid in new:
+                with contextlib.suppress(OSError):  # it has ended, or is another user's
+                    os.kill(pid, number)
+            asked |= new
 
     def _reaped(self, options: int) -> resource.struct_rusage | None:
         assert self._process is not None

@@ -84,6 +84,14 @@ class Adopted:
             found += sorted(children.get(pid, []))
         return found
 
+    def live(self) -> list[int]:
+        """Those that have not ended."""
+        found = []
+        for pid in self.processes():
+            with contextlib.suppress(OSError, IndexError):
+                found += [pid] if _stat(pid)[0] not in "ZX" else []
+        return found
+
     def used(self) -> Used:
         """What the server has used so far.
 
@@ -136,7 +144,8 @@ class Adopted:
                     asked = left[0]
                     oldest = oldest or asked
                     _send(asked, signal.SIGTERM)
-                    _send(asked, signal.SIGCONT)  # it may be stopped
+                    for pid in left:
+                        _send(pid, signal.SIGCONT)  # where it was stopped
                 if time.monotonic() > end + _GIVE_UP:
                     return
                 if time.monotonic() > end:
@@ -202,13 +211,13 @@ def _send(pid: int, number: signal.Signals) -> None:
         os.kill(pid, number)
 
 
-def dies_with_us() -> Callable[[], None]:
+def dies_with_us(by: signal.Signals = signal.SIGTERM) -> Callable[[], None]:
     """What a child has to call between fork and exec to be ended with this process, should that be
-    killed."""
+    killed; by SIGKILL, where it may be stopped then."""
     library = ctypes.CDLL(None)
 
     def ask() -> None:
-        library.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        library.prctl(_PR_SET_PDEATHSIG, by, 0, 0, 0)
 
     return ask
 

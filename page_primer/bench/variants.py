@@ -40,6 +40,14 @@ class Variant:
     def primed(self) -> bool:
         return self.options is not None
 
+    @property
+    def locks_alone(self) -> bool:
+        """Whether it locks the files' own pages, which all processes have, and does no more."""
+        if self.options is None:
+            return self.vmtouch
+        options = Options.load(dict(self.options), {})
+        return options.mlock and not options.remap
+
     def command(self, command: Sequence[str]) -> list[str]:
         """The command that runs the server so."""
         if not self.primed:

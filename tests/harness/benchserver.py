@@ -1,6 +1,7 @@
 """An HTTP server for the tests of `page-primer bench`: benchserver.py PORT [BEHAVIOUR ...]."""
 
 import http.server
+import mmap
 import os
 import signal
 import socketserver
@@ -51,6 +52,11 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
     request_queue_size = 128
 
 
+for word in BEHAVIOUR:
+    if word.startswith("maps="):  # pages of a file, the server's own where nobody else has them
+        with open(word.removeprefix("maps="), "rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+        touched = sum(mapped[::4096])
 if "fails" in BEHAVIOUR:
     print("no database\n\nthis is why", flush=True)
     sys.exit(3)
