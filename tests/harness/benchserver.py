@@ -12,6 +12,7 @@ import time
 
 PORT, BEHAVIOUR = int(sys.argv[1]), sys.argv[2:]
 served = 0
+once = threading.Lock()
 
 
 def work(seconds):
@@ -27,8 +28,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         global served
         served += 1
         if "dies" in BEHAVIOUR and served > 100:
-            print("out of luck", flush=True)
-            os._exit(9)
+            with once:  # never given back
+                print("out of luck", flush=True)
+                os._exit(9)
         if "hangs" in BEHAVIOUR and served > 100:
             print("hanging", flush=True)
             time.sleep(600)
