@@ -62,13 +62,13 @@ def commands() -> dict[str, list[str]]:
     return {
         "gunicorn": ["--url", f"{url}/entries", "--", *python, "gunicorn", "-w", "2", "-b", address,
                      "app:app"],
-        # Much quicker than it starts.
-        "uvicorn": ["--requests", "15000", "--url", f"{url}/", "--", *python, "uvicorn", "--port", "{port}",
-                    "--log-level", "warning", "asgi:app"],
+        # Answers in a tenth of the time.
+        "uvicorn": ["--requests", "15000", "--url", f"{url}/", "--", *python, "uvicorn", "--port",
+                    "{port}", "--log-level", "warning", "asgi:app"],
         "django": ["--url", f"{url}/", "--url", f"{url}/stored", "--", *python, "gunicorn", "-w",
                    str(2 * len(os.sched_getaffinity(0))), "-b", address, "djangoapp:application"],
-        "celery": ["--requests", "1500", "--celery-task", "work.count", "--", *python, "celery", "-A", "work", "worker",
-                   "-c", "2", "-Q", "{queue}", "-n", "{queue}"],
+        "celery": ["--requests", "1500", "--celery-task", "work.count", "--", *python, "celery",
+                   "-A", "work", "worker", "-c", "2", "-Q", "{queue}", "-n", "{queue}"],
     }  # fmt: skip
 
 
