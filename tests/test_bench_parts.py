@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import itertools
 import json
@@ -385,40 +384,63 @@ def test_a_script(tmp_path):
     assert last.startswith(f"page-primer: bench: mine: {sys.executable} ended with status 1: ")
 
 
-def processes_with(mark):
-    return subprocess.run(["pgrep", "-f", mark], capture_output=True, text=True).stdout.split()
+SCRIPT = (
+    "import os, signal, subprocess, sys, time\n"
+    "def end(*_):\n"
+    "    open(f'told-{os.getpid()}', 'w').close()\n"
+    "    os._exit(1)\n"
+    "signal.signal(signal.SIGTERM, end)\n"
+    "if sys.argv[2:]:\n"
+    "    child = [sys.executable, __file__, sys.argv[1]]\n"
+    "    sys.exit(subprocess.run(child, start_new_session=True).returncode)\n"
+    "open(f'began-{os.getpid()}', 'w').close()\n"
+    "seen = []\n"
+    "while time.process_time() < 0.7:\n"
+    "    seen.append(time.monotonic())\n"
+    "open(f'seen-{os.getpid()}', 'w').write(' '.join(map(str, seen)))\n"
+    "sys.exit(os.environ.get('PAGE_PRIMER_EXCLUDE') == 'wrong')\n"
+)
+
+
+class Scripts:
+    """Runs of the command on a script of its own, side by side; the script has a mark."""
+
+    def __init__(self, tmp_path):
+        (tmp_path / "script.py").write_text(SCRIPT)
+        self.mark = f"mark-{free_port()}"
+        environ = {**os.environ, "PAGE_PRIMER_IMAGE_DIR": str(tmp_path)}
+        self.how = {"cwd": tmp_path, "env": environ, "text": True}
+
+    def command(self, *words, child=True):
+        return [*BENCH, "--command", "--side-by-side", *words, "--", sys.executable, "script.py",
+                self.mark, *(["has a child in a session of its own"] if child else [])]  # fmt: skip
+
+    def run(self, *words):
+        return subprocess.run(self.command(*words), capture_output=True, timeout=600, **self.how)
+
+    def after_a_round(self, *, child):
+        """One that has finished its first round."""
+        process = subprocess.Popen(
+            self.command("--rounds", "1000", child=child), stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE, **self.how,
+            # What runs the tests may ignore it (a job in the background), and then we would.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )  # fmt: skip
+        for line in process.stderr:
+            if line.startswith("round 1"):
+                break
+        return process
+
+    def left(self):
+        found = subprocess.run(["pgrep", "-f", self.mark], capture_output=True, text=True)
+        return found.stdout.split()
 
 
 @pytest.mark.slow
 def test_scripts_side_by_side(tmp_path):
-    """Each works while the others are stopped, and none is left where one fails, or on Ctrl-C."""
-    (tmp_path / "script.py").write_text(
-        "import os, signal, subprocess, sys, time\n"
-        "def end(*_):\n"
-        "    open(f'told-{os.getpid()}', 'w').close()\n"
-        "    os._exit(1)\n"
-        "signal.signal(signal.SIGTERM, end)\n"
-        "if sys.argv[2:]:\n"
-        "    child = [sys.executable, __file__, sys.argv[1]]\n"
-        "    sys.exit(subprocess.run(child, start_new_session=True).returncode)\n"
-        "open(f'began-{os.getpid()}', 'w').close()\n"
-        "seen = []\n"
-        "while time.process_time() < 0.7:\n"
-        "    seen.append(time.monotonic())\n"
-        "open(f'seen-{os.getpid()}', 'w').write(' '.join(map(str, seen)))\n"
-        "sys.exit(os.environ.get('PAGE_PRIMER_EXCLUDE') == 'wrong')\n"
-    )
-    result, mark = tmp_path / "result.json", f"mark-{free_port()}"
-
-    def command(*words):
-        return [*BENCH, "--command", "--side-by-side", *words, "--", sys.executable, "script.py",
-                mark, "has a child in a session of its own"]  # fmt: skip
-
-    environ = {**os.environ, "PAGE_PRIMER_IMAGE_DIR": str(tmp_path)}
-    run = functools.partial(
-        subprocess.run, cwd=tmp_path, capture_output=True, text=True, timeout=600, env=environ
-    )
-    done = run(command("--rounds", "1", "--variants", "off,off2", "--json", str(result)))
+    """Each works while the others are stopped, its child in a session of its own, too."""
+    scripts, result = Scripts(tmp_path), tmp_path / "result.json"
+    done = scripts.run("--rounds", "1", "--variants", "off,off2", "--json", str(result))
     assert done.returncode == 0, done.stderr
     found = validated("bench", json.loads(result.read_text()))
     assert found["side_by_side"]
@@ -429,37 +451,31 @@ def test_scripts_side_by_side(tmp_path):
     owners = [owner for _, owner in sorted((at, owner) for owner in (0, 1) for at in seen[owner])]
     turns = [owner for owner, _ in itertools.groupby(owners)]
     assert 4 <= len(turns) <= 30, len(turns)  # of 0.2 s: seven, or more where others are busy
-    done = run(command("--variants", "off,mine:exclude=wrong"))
+
+
+@pytest.mark.slow
+def test_no_script_is_left(tmp_path):
+    """Where one fails, on Ctrl-C, or where bench is killed."""
+    scripts = Scripts(tmp_path)
+    done = scripts.run("--variants", "off,mine:exclude=wrong")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith(
         f"page-primer: bench: mine: {sys.executable} ended with status 1"
     )
-    process = subprocess.Popen(
-        command("--rounds", "1000"), cwd=tmp_path, env=environ, stderr=subprocess.PIPE, text=True,
-        stdout=subprocess.DEVNULL, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
-    for line in process.stderr:
-        if line.startswith("round 1"):
-            break
+    process = scripts.after_a_round(child=True)
     began = len(list(tmp_path.glob("began-*")))
     wait_for(lambda: len(list(tmp_path.glob("began-*"))) > began, "the second round")
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=600)
     assert process.returncode == 130
-    assert not processes_with(mark)
+    assert not scripts.left()
     # By SIGTERM, which those that are stopped get as well.
     assert list(tmp_path.glob("told-*"))
-    killed = subprocess.Popen(
-        command("--rounds", "1000")[:-1], cwd=tmp_path, env=environ, text=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    for line in killed.stderr:
-        if line.startswith("round 1"):
-            break
-    wait_for(lambda: len(processes_with(mark)) > 2, "bench and two scripts")
+    killed = scripts.after_a_round(child=False)
+    wait_for(lambda: len(scripts.left()) > 2, "bench and two scripts")
     killed.kill()
     killed.communicate()
-    wait_for(lambda: not processes_with(mark), "the end of stopped scripts")
+    wait_for(lambda: not scripts.left(), "the end of stopped scripts")
 
 
 @pytest.mark.slow
