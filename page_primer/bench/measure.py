@@ -183,7 +183,10 @@ class Bench:
                 began = process.wait_for(place.addresses, self.start_seconds)
             if variant.vmtouch:
                 stack.enter_context(vmtouch.locking(process.tree))
-            yield Running(self, variant, place, process, client, began)
+            yield Running(
+                variant, place, process, client, self.connections, self.generator, self.obtained,
+                began,
+            )  # fmt: skip
 
     def _command(self, variant: Variant) -> tuple[list[str], dict[str, str]]:
         environ, command = variant.environment(self.environ), list(self.command)

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from page_primer.bench import celery, places, server
     from page_primer.bench.counters import Attached, Counters
-    from page_primer.bench.measure import Bench
     from page_primer.bench.variants import Variant
 
 _MIB = 1 << 20
@@ -28,11 +27,13 @@ _END_SECONDS = 1.0
 class Running:
     """A variant of the command that runs, and what its work took so far."""
 
-    bench: Bench
     variant: Variant
     place: places.Place
     process: server.Process
     client: celery.Client | None
+    connections: int
+    generator: str
+    obtained: dict[str, dict[str, float]]  # by variant; of all of a run
     start_s: float = 0.0
     requests: int = 0
     seconds: float = 0.0
@@ -48,7 +49,7 @@ class Running:
 
     def warm_up(self, requests: int) -> float:
         """Requests that do not count; returns how many a second were answered."""
-        found = self._send(max(self.bench.connections, requests))
+        found = self._send(max(self.connections, requests))
         self.tree.settle()
         return found.rate
 
@@ -83,8 +84,8 @@ class Running:
         if why := self.process.ended():
             raise CutShort(f"the server {why}")
         working = workers(self.used)
-        if working and self.variant.name not in self.bench.obtained:
-            self.bench.obtained[self.variant.name] = _obtained(working[-1])
+        if working and self.variant.name not in self.obtained:
+            self.obtained[self.variant.name] = _obtained(working[-1])
 
     def weigh(self) -> None:
         """See what its workers hold."""
@@ -110,12 +111,11 @@ class Running:
         return found
 
     def _send(self, requests: int) -> load.Load:
-        bench, helpers = self.bench, self.tree.helpers
         try:
             if self.client:
-                return self.client.send(requests, bench.connections)
+                return self.client.send(requests, self.connections)
             urls = [address.url for address in self.place.addresses]
-            return load.send(bench.generator, urls, requests, bench.connections, helpers)
+            return load.send(self.generator, urls, requests, self.connections, self.tree.helpers)
         except CutShort as error:
             why = self.process.ended(within=_END_SECONDS)
             raise CutShort(f"the server {why}; {error}" if why else str(error)) from None
