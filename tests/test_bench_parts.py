@@ -367,14 +367,16 @@ def test_a_script(tmp_path):
 
     def bench(*words):
         return subprocess.run(
-            [*BENCH, "--command", *words, "--", sys.executable, "script.py", "twice"],
+            [*BENCH, "--command", *words, "--", sys.executable, "script.py", "{port}"],
             cwd=tmp_path, capture_output=True, text=True, timeout=600,
             env={**os.environ, "PAGE_PRIMER_IMAGE_DIR": str(tmp_path)},
         )  # fmt: skip
 
     done = bench("--rounds", "2", "--variants", "off,mlock", "--json", str(result))
     assert done.returncode == 0, done.stderr
-    found = validated("bench", json.loads(result.read_text()))["variants"]["off"]["medians"]
+    written = validated("bench", json.loads(result.read_text()))
+    assert not written["side_by_side"]  # a script's word is its own
+    found = written["variants"]["off"]["medians"]
     assert found["cpu_ms"] >= 200
     assert found["wall_ms"] >= 200
     assert found["resident_mib"] > 4

@@ -59,7 +59,7 @@ class Bench:
     @property
     def side_by_side(self) -> bool:
         """Whether variants run at the same time."""
-        return self.together or places.can_be_many(self.command)
+        return self.together if self.is_script else places.can_be_many(self.command)
 
     def round(
         self, order: Sequence[Variant], told: Callable[[Variant, int], None] = lambda *_: None

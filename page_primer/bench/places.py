@@ -18,8 +18,8 @@ _HIGHEST = "65535"
 
 
 def can_be_many(command: Sequence[str]) -> bool:
-    """Whether the command can be run several times at once."""
-    return any(PORT in word or QUEUE in word for word in command)
+    """Whether the command of a server can be run several times at once."""
+    return _has(command, PORT) or _has(command, QUEUE)
 
 
 def check(command: Sequence[str], urls: Sequence[str], *, task: bool) -> None:
@@ -28,7 +28,7 @@ def check(command: Sequence[str], urls: Sequence[str], *, task: bool) -> None:
     Raises:
         ValueError: they are not; the message says which.
     """
-    port, queue = (any(what in word for word in command) for what in (PORT, QUEUE))
+    port, queue = _has(command, PORT), _has(command, QUEUE)
     for url in urls:
         Address.of(url.replace(PORT, _HIGHEST))
         if port != (PORT in url):
@@ -57,13 +57,13 @@ class Place:
         with socket.socket() as sock:
             sock.bind(("127.0.0.1", 0))
             port = str(sock.getsockname()[1])
-        queue = (
-            f"page-primer-bench-{os.getpid()}-{name}"
-            if any(QUEUE in word for word in command)
-            else ""
-        )
+        queue = f"page-primer-bench-{os.getpid()}-{name}" if _has(command, QUEUE) else ""
         return cls(port, queue, tuple(Address.of(url.replace(PORT, port)) for url in urls))
 
     def fill(self, command: Sequence[str]) -> list[str]:
         """The command with what the place has."""
         return [word.replace(PORT, self.port).replace(QUEUE, self.queue) for word in command]
+
+
+def _has(command: Sequence[str], placeholder: str) -> bool:
+    return any(placeholder in word for word in command)
