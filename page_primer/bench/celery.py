@@ -77,6 +77,7 @@ for line in sys.stdin:
 """
 _SECONDS = 600.0  # for an answer; a worker that hangs is not waited for longer
 _FORGET_SECONDS = 10.0
+_END_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,9 @@ class Client:
     def __exit__(
         self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
     ) -> None:
+        self._end()
+
+    def _end(self) -> None:
         process, self._process, self._unread = self._process, None, b""
         if process is not None:
             process.kill()  # nothing where it has ended
@@ -195,10 +199,13 @@ class Client:
                     raise CutShort(f"{self._task.name}: {said[-1]}")
                 return answer
             last = line.strip() or last
-        if self._process.poll() is None and time.monotonic() > end:
-            self.__exit__(None, None, None)
+        over = time.monotonic() > end
+        with contextlib.suppress(subprocess.TimeoutExpired):  # its output may have ended before it
+            self._process.wait(0 if over else _END_SECONDS)
+        status = self._process.poll()
+        self._end()
+        if over or status is None:
             raise CutShort(f"no answer to all tasks within {seconds:.0f} s")
-        status = self._process.wait()
         raise CutShort(f"sending tasks ended with status {status}: {last}")
 
     def _start(self) -> None:
@@ -225,8 +232,11 @@ class Client:
                 self._unread = rest
                 yield line.decode(errors="replace")
                 continue
-            if not select.select([fd], [], [], max(0.0, end - time.monotonic()))[0]:
+            left = end - time.monotonic()
+            if left < 0:
                 return
+            if not select.select([fd], [], [], left)[0]:
+                continue
             if not (read := os.read(fd, 1 << 16)):
                 return
             self._unread += read
