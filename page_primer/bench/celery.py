@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from page_primer.bench import interpreter, load
 from page_primer.bench.failures import CutShort, Failure
-from page_primer.bench.tree import dies_with_us
+from page_primer.bench.tree import END_SECONDS, dies_with_us
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -77,7 +77,6 @@ for line in sys.stdin:
 """
 _SECONDS = 600.0  # for an answer; a worker that hangs is not waited for longer
 _FORGET_SECONDS = 10.0
-_END_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -201,7 +200,7 @@ class Client:
             last = line.strip() or last
         over = time.monotonic() > end
         with contextlib.suppress(subprocess.TimeoutExpired):  # its output may have ended before it
-            self._process.wait(0 if over else _END_SECONDS)
+            self._process.wait(0 if over else END_SECONDS)
         status = self._process.poll()
         self._end()
         if over or status is None:

@@ -21,11 +21,11 @@ from page_primer.bench.variants import OFF
 
 if TYPE_CHECKING:
     import resource
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from page_primer.bench.counters import Counters
     from page_primer.bench.interpreter import Aligned
-    from page_primer.bench.rounds import Round
+    from page_primer.bench.rounds import Round, Told
     from page_primer.bench.tree import Adopted
     from page_primer.bench.variants import Variant
 
@@ -61,9 +61,7 @@ class Bench:
         """Whether variants run at the same time."""
         return self.together if self.is_script else places.can_be_many(self.command)
 
-    def round(
-        self, order: Sequence[Variant], told: Callable[[Variant, int], None] = lambda *_: None
-    ) -> Round:
+    def round(self, order: Sequence[Variant], told: Told) -> Round:
         """Every variant once.
 
         Args:
@@ -119,7 +117,7 @@ class Bench:
                 if not client.forget():
                     return  # nor would others be
 
-    def _in_turns(self, order: Sequence[Variant], told: Callable[[Variant, int], None]) -> Round:
+    def _in_turns(self, order: Sequence[Variant], told: Told) -> Round:
         # Memory that variants share would be divided among all of them: it is that of one of a
         # round, when the others have ended.
         names = sorted(variant.name for variant in order)
@@ -199,11 +197,9 @@ class Bench:
     def _script(self, variant: Variant) -> dict[str, float]:
         with self._started(variant, alone=True) as process:
             usage, took = process.run_to_end()
-            return self._of_script(process, usage, took)
+            return {**self._of_script(process, usage), "wall_ms": took * 1000}
 
-    def _scripts_in_turns(
-        self, order: Sequence[Variant], told: Callable[[Variant, int], None]
-    ) -> Round:
+    def _scripts_in_turns(self, order: Sequence[Variant], told: Told) -> Round:
         found: Round = {}
         with contextlib.ExitStack() as stack:
             stack.callback(self.tree.stop)
@@ -220,26 +216,22 @@ class Bench:
                     if usage := process.run_on(_TURN_SECONDS):
                         running.remove((variant, process))
                         with _named(variant):
-                            found[variant.name] = self._of_script(process, usage, None)
+                            found[variant.name] = self._of_script(process, usage)
         return {variant.name: found[variant.name] for variant in order}
 
-    @contextlib.contextmanager
-    def _started(self, variant: Variant, *, alone: bool) -> Iterator[server.Process]:
+    def _started(self, variant: Variant, *, alone: bool) -> server.Process:
         command, environ = self._command(variant)
         by = signal.SIGTERM if alone else signal.SIGKILL  # which a stopped one notices
-        with server.Process(command, environ, self.tree, alone=alone, dies_by=by) as process:
-            yield process
+        return server.Process(command, environ, self.tree, alone=alone, dies_by=by)
 
     def _of_script(
-        self, process: server.Process, usage: resource.struct_rusage, took: float | None
+        self, process: server.Process, usage: resource.struct_rusage
     ) -> dict[str, float]:
+        """All but time on the wall, which means nothing where it is stopped now and then."""
         if why := process.failed():
             raise CutShort(f"{self.command[0]} {why}")
-        # Of one that others stop and go, time on the wall means nothing.
-        wall = {} if took is None else {"wall_ms": took * 1000}
         return {
             "cpu_ms": (usage.ru_utime + usage.ru_stime) * 1000,
-            **wall,
             "resident_mib": usage.ru_maxrss / 1024,
             "minor_faults": usage.ru_minflt,
             "major_faults": usage.ru_majflt,

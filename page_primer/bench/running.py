@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from page_primer import processes
 from page_primer.bench import load
 from page_primer.bench.failures import CutShort
-from page_primer.bench.tree import Adopted, Held, Used, average, workers
+from page_primer.bench.tree import END_SECONDS, Adopted, Held, Used, average, workers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from page_primer.bench.variants import Variant
 
 _MIB = 1 << 20
-_END_SECONDS = 1.0
 
 
 @dataclass
@@ -117,7 +116,7 @@ class Running:
             urls = [address.url for address in self.place.addresses]
             return load.send(self.generator, urls, requests, self.connections, self.tree.helpers)
         except CutShort as error:
-            why = self.process.ended(within=_END_SECONDS)
+            why = self.process.ended(within=END_SECONDS)
             raise CutShort(f"the server {why}; {error}" if why else str(error)) from None
 
 

@@ -21,6 +21,7 @@ _TICK = os.sysconf("SC_CLK_TCK")
 # scheduler is below.
 _WORKER_SHARE = 0.1
 _IDLE = 0.03  # of a core: a server that waits for requests
+END_SECONDS = 1.0  # within which a process ends whose files and connections have
 _GIVE_UP = 5.0  # seconds after the first SIGKILL
 _LOOK_SECONDS = 0.25
 
