@@ -156,7 +156,7 @@ class Bench:
         for pid in set(found) - known:
             raise Failure(
                 f"process {pid} of a server made itself a daemon, so nobody knows of which: "
-                "variants cannot run side by side (write the port in place of {port})"
+                "variants cannot run side by side, which {port} and {queue} ask for"
             )
 
     @contextlib.contextmanager
