@@ -123,14 +123,24 @@ def status(*, measure: bool = False) -> dict[str, Any]:
     Returns:
         `primed`, `pending` (something new has come since: a library, or a fork), `shortfalls` (what
         the log warned of), sizes in bytes; docs/health.md and `python -m page_primer.schema health`
-        have every field.
+        have every field. Where even asking is refused (this package's files are gone, no
+        descriptor is left), `pid`, `primed`, `reason` and `detail` alone.
     """
     global _health
-    if _health is None:
-        with Loading():  # of those who ask alone
-            from page_primer import health
-        _health = health
-    found: dict[str, Any] = asdict(_health.read(_refused, measure=measure))
+    try:
+        if _health is None:
+            with Loading():  # of those who ask alone
+                from page_primer import health
+            _health = health
+        found: dict[str, Any] = asdict(_health.read(_refused, measure=measure))
+    except Exception as error:
+        if not is_ours(error):
+            raise
+        refused, shown = _refusal(error), _process.shown if _process else None
+        primed = shown is not None and shown.reason is None
+        return {
+            "pid": os.getpid(), "primed": primed, "reason": refused.reason, "detail": refused.detail
+        }  # fmt: skip
     return found
 
 
@@ -143,22 +153,26 @@ def on_process(action: Callable[[Process], Report]) -> Report:
         refused = _unsupported() or _load()
         if refused is None:
             return _alone(action)
-    except ImportError as error:  # built without its C core
-        refused = Refusal(reasons.NOT_AVAILABLE, str(error))
-    except reasons.Declined as why:
-        refused = why.refusal
-    except MemoryError:
-        refused = Refusal(reasons.TOO_LITTLE_MEMORY, "MemoryError")
     except Exception as error:
         if not is_ours(error):
             raise
-        refused = Refusal(reasons.UNEXPECTED, f"{type(error).__name__}: {error}")
+        refused = _refusal(error)
     finally:
         # What a signal handler raised may have kept Loading() from its end. No Python code begins
         # here, at which another might.
         if outermost:
             threads.discard(get_ident())
     return _nothing_done(refused.reason, refused.detail)
+
+
+def _refusal(error: Exception) -> Refusal:
+    if isinstance(error, reasons.Declined):
+        return error.refusal
+    if isinstance(error, ImportError):  # built without its C core
+        return Refusal(reasons.NOT_AVAILABLE, str(error))
+    if isinstance(error, MemoryError):
+        return Refusal(reasons.TOO_LITTLE_MEMORY, "MemoryError")
+    return Refusal(reasons.UNEXPECTED, f"{type(error).__name__}: {error}")
 
 
 def _prime(process: Process, options: Options, loaded: bool) -> Report:

@@ -23,9 +23,6 @@
 #include <unistd.h>
 
 /* Numbers that the C library's headers may be too old to have. */
-#ifndef MAP_FIXED_NOREPLACE
-#define MAP_FIXED_NOREPLACE 0x100000
-#endif
 #ifndef MADV_POPULATE_READ
 #define MADV_POPULATE_READ 22
 #endif
@@ -146,10 +143,12 @@ core_exec(PyObject *module)
 
     if (PyModule_AddFunctions(module, page_primer_objects_methods) < 0
         || PyModule_AddFunctions(module, page_primer_memory_methods) < 0
+        || PyModule_AddFunctions(module, page_primer_owned_methods) < 0
         || PyModule_AddFunctions(module, page_primer_dump_methods) < 0
         || PyModule_AddFunctions(module, page_primer_swap_methods) < 0
         || PyModule_AddFunctions(module, page_primer_heap_methods) < 0
-        || PyModule_AddFunctions(module, page_primer_alone_methods) < 0)
+        || PyModule_AddFunctions(module, page_primer_alone_methods) < 0
+        || add_owned_types(module) < 0)
         return -1;
     state->error =
         PyErr_NewException("page_primer._core.Error", PyExc_OSError, NULL);
@@ -169,7 +168,6 @@ core_exec(PyObject *module)
         || PyModule_AddIntMacro(module, MAP_ANONYMOUS) < 0
         || PyModule_AddIntMacro(module, MAP_NORESERVE) < 0
         || PyModule_AddIntMacro(module, MAP_POPULATE) < 0
-        || PyModule_AddIntMacro(module, MAP_FIXED_NOREPLACE) < 0
         || PyModule_AddIntMacro(module, MADV_HUGEPAGE) < 0
         || PyModule_AddIntMacro(module, MADV_COLLAPSE) < 0
         || PyModule_AddIntMacro(module, MADV_POPULATE_READ) < 0
@@ -186,8 +184,11 @@ core_traverse(PyObject *module, visitproc visit, void *arg)
 {
     core_state *state = PyModule_GetState(module);
 
-    if (state != NULL)
+    if (state != NULL) {
         Py_VISIT(state->error);
+        Py_VISIT(state->descriptor);
+        Py_VISIT(state->area);
+    }
     return 0;
 }
 
@@ -196,8 +197,11 @@ core_clear(PyObject *module)
 {
     core_state *state = PyModule_GetState(module);
 
-    if (state != NULL)
+    if (state != NULL) {
         Py_CLEAR(state->error);
+        Py_CLEAR(state->descriptor);
+        Py_CLEAR(state->area);
+    }
     return 0;
 }
 

@@ -15,6 +15,7 @@
 
 typedef struct {
     PyObject *error; /* page_primer._core.Error */
+    PyObject *descriptor, *area; /* types, of _owned.c */
 } core_state;
 
 #pragma GCC visibility push(hidden)
@@ -34,6 +35,11 @@ extern PyMethodDef page_primer_objects_methods[];
 /* _memory.c: memory, a function a system call. */
 extern PyMethodDef page_primer_memory_methods[];
 int populate(void *address, size_t length);
+
+/* _owned.c: descriptors and address space that somebody owns. */
+extern PyMethodDef page_primer_owned_methods[];
+int add_owned_types(PyObject *module);
+void area_moved(PyObject *module, PyObject *source, uint64_t length);
 
 /* _dump.c: what core files hold of a mapping. */
 extern PyMethodDef page_primer_dump_methods[];

@@ -20,49 +20,9 @@
 #define MADV_POPULATE_READ 22
 #endif
 
-PyDoc_STRVAR(
-    reserve_doc,
-    "reserve(length, alignment, like) -> address\n\n"
-    "Reserve address space that nothing uses, PROT_NONE, at an address equal to\n"
-    "`like` modulo `alignment`, a power of two and at least a page.");
-
-static PyObject *
-core_reserve(PyObject *module, PyObject *args)
-{
-    uint64_t length, alignment, like;
-    uintptr_t area, start;
-    void *got;
-
-    if (!PyArg_ParseTuple(args, "O&O&O&:reserve", to_uint64, &length,
-                          to_uint64, &alignment, to_uint64, &like)
-        || check_range(alignment, length) < 0)
-        return NULL;
-    if (alignment < (uint64_t)sysconf(_SC_PAGESIZE)
-        || (alignment & (alignment - 1)) != 0) {
-        PyErr_SetString(PyExc_ValueError,
-                        "alignment must be a power of two, at least a page");
-        return NULL;
-    }
-    got = mmap(NULL, length + alignment, PROT_NONE,
-               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (got == MAP_FAILED)
-        return fail(module, errno, "reserve", 0, length + alignment);
-    area = (uintptr_t)got;
-    start = area + ((like - area) & (alignment - 1));
-    if (start > area)
-        munmap((void *)area, start - area);
-    if (area + alignment > start)
-        munmap((void *)(start + length), area + alignment - start);
-    return PyLong_FromUnsignedLongLong(start);
-}
-
-PyDoc_STRVAR(
-    map_doc,
-    "map(address, length, protection, flags, fd, offset) -> None\n\n"
-    "mmap(2) with MAP_FIXED at an address that reserve() gave, or, with\n"
-    "MAP_FIXED_NOREPLACE, at one that nothing uses (EEXIST).  When the former fails,\n"
-    "the range may be nobody's any more (Linux before 6.12 unmaps before its last\n"
-    "checks), and soon somebody else's: never unmap it then.");
+PyDoc_STRVAR(map_doc,
+             "map(address, length, protection, flags, fd, offset) -> None\n\n"
+             "mmap(2) with MAP_FIXED_NOREPLACE: where something is, EEXIST.");
 
 static PyObject *
 core_map(PyObject *module, PyObject *args)
@@ -77,10 +37,9 @@ core_map(PyObject *module, PyObject *args)
         || check_range(address, length) < 0)
         return NULL;
     wanted = (void *)(uintptr_t)address;
-    if (!(flags & MAP_FIXED_NOREPLACE))
-        flags |= MAP_FIXED;
     Py_BEGIN_ALLOW_THREADS
-    got = mmap(wanted, length, protection, flags, fd, (off_t)offset);
+    got = mmap(wanted, length, protection, flags | MAP_FIXED_NOREPLACE, fd,
+               (off_t)offset);
     if (got == MAP_FAILED)
         number = errno;
     else if (got != wanted) { /* Linux before 4.17: no more than a hint */
@@ -96,7 +55,7 @@ core_map(PyObject *module, PyObject *args)
 PyDoc_STRVAR(
     fill_doc,
     "fill(address, length, fd, offset) -> None\n\n"
-    "Read `length` bytes of a file into memory that map() made writable; what\n"
+    "Read `length` bytes of a file into memory that was mapped writable; what\n"
     "lies beyond the end of the file stays as it is.");
 
 static PyObject *
@@ -131,7 +90,7 @@ core_fill(PyObject *module, PyObject *args)
 PyDoc_STRVAR(
     view_doc,
     "view(address, length) -> memoryview\n\n"
-    "Memory that map() made readable, as a read-only buffer for system calls.  It\n"
+    "Memory that was mapped readable, as a read-only buffer for system calls.  It\n"
     "must be released before the range is unmapped.");
 
 static PyObject *
@@ -331,7 +290,6 @@ core_unlock(PyObject *module, PyObject *args)
 }
 
 PyMethodDef page_primer_memory_methods[] = {
-    {"reserve", core_reserve, METH_VARARGS, reserve_doc},
     {"map", core_map, METH_VARARGS, map_doc},
     {"memfd", core_memfd, METH_VARARGS, memfd_doc},
     {"fill", core_fill, METH_VARARGS, fill_doc},

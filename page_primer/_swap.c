@@ -4,6 +4,7 @@
 
 #include <errno.h>
 #include <link.h>
+#include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -17,6 +18,8 @@ typedef struct {
     uintptr_t source; /* where the replacement is mapped already */
     int fd;           /* map this file, or -1: move the source */
     off_t offset;
+    PyObject *owner; /* of the source */
+    bool moved;      /* so it is */
 } piece;
 
 typedef struct {
@@ -135,6 +138,7 @@ swap_object(struct dl_phdr_info *info, size_t size, void *data)
             s->broken = put_back(s);
             return 1;
         }
+        p->moved = p->fd < 0;
     }
 
     /* 4. Map the new pages while the object cannot go away. */
@@ -159,21 +163,32 @@ parse_pieces(PyObject *sequence, piece **pieces, size_t *count)
     for (Py_ssize_t i = 0; i < n; i++) {
         uint64_t target, length, source, offset;
         int protection, fd, ok;
-        PyObject *item = PySequence_GetItem(sequence, i);
+        PyObject *owner, *item = PySequence_GetItem(sequence, i);
         if (item == NULL)
             return -1;
-        ok = PyArg_ParseTuple(item, "O&O&iO&iO&", to_uint64, &target,
-                              to_uint64, &length, &protection, to_uint64,
-                              &source, &fd, to_uint64, &offset)
-            && check_range(target, length) == 0
+        ok = PyArg_ParseTuple(item, "O&O&iOiO&", to_uint64, &target, to_uint64,
+                              &length, &protection, &owner, &fd, to_uint64,
+                              &offset)
+            && to_uint64(owner, &source) && check_range(target, length) == 0
             && check_range(source, length) == 0;
+        if (ok) {
+            Py_INCREF(owner);
+            (*pieces)[i] = (piece){target, length,        protection, source,
+                                   fd,     (off_t)offset, owner,      false};
+        }
         Py_DECREF(item);
         if (!ok)
             return -1;
-        (*pieces)[i] =
-            (piece){target, length, protection, source, fd, (off_t)offset};
     }
     return 0;
+}
+
+static void
+free_pieces(piece *pieces, size_t count)
+{
+    for (size_t i = 0; i < count; i++)
+        Py_XDECREF(pieces[i].owner);
+    free(pieces);
 }
 
 PyDoc_STRVAR(
@@ -184,7 +199,8 @@ PyDoc_STRVAR(
     "base and headers are what objects() said of it.  A piece is (target, length,\n"
     "protection, source, fd, offset): the live range, and where its replacement\n"
     "is mapped for comparison; it is then mapped from fd at offset (MAP_PRIVATE),\n"
-    "or with fd -1 the source itself is moved.  undo has the same form (source is\n"
+    "or with fd -1 the source itself is moved, and its Area, if the source is one,\n"
+    "owns that no longer.  undo has the same form (source is\n"
     "not used): mappings that put the object back as it was, made should a\n"
     "replacement fail.\n\n"
     "Error.step says how far it came: 'check' (object gone or another), 'populate'\n"
@@ -219,6 +235,9 @@ core_swap(PyObject *module, PyObject *args)
     leave_loader();
     Py_END_ALLOW_THREADS
 
+    for (size_t i = 0; i < s.count; i++)
+        if (s.pieces[i].moved)
+            area_moved(module, s.pieces[i].owner, s.pieces[i].length);
     if (!s.found)
         fail(module, ESTALE, "check", base, base);
     else if (s.broken)
@@ -228,8 +247,8 @@ core_swap(PyObject *module, PyObject *args)
     else
         result = none();
 done:
-    free(s.pieces);
-    free(s.undo);
+    free_pieces(s.pieces, s.count);
+    free_pieces(s.undo, s.undo_count);
     return result;
 }
 

@@ -207,18 +207,12 @@ def _is_mapped_at(source: Source, mapping: Mapping) -> bool:
     # mapping the file once more.
     page = page_size()
     try:
-        fd = os.open(source.path, os.O_RDONLY | os.O_CLOEXEC)
-    except ours(OSError):
-        return False
-    try:
-        address = map_new(page, page, 0, _core.PROT_READ, _core.MAP_PRIVATE, fd, 0)
-        again = next(overlapping(read_maps(), address, address + page), None)
-        _core.unmap(address, page)
+        with _core.opened(os.open, source.path, os.O_RDONLY | os.O_CLOEXEC) as fd:
+            area = map_new(page, page, 0, _core.PROT_READ, _core.MAP_PRIVATE, fd, 0)
+        again = next(overlapping(read_maps(), area.address, area.address + page), None)
         return again is not None and (again.device, again.inode) == (mapping.device, mapping.inode)
     except ours(OSError):
         return False
-    finally:
-        os.close(fd)
 
 
 def _has_text_relocations(found: Object) -> bool:
@@ -227,10 +221,7 @@ def _has_text_relocations(found: Object) -> bool:
     if dynamic is None:
         return False
     try:
-        fd = os.open(found.path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
+        with _core.opened(os.open, found.path, os.O_RDONLY | os.O_CLOEXEC) as fd:
             return elf.has_text_relocations(elf.File(fd).dynamic(dynamic))
-        finally:
-            os.close(fd)
     except ours(OSError, elf.Malformed):
         return False

@@ -105,18 +105,90 @@ def test_a_reservation_that_wraps_around_is_an_overflow():
 @pytest.mark.parametrize("like", [0, 0x123000, 0x7FFF_FFFF_F000])
 def test_a_reservation_is_congruent(like):
     alignment = 1 << 21
-    address = _core.reserve(PAGE, alignment, like)
-    try:
-        assert address % alignment == like % alignment
-        with open("/proc/self/maps") as maps:
-            assert f"{address:x}-{address + PAGE:x} ---p" in maps.read()
-    finally:
-        _core.unmap(address, PAGE)
+    area = _core.reserve(PAGE - 1, alignment, like)
+    address = area.address
+    assert address % alignment == like % alignment
+    line = f"{address:x}-{address + PAGE:x} ---p"
+    with open("/proc/self/maps") as maps:
+        assert line in maps.read()
+    area = None
+    with open("/proc/self/maps") as maps:
+        assert line not in maps.read()
+
+
+def test_an_area_owns_what_it_has_mapped(tmp_path):
+    """And not what may be somebody else's: what it has unmapped, or lost in a refused mapping."""
+    area = _core.reserve(2 * PAGE, PAGE, 0)
+    area.map(PAGE, _core.PROT_READ, _core.MAP_PRIVATE | _core.MAP_ANONYMOUS, -1, 0)
+    for wrong in (3 * PAGE, TOP):
+        with pytest.raises(ValueError, match="not within"):
+            area.map(wrong, _core.PROT_READ, _core.MAP_PRIVATE | _core.MAP_ANONYMOUS, -1, 0)
+    with pytest.raises(_core.Error, match="map"):  # before anything is touched
+        area.map(PAGE, _core.PROT_READ, _core.MAP_PRIVATE, -1, 0)
+    assert readable(area.address)
+    folder = _core.opened(os.open, tmp_path, os.O_RDONLY)
+    with pytest.raises(_core.Error, match="map"):  # the kernel may have unmapped it
+        area.map(PAGE, _core.PROT_READ, _core.MAP_PRIVATE, folder, 0)
+    first = area.address
+    area.unmap()
+    anonymous = _core.MAP_PRIVATE | _core.MAP_ANONYMOUS
+    if readable(first):  # here it has not: what was there is nobody's now
+        _core.unmap(first, PAGE)
+    _core.map(first, 2 * PAGE, _core.PROT_READ, anonymous, -1, 0)
+    area.unmap()
+    area = None
+    assert readable(first) and readable(first + PAGE)
+    _core.unmap(first, 2 * PAGE)
+
+
+def readable(address):
+    with open("/proc/self/maps") as maps:
+        spans = [[*line.split()[0].split("-"), line.split()[1]] for line in maps]
+    return any(int(low, 16) <= address < int(high, 16) and kind[0] == "r"
+               for low, high, kind in spans)  # fmt: skip
+
+
+def test_a_descriptor_goes_with_its_object(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("text")
+    file = _core.opened(os.open, path, os.O_RDONLY)
+    number = file.fileno()
+    assert os.fstat(number).st_size == os.fstat(file).st_size == 4
+    file = None
+    with pytest.raises(OSError, match="Bad file"):
+        os.fstat(number)
+
+
+def test_a_descriptor_that_became_somebody_elses_stays_open(tmp_path):
+    """A server that daemonizes closes all there are, and opens its own under the same numbers."""
+    for name in ("ours", "theirs"):
+        (tmp_path / name).write_text(name)
+    file = _core.opened(os.open, tmp_path / "ours", os.O_RDONLY)
+    number = file.fileno()
+    os.close(number)
+    theirs = os.open(tmp_path / "theirs", os.O_RDONLY)
+    os.dup2(theirs, number)
+    file.close()
+    file.close()
+    assert os.pread(number, 6, 0) == b"theirs"
+    assert file.fileno() == -1
+    for one in {theirs, number}:
+        os.close(one)
+
+
+def test_what_is_opened_is_a_descriptor():
+    with pytest.raises(TypeError, match="takes a function"):
+        _core.opened()  # type: ignore[call-arg]
+    with pytest.raises(TypeError):
+        _core.opened(str)  # type: ignore[arg-type]
+    with pytest.raises(FileNotFoundError, match="/nowhere"):
+        _core.opened(os.open, "/nowhere", os.O_RDONLY)
 
 
 def test_an_error_tells_step_range_and_number():
-    address = _core.reserve(PAGE, PAGE, 0)
-    _core.unmap(address, PAGE)
+    area = _core.reserve(PAGE, PAGE, 0)
+    address = area.address
+    area.unmap()
     with pytest.raises(_core.Error) as caught:
         _core.lock(address, PAGE)
     error = caught.value

@@ -32,9 +32,10 @@ def mappings():  # without memory of its own, which might be a mapping more
     return zlib.crc32(text[:size])
 ANONYMOUS = _core.MAP_PRIVATE | _core.MAP_ANONYMOUS
 def memory(pages=1):
-    at = _core.reserve(pages * PAGE, PAGE, 0)
-    _core.map(at, pages * PAGE, _core.PROT_READ | _core.PROT_WRITE, ANONYMOUS, -1, 0)
-    return at
+    area = _core.reserve(pages * PAGE, PAGE, 0)
+    area.unmap()
+    _core.map(area.address, pages * PAGE, _core.PROT_READ | _core.PROT_WRITE, ANONYMOUS, -1, 0)
+    return area.address
 for _ in range(3):  # what an error takes of memory is there from now on
     mappings(), error(_core.map, 1, PAGE, 1, ANONYMOUS, -1, 0)
 """
@@ -51,14 +52,14 @@ def process(python, tmp_path_factory):
 @pytest.mark.parametrize(
     ("call", "step"),
     [
-        ("_core.map, at, PAGE, 1, flags, -1, 0", "map"),
+        ("_core.map, at, PAGE, 1, ANONYMOUS, -1, 0", "map"),
         ("_core.dump_before, at + PAGE, 1, file.fileno(), PAGE", "dump"),
     ],
 )
 def test_a_kernel_that_takes_an_address_for_a_hint(process, call, step):
     """Linux before 4.17 maps elsewhere what must not replace anything."""
     code = (
-        "at = memory(); flags = ANONYMOUS | _core.MAP_FIXED_NOREPLACE\n"
+        "at = memory()\n"
         "with open(sys.executable, 'rb') as file:\n"
         "    before = mappings(); arm(b'mmap by a hint', 1, 0)\n"
         f"    got = error({call})\n"
@@ -90,11 +91,11 @@ def test_a_collapse_that_the_kernel_refuses(process, number, tries, text):
     """The first call only advises."""
     code = (
         "from page_primer.heap import chunks\n"
-        f"at = _core.reserve({PMD}, {PMD}, 0)\n"
-        f"_core.map(at, {PMD}, _core.PROT_READ | _core.PROT_WRITE, ANONYMOUS, -1, 0)\n"
+        f"area = _core.reserve({PMD}, {PMD}, 0); at = area.address\n"
+        f"area.map({PMD}, _core.PROT_READ | _core.PROT_WRITE, ANONYMOUS, -1, 0)\n"
         f"arm(b'madvise', 2, {number}, 2)\n"
         f"got = chunks.collapse([chunks.Chunk(at, 0, 0)], {PMD}, 64 << 20, unshare=False)\n"
-        f"result = got.bytes, got.notes, fault.fault_fired(); _core.unmap(at, {PMD})"
+        "result = got.bytes, got.notes, fault.fault_fired(); area.unmap()"
     )
     assert process.run(code) == [0, [f"1 of 1 not collapsed: {text}"], tries]
 

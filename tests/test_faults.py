@@ -231,8 +231,8 @@ def test_reading_that_is_interrupted_goes_on(python, preload):
     code = (
         "import ctypes, sys; from page_primer import _core\n"
         "flags = _core.MAP_PRIVATE | _core.MAP_ANONYMOUS\n"
-        "at = _core.reserve(4096, 4096, 0)\n"
-        "_core.map(at, 4096, _core.PROT_READ | _core.PROT_WRITE, flags, -1, 0)\n"
+        "area = _core.reserve(4096, 4096, 0); at = area.address\n"
+        "area.map(4096, _core.PROT_READ | _core.PROT_WRITE, flags, -1, 0)\n"
         f"name = b'pread'; ctypes.CDLL(None).fault_arm(name, 1, {EINTR})\n"
         "with open(sys.executable, 'rb') as file:\n"
         "    _core.fill(at, 4096, file.fileno(), 0)\n"

@@ -1,7 +1,9 @@
 """page_primer.status(): from inside, under real servers, and as cheap as it says."""
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ from harness.privileges import has_images
 from harness.process import Process, interpreter
 from harness.servers import Server, free_port, wait_for
 
+import page_primer
 from page_primer import schema
 
 jsonschema = pytest.importorskip("jsonschema", reason="needs jsonschema (the extra `test`)")
@@ -141,3 +144,19 @@ def test_asgi_example_under_uvicorn(python, images, tmp_path):
         core = found["interpreter"]
         assert core["attainable_bytes"] >= core["code_huge_bytes"] > 0
         assert core["code_huge_bytes"] == core["attainable_bytes"] or not has_images()
+
+
+def test_a_package_that_is_gone_under_a_running_server(python, images, tmp_path):
+    """As while it is upgraded: what is asked first then has to be read first."""
+    copy = tmp_path / "page_primer"
+    shutil.copytree(os.path.dirname(page_primer.__file__), copy)
+    with Process(python) as process:
+        process.run(f"import sys; sys.path.insert(0, {str(tmp_path)!r})")
+        process.prime(image_dir=str(images))
+        pid, place = process.run("import os; result = os.getpid(), page_primer.__file__")
+        assert place.startswith(str(copy))
+        shutil.rmtree(copy)
+        found = process.run("result = page_primer.status()")
+        assert found.keys() == {"pid", "primed", "reason", "detail"}
+        assert (found["pid"], found["primed"]) == (pid, True)
+        assert (found["reason"], "health" in found["detail"]) == ("not available here", True)

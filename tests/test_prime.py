@@ -876,11 +876,12 @@ def test_daemon_that_closes_its_descriptors(python, images):
         import os, page_primer
         page_primer.prime(image_dir=%r)
         image = page_primer.apply.process.process.registry.primed.copy().popitem()[1].prepared.image
+        lock = image.lock.fileno()
         os.closerange(3, 256)
         mine = [os.open("/dev/null", os.O_RDONLY) for _ in range(20)]
         page_primer.restore()
         for fd in mine: os.fstat(fd)
-        result = image.fd in mine
+        result = lock in mine
     """
     with Process(python) as process:
         assert process.run(textwrap.dedent(source) % str(images)) is True

@@ -15,6 +15,7 @@ import struct
 import sys
 from collections.abc import Iterable, Iterator
 
+from page_primer import _core
 from page_primer._lean import NamedTuple, ours
 from page_primer.apply.swap import Key, Primed
 from page_primer.backing.pieces import reason_of
@@ -107,7 +108,7 @@ def _write(text: str, again: bool) -> str:
     data = text.encode()
     check_file_size(len(data))
     try:
-        fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
+        fd = _core.opened(os.open, path, flags | os.O_CREAT | os.O_EXCL, 0o600)
     except ours(FileExistsError):
         status = os.lstat(path)
         mine = status.st_uid == os.geteuid() and not status.st_mode & 0o022
@@ -116,8 +117,8 @@ def _write(text: str, again: bool) -> str:
         if not tracing and not again:
             os.unlink(path)
             flags |= os.O_CREAT | os.O_EXCL
-        fd = os.open(path, flags, 0o600)
-    try:
+        fd = _core.opened(os.open, path, flags, 0o600)
+    with fd:
         status = os.fstat(fd)
         check_file_size(status.st_size + len(data))
         # /tmp is everybody's: what is written to is looked at again.
@@ -125,6 +126,4 @@ def _write(text: str, again: bool) -> str:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
         while data:
             data = data[os.write(fd, data) :]
-    finally:
-        os.close(fd)
     return path

@@ -132,9 +132,7 @@ def _carry_out(
                 notes.append(f"swap: {reason_of(error)}")
                 raise NotMoved(reasons.SWAP_FAILED, notes) from error
             del registry[key]
-            # Pieces are replaced in order: those before the one that failed have been moved.
-            failed_at = error.start if isinstance(error, _core.Error) else 0
-            prepared.discard(moved_below=failed_at if step == "replace" else 0)
+            prepared.discard()
             if step == "compare":
                 if fresh or not wrong:
                     raise NotMoved(reasons.MODIFIED, notes) from error
@@ -146,9 +144,7 @@ def _carry_out(
             raise NotMoved(reasons.SWAP_FAILED, notes) from error
         core_files.include(move.object, prepared)
         fault_in(regions)
-        prepared.unmap(moved_below=regions[-1].end)
-        if prepared.image is not None:
-            prepared.image.close_file()
+        prepared.settle()
         return
 
 
@@ -185,8 +181,7 @@ def _choose(attempts: Iterable[Attempt], notes: list[str], verified: bool) -> Pr
 
 def _swap_in(obj: Object, prepared: Prepared, begun: list[bool]) -> None:
     """Swap, and have something in `begun` from the moment when it may have been done."""
-    original = os.open(obj.path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
+    with _core.opened(os.open, obj.path, os.O_RDONLY | os.O_CLOEXEC) as original:
         _require_same_file(obj, original)  # or undoing would map another file's code
         regions = [piece.region for piece in prepared.pieces]
         undo = [
@@ -201,8 +196,6 @@ def _swap_in(obj: Object, prepared: Prepared, begun: list[bool]) -> None:
         swaps = [piece.swap for piece in prepared.pieces]
         begun.append(True)
         _core.swap(obj.base, obj.headers, swaps, undo)
-    finally:
-        os.close(original)
 
 
 def _require_same_file(obj: Object, fd: int) -> None:
@@ -231,17 +224,13 @@ def _original_mappings(obj: Object, regions: Iterable[Region]) -> list[tuple[int
 def put_back(primed: Primed) -> None:
     """Map an object's own file over what it was moved to. Raises OSError when that fails."""
     obj = primed.object
-    fd = os.open(obj.path, os.O_RDONLY | os.O_CLOEXEC)
-    areas: list[tuple[int, int]] = []
-    between: Prepared | None = None
-    try:
+    with _core.opened(os.open, obj.path, os.O_RDONLY | os.O_CLOEXEC) as fd:
         _require_same_file(obj, fd)
-        originals = []
+        originals: list[tuple[int, int, int, int | _core.Area, int, int]] = []
         for start, end, protection, offset in _original_mappings(obj, primed.regions):
             size, flags = end - start, _core.MAP_PRIVATE
-            source = map_new(size, page_size(), 0, protection, flags, fd, offset)
-            areas.append((source, size))
-            originals.append((start, end - start, protection, source, fd, offset))
+            area = map_new(size, page_size(), 0, protection, flags, fd, offset)
+            originals.append((start, end - start, protection, area, fd, offset))
         pieces = originals
         if primed.prepared.backing == "hugetlb":
             # Such a mapping can be cut at whole huge pages only (EINVAL): other memory takes its
@@ -250,15 +239,8 @@ def put_back(primed: Primed) -> None:
                 from page_primer.backing import memory as memory_backing
 
             between = memory_backing.small(obj, primed.regions, primed.prepared.pmd)
-            pieces = [piece.swap for piece in between.pieces] + originals
+            pieces = [*(piece.swap for piece in between.pieces), *originals]
         _core.swap(obj.base, obj.headers, pieces, originals)
-    finally:
-        if between is not None:
-            between.unmap()
-        for source, length in areas:
-            with suppress(OSError):
-                _core.unmap(source, length)
-        os.close(fd)
 
 
 def _is_wrong(prepared: Prepared, obj: Object, error: OSError) -> bool:

@@ -12,7 +12,6 @@ from page_primer.backing.pieces import (
     Prepared,
     Refused,
     place,
-    place_all,
     reason_of,
 )
 from page_primer.elf.objects import Region
@@ -106,15 +105,10 @@ def _map_image(found: store.Image, layout: image.Layout) -> Prepared:
         return place(region, layout.object, layout.pmd, found.fd, offset, _core.MAP_PRIVATE)
 
     try:
-        pieces = place_all(layout.regions, place_region)
-    except BaseException:
-        found.close()
-        raise
-    prepared = Prepared("image", found.path, pieces, layout.pmd, found, found.written)
-    try:
+        pieces = tuple(map(place_region, layout.regions))
         for piece in pieces:
             bring_in(piece.source, piece.size, layout.pmd)
     except BaseException:
-        prepared.discard()
+        found.close()
         raise
-    return prepared
+    return Prepared("image", found.path, pieces, layout.pmd, found, found.written)

@@ -9,14 +9,12 @@ import os
 from page_primer import _core
 from page_primer._lean import ours, suppress
 from page_primer.backing.pieces import (
-    GUARD,
     READ_WRITE,
     Attempt,
     Piece,
     Prepared,
     Refused,
     place,
-    place_all,
     reason_of,
 )
 from page_primer.elf.objects import Object, Region
@@ -49,7 +47,6 @@ def _memory_file(name: str, move: Move, pmd: int, flags: int) -> Iterator[Attemp
     if not move.memory:
         yield Refused(name, "nothing is left but what profilers need on the file")
         return
-    fd = -1
     try:
         # Not the object's name: tools that search for "libpython" would find two.
         fd = _memfd_create("page-primer", flags)
@@ -72,21 +69,13 @@ def _memory_file(name: str, move: Move, pmd: int, flags: int) -> Iterator[Attemp
             kind = _core.MAP_PRIVATE | _core.MAP_NORESERVE
             return place(region, move.object, pmd, fd, offsets[region], kind)
 
-        pieces = place_all(move.memory, place_region)
-        prepared = Prepared(name, name, pieces, pmd, written=end, keep=(fd,))
-        fd = -1
-        try:
-            for piece in pieces:
-                bring_in(piece.source, piece.size, pmd)
-        except BaseException:
-            prepared.unmap()
-            raise
-        yield prepared
+        pieces = tuple(map(place_region, move.memory))
+        for piece in pieces:
+            bring_in(piece.source, piece.size, pmd)
     except ours(OSError) as error:
         yield Refused(name, reason_of(error))
-    finally:
-        if fd >= 0:
-            os.close(fd)
+        return
+    yield Prepared(name, name, pieces, pmd, written=end, keep=(fd,))
 
 
 def small(obj: Object, regions: Sequence[Region], pmd: int) -> Prepared:
@@ -98,40 +87,35 @@ def small(obj: Object, regions: Sequence[Region], pmd: int) -> Prepared:
     return found
 
 
-def _memfd_create(name: str, flags: int) -> int:
+def _memfd_create(name: str, flags: int) -> _core.Descriptor:
     flags |= _MFD_CLOEXEC
     try:
         # Also where vm.memfd_noexec=2 forbids other memfds; mmap(PROT_EXEC) is not affected.
-        return _core.memfd(os.fsencode(name), flags | _MFD_NOEXEC_SEAL)
+        return _core.opened(_core.memfd, os.fsencode(name), flags | _MFD_NOEXEC_SEAL)
     except ours(OSError) as error:
         if error.errno != errno.EINVAL:  # Linux before 6.3
             raise
-        return _core.memfd(os.fsencode(name), flags | _MFD_ALLOW_SEALING)
+        return _core.opened(_core.memfd, os.fsencode(name), flags | _MFD_ALLOW_SEALING)
 
 
 def _fill_shared(fd: int, offset: int, region: Region, obj: Object, pmd: int) -> None:
     """Fill a part of a memory file with a region's content, through a mapping, which is what gets
     huge pages on kernels without MADV_COLLAPSE (shmem_enabled=advise)."""
     size = region.end - region.start
-    address = map_new(size, pmd, 0, READ_WRITE, _core.MAP_SHARED, fd, offset)
-    try:
-        with suppress(OSError):
-            _core.advise(address, size, _core.MADV_HUGEPAGE)
-        with suppress(OSError):  # Linux before 5.14; a refusal shows below
-            _core.advise(address, size, _core.MADV_POPULATE_WRITE)
-        _fill(address, region, obj)
-    finally:
-        _core.unmap(address, size)
+    area = map_new(size, pmd, 0, READ_WRITE, _core.MAP_SHARED, fd, offset)
+    with suppress(OSError):
+        _core.advise(area.address, size, _core.MADV_HUGEPAGE)
+    with suppress(OSError):  # Linux before 5.14; a refusal shows below
+        _core.advise(area.address, size, _core.MADV_POPULATE_WRITE)
+    _fill(area.address, region, obj)
+    area.unmap()
 
 
 def _fill(address: int, region: Region, obj: Object) -> None:
     """Copy a region's content from the object's file: from memory it could be a debugger's."""
-    fd = os.open(obj.path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
+    with _core.opened(os.open, obj.path, os.O_RDONLY | os.O_CLOEXEC) as fd:
         for low, high, offset in originals(region, obj):
             _core.fill(address + low - region.start, high - low, fd, offset)
-    finally:
-        os.close(fd)
 
 
 def originals(region: Region, obj: Object) -> Iterator[tuple[int, int, int]]:
@@ -150,19 +134,15 @@ def _anonymous(move: Move, pmd: int) -> Iterator[Attempt]:
     def place_region(region: Region) -> Piece:
         kind = _core.MAP_PRIVATE | _core.MAP_ANONYMOUS
         piece = place(region, move.object, pmd, -1, 0, kind)
-        try:
-            with suppress(OSError):
-                _core.advise(piece.source, piece.size, _core.MADV_HUGEPAGE)
-            _fill(piece.source, region, move.object)
-            collapse(piece.source, piece.size)  # up to 6.17 only while it is writable
-            _core.protect(piece.source, piece.size, piece.protection)
-        except BaseException:
-            _core.unmap(piece.source, piece.size + GUARD)
-            raise
+        with suppress(OSError):
+            _core.advise(piece.source, piece.size, _core.MADV_HUGEPAGE)
+        _fill(piece.source, region, move.object)
+        collapse(piece.source, piece.size)  # up to 6.17 only while it is writable
+        _core.protect(piece.source, piece.size, piece.protection)
         return piece
 
     try:
-        pieces = place_all(move.memory, place_region)
+        pieces = tuple(map(place_region, move.memory))
     except ours(OSError) as error:
         yield Refused("anonymous", reason_of(error))
         return

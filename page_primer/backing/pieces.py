@@ -13,8 +13,6 @@ from page_primer.kernel.address_space import map_new
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
     from page_primer.images import store
 
 _READ_EXEC = _core.PROT_READ | _core.PROT_EXEC
@@ -34,7 +32,7 @@ class Piece(Record):
 
     region: Region
     protection: int
-    source: int
+    area: _core.Area
     fd: int
     offset: int
 
@@ -43,9 +41,13 @@ class Piece(Record):
         return self.region.end - self.region.start
 
     @property
-    def swap(self) -> tuple[int, int, int, int, int, int]:
+    def source(self) -> int:
+        return self.area.address
+
+    @property
+    def swap(self) -> tuple[int, int, int, _core.Area, int, int]:
         """The piece as _core.swap() takes it."""
-        return self.region.start, self.size, self.protection, self.source, self.fd, self.offset
+        return self.region.start, self.size, self.protection, self.area, self.fd, self.offset
 
 
 class Prepared(Record):
@@ -57,7 +59,7 @@ class Prepared(Record):
     pmd: int
     image: store.Image | None = None
     written: int = 0  # bytes copied for it
-    keep: tuple[int, ...] = ()  # descriptors to close in the end
+    keep: tuple[_core.Descriptor, ...] = ()  # to be closed in the end
     anchors: tuple[str, ...] = ()  # the anchors that tools need with it
 
     @property
@@ -70,22 +72,26 @@ class Prepared(Record):
         """Bytes that smaps shows on huge pages."""
         return sum(m.huge for m in smaps.starting_at({p.source for p in self.pieces}))
 
-    def discard(self, *, moved_below: int = 0) -> None:
+    def discard(self) -> None:
         """Give the replacement up."""
-        self.unmap(moved_below=moved_below)
+        self.unmap()
         if self.image is not None:
             self.image.close()
 
-    def unmap(self, *, moved_below: int = 0) -> None:
-        """Unmap what was mapped for comparison. What was moved to a target below `moved_below` is
-        no longer there, and its place may be somebody else's by now."""
+    def settle(self) -> None:
+        """It is where it was to be: give up what was needed on the way."""
+        self.unmap()
+        if self.image is not None:
+            self.image.keep()
+
+    def unmap(self) -> None:
+        """Unmap what was mapped for comparison, and was not moved."""
         for piece in self.pieces:
-            gone = piece.size if piece.fd < 0 and piece.region.start < moved_below else 0
             with suppress(OSError):
-                _core.unmap(piece.source + gone, piece.size + GUARD - gone)
+                piece.area.unmap()
         for fd in self.keep:
             with suppress(OSError):
-                os.close(fd)
+                fd.close()
 
 
 Attempt = Prepared | Refused
@@ -102,21 +108,9 @@ def place(region: Region, obj: Object, pmd: int, fd: int, offset: int, flags: in
     if region.flags & PF_X and obj.bti:
         final |= PROT_BTI
     size = region.end - region.start
-    now = final if fd >= 0 else READ_WRITE
-    source = map_new(size, pmd, region.start, now, flags, fd, offset, guard=GUARD)
-    return Piece(region, final, source, fd, offset)
-
-
-def place_all(regions: Sequence[Region], prepare: Callable[[Region], Piece]) -> tuple[Piece, ...]:
-    pieces: list[Piece] = []
-    try:
-        for region in regions:
-            pieces.append(prepare(region))
-    except BaseException:
-        for piece in pieces:
-            _core.unmap(piece.source, piece.size + GUARD)
-        raise
-    return tuple(pieces)
+    now = READ_WRITE if flags & _core.MAP_ANONYMOUS else final
+    area = map_new(size, pmd, region.start, now, flags, fd, offset, guard=GUARD)
+    return Piece(region, final, area, fd, offset)
 
 
 def reason_of(error: OSError) -> str:

@@ -62,11 +62,9 @@ class Anchor(Layout):
 
     def is_in(self, target: int) -> bool:
         """Whether a file is what write() writes."""
-        original = os.open(self.object.path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
+        flags = os.O_RDONLY | os.O_CLOEXEC
+        with _core.opened(os.open, self.object.path, flags) as original:
             parts = self._parts(original)
-        finally:
-            os.close(original)
         return all(os.pread(target, len(data), offset) == data for offset, data in parts)
 
     def _parts(self, original: int) -> list[tuple[int, bytes]]:
@@ -161,13 +159,12 @@ class Anchors:
         # First of all: what a signal handler interrupts is taken down as well.
         self._mapped[which] = address, file
         try:
-            flags = _core.MAP_PRIVATE | _core.MAP_FIXED_NOREPLACE
-            _core.map(address, page_size(), _core.PROT_READ, flags, file.fd, 0)
+            _core.map(address, page_size(), _core.PROT_READ, _core.MAP_PRIVATE, file.fd, 0)
         except ours(OSError):
             del self._mapped[which]
             file.close()
             raise
-        file.close_file()
+        file.keep()
 
     def _file(self, layout: Anchor) -> Image:
         """The file, in the first directory that takes it: it needs no huge pages."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 
+from page_primer import _core
 from page_primer._lean import ours, suppress
 from page_primer.images import trust
 from page_primer.images.inventory import DIRECTORY
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 _SYSTEM = "/", "/var", "/dev"  # where no directory is made
 
 
-def open_or_make(path: str, who: credentials.Credentials, *, make: bool) -> int:
+def open_or_make(path: str, who: credentials.Credentials, *, make: bool) -> _core.Descriptor:
     """Open a directory.
 
     Args:
@@ -34,7 +35,7 @@ def open_or_make(path: str, who: credentials.Credentials, *, make: bool) -> int:
     """
     parent, name = os.path.split(path)
     try:
-        return os.open(path, DIRECTORY)
+        return _core.opened(os.open, path, DIRECTORY)
     except ours(FileNotFoundError):
         if not make:
             raise
@@ -46,28 +47,23 @@ def open_or_make(path: str, who: credentials.Credentials, *, make: bool) -> int:
             raise
         raise NotADirectoryError(errno.ENOTDIR, "its parent is not a directory") from None
     try:
-        above = os.open(parent, DIRECTORY & ~os.O_NOFOLLOW)
+        above = _core.opened(os.open, parent, DIRECTORY & ~os.O_NOFOLLOW)
     except ours(FileNotFoundError):
         above = _make_parent(parent, who)
-    try:
+    with above:
         # Whatever the umask: other users' profilers read images.
         return _make_in(above, name, 0o755, who, os.fchmod)
-    finally:
-        os.close(above)
 
 
-def _make_parent(path: str, who: credentials.Credentials) -> int:
+def _make_parent(path: str, who: credentials.Credentials) -> _core.Descriptor:
     grandparent, name = os.path.split(path)
     refusal = FileNotFoundError(errno.ENOENT, "its parent does not exist")
     if grandparent in _SYSTEM:
         raise refusal
-    above = os.open(grandparent, DIRECTORY & ~os.O_NOFOLLOW)
-    try:
+    with _core.opened(os.open, grandparent, DIRECTORY & ~os.O_NOFOLLOW) as above:
         if os.fstat(above).st_uid != who.user:
             raise refusal
         return _make_in(above, name, 0o700, who)
-    finally:
-        os.close(above)
 
 
 def _make_in(
@@ -76,14 +72,14 @@ def _make_in(
     mode: int,
     who: credentials.Credentials,
     finish: Callable[[int, int], None] | None = None,
-) -> int:
+) -> _core.Descriptor:
     """Make and open a directory in an open one that nobody else can write to."""
     trust.check_directory(above, who, above=True)
     made = False
     with suppress(FileExistsError):
         os.mkdir(name, mode, dir_fd=above)
         made = True
-    fd = os.open(name, DIRECTORY, dir_fd=above)
+    fd = _core.opened(os.open, name, DIRECTORY, dir_fd=above)
     if made and finish is not None:
         finish(fd, mode)
     return fd

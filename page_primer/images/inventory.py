@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 
+from page_primer import _core
 from page_primer._lean import Record, suppress
 from page_primer.images import locks, names
 
@@ -48,8 +49,7 @@ def read(store: int) -> list[Entry]:
 
 
 def _entry(store: int, name: str) -> Entry:
-    folder = os.open(name, DIRECTORY, dir_fd=store)
-    try:
+    with _core.opened(os.open, name, DIRECTORY, dir_fd=store) as folder:
         origin = os.readlink(ORIGIN, dir_fd=folder)
         size, used = 0, os.fstat(folder).st_mtime
         for entry in os.listdir(folder):
@@ -58,8 +58,6 @@ def _entry(store: int, name: str) -> Entry:
                 size += status.st_blocks * _BLOCK
                 if entry == os.path.basename(origin):
                     used = max(used, status.st_mtime)
-    finally:
-        os.close(folder)
     return Entry(name, origin, size, used, names.belongs_to(name, origin))
 
 
@@ -116,34 +114,23 @@ def clear(store: int) -> int:
 
 def is_used(store: int, name: str) -> bool:
     """Whether somebody holds an image's lock, as far as can be seen from here."""
-    with suppress(OSError):
-        folder = os.open(name, DIRECTORY, dir_fd=store)
-        try:
-            return locks.is_used(folder)
-        finally:
-            os.close(folder)
+    with suppress(OSError), _core.opened(os.open, name, DIRECTORY, dir_fd=store) as folder:
+        return locks.is_used(folder)
     return False
 
 
 def remove(store: int, name: str) -> bool:
     """Remove an image's folder, unless somebody uses or is writing the image. Returns whether it
     was removed."""
-    held: list[int] = []
-    removed = False
-    try:
-        with suppress(OSError):
-            folder = os.open(name, DIRECTORY, dir_fd=store)
-            held.append(folder)
-            locks.exclude(folder, held)
-            image_name = os.path.basename(os.readlink(ORIGIN, dir_fd=folder))
-            for entry in os.listdir(folder):
-                if entry in (image_name, locks.WRITER, locks.USERS) or entry.startswith(DRAFT):
-                    os.unlink(entry, dir_fd=folder)
-            # Last: a folder without it would never be looked at again.
-            os.unlink(ORIGIN, dir_fd=folder)
-            os.rmdir(name, dir_fd=store)
-            removed = True
-    finally:
-        for fd in held:
-            os.close(fd)
-    return removed
+    with suppress(OSError), _core.opened(os.open, name, DIRECTORY, dir_fd=store) as folder:
+        held = locks.exclude(folder)
+        image_name = os.path.basename(os.readlink(ORIGIN, dir_fd=folder))
+        for entry in os.listdir(folder):
+            if entry in (image_name, locks.WRITER, locks.USERS) or entry.startswith(DRAFT):
+                os.unlink(entry, dir_fd=folder)
+        # Last: a folder without it would never be looked at again.
+        os.unlink(ORIGIN, dir_fd=folder)
+        os.rmdir(name, dir_fd=store)
+        del held
+        return True
+    return False

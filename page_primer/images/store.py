@@ -18,8 +18,10 @@ import errno
 import os
 import stat
 import time
+from _weakref import ref  # weakref takes a millisecond to import
 from itertools import count
 
+from page_primer import _core
 from page_primer._lean import Record, ours, suppress
 from page_primer.images import directory, inventory, locks, names, trust
 from page_primer.images.inventory import DIRECTORY, DRAFT, ORIGIN
@@ -41,34 +43,45 @@ class Missing(Unusable):
 
 
 class Image(Record):
-    """An image in use. `lock` keeps it from being pruned (negative: locks are unavailable)."""
+    """An image in use. `lock` keeps it from being pruned (None: locks are unavailable)."""
 
     path: str
-    fd: int
-    lock: int
+    fd: _core.Descriptor
+    lock: _core.Descriptor | None
     written: int  # bytes; 0 when the image was there already
-    identities: tuple[tuple[int, int], ...]  # device and inode of both
 
     def close(self) -> None:
-        """Give the image up. A server that daemonizes may have closed our descriptors and opened
-        something else under their numbers: then there is nothing of ours to close."""
-        self.close_file()
-        _close(self.lock, self.identities)
-        store, name, _ = self.path.rsplit("/", 2)
-        if self.lock >= 0 and names.is_transient(name):
-            _transient.pop(self.lock, None)
-            with suppress(OSError, Unusable), Store(store, make=False) as opened:
-                opened.remove(name)
+        """Give the image up."""
+        with suppress(OSError):
+            self.fd.close()
+        _kept.pop(self.path, None)
+        if self.lock is not None:
+            with suppress(OSError):
+                self.lock.close()
+            store, name, _ = self.path.rsplit("/", 2)
+            if names.is_transient(name):
+                with suppress(OSError, Unusable), Store(store, make=False) as opened:
+                    opened.remove(name)
 
-    def close_file(self) -> None:
-        """The file need not stay open once it is mapped."""
-        _close(self.fd, self.identities)
+    def keep(self) -> None:
+        """It is mapped: the file need not stay open. One of a random load phase goes with its last
+        user, so at the latest when this process ends."""
+        with suppress(OSError):
+            self.fd.close()
+        if self.lock is not None and names.is_transient(self.path.rsplit("/", 2)[1]):
+            if not _kept:
+                atexit.unregister(_close_all)
+                atexit.register(_close_all)
+            _kept[self.path] = ref(self)
 
 
-def _close(fd: int, identities: tuple[tuple[int, int], ...]) -> None:
-    with suppress(OSError):
-        if fd >= 0 and _identity(os.fstat(fd)) in identities:
-            os.close(fd)
+_kept: dict[str, ref[Image]] = {}  # those that go with us, by path
+
+
+def _close_all() -> None:
+    for image in [found() for found in _kept.values()]:
+        if image is not None:
+            image.close()
 
 
 class Store:
@@ -97,17 +110,13 @@ class Store:
         except ours(OSError) as error:
             raise Unusable(error.strerror or str(error)) from error
         self._owners = who.trusted
-        try:
-            trust.check_directory(self.fd, who)
-        except BaseException:
-            os.close(self.fd)
-            raise
+        trust.check_directory(self.fd, who)
 
     def __enter__(self) -> Store:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self.fd)
+        self.fd.close()
 
     def get(self, wanted: Layout, *, fresh: bool = False) -> Image:
         """Return the image of a layout, writing it if it is missing.
@@ -127,8 +136,6 @@ class Store:
             found = found or self._get(wanted, fresh)
         except ours(FileNotFoundError):  # pruned between being found and being locked
             found = self._get(wanted, fresh)
-        if found.lock >= 0 and names.is_transient(wanted.name):
-            _remember(found)
         return found
 
     def has(self, wanted: Layout) -> bool:
@@ -153,52 +160,57 @@ class Store:
         """Remove an image that nobody uses; returns whether it was removed."""
         return inventory.remove(self.fd, name)
 
-    def hold(self, image: Image) -> int:
-        """Keep an image from being removed until release(); returns a descriptor for that."""
-        return os.dup(image.lock) if image.lock >= 0 else -1
+    def hold(self, image: Image) -> _core.Descriptor | None:
+        """Keep an image from being removed until release()."""
+        return None if image.lock is None else _core.opened(os.dup, image.lock)
 
-    def release(self, hold: int, name: str) -> None:
+    def release(self, hold: _core.Descriptor | None, name: str) -> None:
         """Give up a hold; an image of a random load phase goes if it was the last."""
-        if hold >= 0:
-            os.close(hold)
+        if hold is not None:
+            hold.close()
             if names.is_transient(name):
                 self.remove(name)
 
     def _get(self, wanted: Layout, fresh: bool) -> Image:
         made = self._make_folder(wanted.name)
-        folder = os.open(wanted.name, DIRECTORY, dir_fd=self.fd)
-        lock, found = -1, None
+        found = None
         try:
-            if made:
-                os.fchmod(folder, 0o755)
-                _name_origin(folder, wanted.object.path)
-            elif not trust.is_trusted(os.fstat(folder), self._owners):
-                raise Unusable(f"not ours alone: {self.path}/{wanted.name}")
-            lock = locks.share(folder) if self.writable else -1
-            found = None if fresh else self._open(folder, wanted, lock)
-            if found is None:
-                # One process writes; the others wait for it and use what it wrote. If it takes too
-                # long they write one each: only memory is lost by that.
-                if not self.writable:
-                    raise Missing("no image of it there, nor is one written")
-                writer, alone = locks.for_writing(folder)
-                try:
-                    if alone:
-                        _remove_drafts(folder)
+            with _core.opened(os.open, wanted.name, DIRECTORY, dir_fd=self.fd) as folder:
+                if made:
+                    os.fchmod(folder, 0o755)
                     _name_origin(folder, wanted.object.path)
-                    found = None if fresh else self._open(folder, wanted, lock)
-                    found = found or self._write(folder, wanted, lock)
-                finally:
-                    if writer >= 0:
-                        os.close(writer)
-            lock = -1
+                elif not trust.is_trusted(os.fstat(folder), self._owners):
+                    raise Unusable(f"not ours alone: {self.path}/{wanted.name}")
+                found = self._find_or_write(folder, wanted, fresh)
             return found
         finally:
-            os.close(folder)
-            if lock >= 0:
-                os.close(lock)
             if made and found is None:
                 self.remove(wanted.name)
+
+    def _find_or_write(self, folder: int, wanted: Layout, fresh: bool) -> Image:
+        lock = locks.share(folder) if self.writable else None
+        try:
+            found = None if fresh else self._open(folder, wanted, lock)
+            if found is not None:
+                return found
+            # One process writes; the others wait for it and use what it wrote. If it takes too
+            # long they write one each: only memory is lost by that.
+            if not self.writable:
+                raise Missing("no image of it there, nor is one written")
+            writer, alone = locks.for_writing(folder)
+            try:
+                if alone:
+                    _remove_drafts(folder)
+                _name_origin(folder, wanted.object.path)
+                found = None if fresh else self._open(folder, wanted, lock)
+                return found or self._write(folder, wanted, lock)
+            finally:
+                if writer is not None:
+                    writer.close()
+        except BaseException:
+            if lock is not None:  # for who removes what was begun
+                lock.close()
+            raise
 
     def _get_built(self, wanted: Layout) -> Image | None:
         """An image that build() has written, if there is none of the very name."""
@@ -209,16 +221,10 @@ class Store:
         if built.name == wanted.name:
             return None
         with suppress(FileNotFoundError):
-            folder, lock, found = os.open(built.name, DIRECTORY, dir_fd=self.fd), -1, None
-            try:
-                if trust.is_trusted(os.fstat(folder), self._owners):
-                    lock = locks.share(folder) if self.writable else -1
-                    found = self._open(folder, built, lock)
-                return found
-            finally:
-                os.close(folder)
-                if found is None and lock >= 0:
-                    os.close(lock)
+            folder = _core.opened(os.open, built.name, DIRECTORY, dir_fd=self.fd)
+            if trust.is_trusted(os.fstat(folder), self._owners):
+                lock = locks.share(folder) if self.writable else None
+                return self._open(folder, built, lock)
         return None
 
     def _make_folder(self, name: str) -> bool:
@@ -240,36 +246,30 @@ class Store:
             raise Missing(f"no image of it there, and none can be written: {why}") from None
         return False
 
-    def _open(self, folder: int, wanted: Layout, lock: int, written: int = 0) -> Image | None:
+    def _open(
+        self, folder: int, wanted: Layout, lock: _core.Descriptor | None, written: int = 0
+    ) -> Image | None:
         name = os.path.basename(wanted.object.path)
-        fd, found = -1, None
-        try:
-            fd = os.open(name, FILE, dir_fd=folder)
+        with suppress(OSError):
+            fd = _core.opened(os.open, name, FILE, dir_fd=folder)
             status = os.fstat(fd)
             whole = stat.S_ISREG(status.st_mode) and status.st_size >= wanted.content_end
             if trust.is_trusted(status, self._owners) and whole:
                 with suppress(OSError):
                     os.utime(fd)  # the time of last use, for pruning
-                identities = tuple(_identity(os.fstat(one)) for one in (fd, lock) if one >= 0)
-                found = Image(f"{self.path}/{wanted.name}/{name}", fd, lock, written, identities)
-            return found
-        except ours(OSError):
-            return None
-        finally:
-            if found is None and fd >= 0:
-                os.close(fd)
+                return Image(f"{self.path}/{wanted.name}/{name}", fd, lock, written)
+        return None
 
-    def _write(self, folder: int, wanted: Layout, lock: int) -> Image:
+    def _write(self, folder: int, wanted: Layout, lock: _core.Descriptor | None) -> Image:
         source = wanted.object.source
         assert source is not None
         room = self._make_room(wanted)
         name = os.path.basename(wanted.object.path)
         # Another container may have a process of the same number.
         draft = f"{DRAFT}{os.getpid()}-{time.time_ns():x}-{next(_counter)}"
-        original = os.open(source.path, os.O_RDONLY | os.O_CLOEXEC)
-        target = -1
+        original = _core.opened(os.open, source.path, os.O_RDONLY | os.O_CLOEXEC)
+        target = _core.opened(os.open, draft, _NEW, 0o600, dir_fd=folder)
         try:
-            target = os.open(draft, _NEW, 0o600, dir_fd=folder)
             written = wanted.write(original, target, room)
             if type(source).of(source.path, os.fstat(original)) != source:
                 raise OSError(errno.ESTALE, "the file changed while it was read")
@@ -279,14 +279,12 @@ class Store:
             os.fdatasync(target)
             os.replace(draft, name, src_dir_fd=folder, dst_dir_fd=folder)
         except BaseException:
-            if target >= 0:
-                with suppress(OSError):
-                    os.unlink(draft, dir_fd=folder)
+            with suppress(OSError):
+                os.unlink(draft, dir_fd=folder)
             raise
-        finally:
-            os.close(original)
-            if target >= 0:
-                os.close(target)
+        # Its pages cannot be made huge while it is open for writing (CONFIG_READ_ONLY_THP_FOR_FS).
+        original.close()
+        target.close()
         found = self._open(folder, wanted, lock, written)
         if found is None:
             raise OSError(errno.ESTALE, "somebody changed the image as soon as it was written")
@@ -327,23 +325,3 @@ def _remove_drafts(folder: int) -> None:
             with suppress(OSError):
                 if os.stat(name, dir_fd=folder).st_mtime < time.time() - _DEAD:
                     os.unlink(name, dir_fd=folder)
-
-
-_transient: dict[int, Image] = {}  # by the descriptor of their locks
-
-
-def _remember(image: Image) -> None:
-    """An image of a random load phase goes with its last user: at the latest when that ends."""
-    if not _transient:
-        atexit.unregister(_close_all)
-        atexit.register(_close_all)
-    _transient[image.lock] = image
-
-
-def _close_all() -> None:
-    for image in [*_transient.values()]:
-        image.close()
-
-
-def _identity(status: os.stat_result) -> tuple[int, int]:
-    return status.st_dev, status.st_ino

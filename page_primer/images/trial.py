@@ -36,11 +36,8 @@ def gives_huge_pages(store: int, pmd: int) -> bool:
     """
     known = f"{os.uname().release} {pmd:x} "
     with suppress(OSError, ValueError):
-        fd = os.open(_ANSWER, _READ, dir_fd=store)
-        try:
+        with _core.opened(os.open, _ANSWER, _READ, dir_fd=store) as fd:
             text, age = os.read(fd, 256).decode(), time.time() - os.fstat(fd).st_mtime
-        finally:
-            os.close(fd)
         if text == f"{known}yes\n":
             return True
         if text == f"{known}no\n" and 0 <= age < _NO_HOLDS:
@@ -49,11 +46,8 @@ def gives_huge_pages(store: int, pmd: int) -> bool:
     with suppress(OSError):
         # One is enough: where memory is fragmented, there may not be a free one for each.
         huge = any(measure(store, pmd) for _ in range(_TRIES))
-        fd = os.open(_ANSWER, _REPLACE, 0o644, dir_fd=store)
-        try:
+        with _core.opened(os.open, _ANSWER, _REPLACE, 0o644, dir_fd=store) as fd:
             os.write(fd, f"{known}{'yes' if huge else 'no'}\n".encode())
-        finally:
-            os.close(fd)
     return huge
 
 
@@ -64,8 +58,7 @@ def measure(store: int, pmd: int) -> int:
     Raises:
         OSError: a step was refused.
     """
-    kept = _create(store)
-    try:
+    with _create(store) as kept:
         _fill(kept, pmd)
         huge = _map(kept, pmd)
         if huge < SIZE * pmd:
@@ -74,16 +67,14 @@ def measure(store: int, pmd: int) -> int:
             os.posix_fadvise(kept, 0, 0, os.POSIX_FADV_DONTNEED)
             huge = max(huge, _map(kept, pmd))
         return huge
-    finally:
-        os.close(kept)
 
 
-def _create(store: int) -> int:
+def _create(store: int) -> _core.Descriptor:
     """A file without a name."""
     global _counter
     _counter += 1
     name = f"{_ANSWER}-{os.getpid()}-{time.time_ns():x}-{_counter}"
-    fd = os.open(name, _READ | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=store)
+    fd = _core.opened(os.open, name, _READ | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=store)
     os.unlink(name, dir_fd=store)
     return fd
 
@@ -92,24 +83,19 @@ def _fill(kept: int, pmd: int) -> None:
     check_file_size((SIZE + 1) * pmd)
     # By another descriptor, closed before the file is mapped: what is open for writing cannot be
     # made huge with CONFIG_READ_ONLY_THP_FOR_FS.
-    target = os.open(f"/proc/self/fd/{kept}", os.O_WRONLY | os.O_CLOEXEC)
     block = b"page-primer trial".ljust(64) * (pmd // 64)
-    try:
+    path = f"/proc/self/fd/{kept}"
+    with _core.opened(os.open, path, os.O_WRONLY | os.O_CLOEXEC) as target:
         for number in range(1, SIZE + 1):
             done = os.pwrite(target, block, number * pmd)
             while done < pmd:
                 done += os.pwrite(target, block[done:], number * pmd + done)
-    finally:
-        os.close(target)
 
 
 def _map(kept: int, pmd: int) -> int:
     page, size = page_size(), SIZE * pmd
     protection = _core.PROT_READ | _core.PROT_EXEC
     # A page behind it, so that the kernel does not merge it with what is mapped next to it.
-    address = map_new(size, pmd, 0, protection, _core.MAP_PRIVATE, kept, pmd, guard=page)
-    try:
-        bring_in(address, size, pmd)
-        return sum(mapping.huge for mapping in smaps.starting_at({address}))
-    finally:
-        _core.unmap(address, size + page)
+    area = map_new(size, pmd, 0, protection, _core.MAP_PRIVATE, kept, pmd, guard=page)
+    bring_in(area.address, size, pmd)
+    return sum(mapping.huge for mapping in smaps.starting_at({area.address}))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import stat
 
+from page_primer import _core
 from page_primer._lean import ours, suppress
 from page_primer.kernel import credentials
 
@@ -50,7 +51,7 @@ def check_directory(fd: int, who: credentials.Credentials, *, above: bool = Fals
         Unusable: others can write to it or exchange it.
         OSError: it cannot be examined.
     """
-    at = os.dup(fd)
+    at = _core.opened(os.dup, fd)
     try:
         for _ in range(_DEEPEST):
             status = os.fstat(at)
@@ -64,13 +65,13 @@ def check_directory(fd: int, who: credentials.Credentials, *, above: bool = Fals
             above = True
         raise Unusable("too many directories above it")
     finally:
-        os.close(at)
+        at.close()
 
 
-def _go_up(fd: int) -> int:
+def _go_up(fd: _core.Descriptor) -> _core.Descriptor:
     """The directory above an open one, which is closed."""
-    above = os.open("..", _ABOVE, dir_fd=fd)
-    os.close(fd)
+    above = _core.opened(os.open, "..", _ABOVE, dir_fd=fd)
+    fd.close()
     return above
 
 
@@ -118,7 +119,8 @@ def _is_reached_by_others(fd: int) -> bool:
         os.getxattr(fd, _ACCESS_LIST)
         return False
     try:
-        at = os.open(os.path.dirname(os.readlink(f"/proc/self/fd/{fd}")), _ABOVE)
+        where = os.path.dirname(os.readlink(f"/proc/self/fd/{fd}"))
+        at = _core.opened(os.open, where, _ABOVE)
     except ours(OSError):
         return False
     try:
@@ -131,7 +133,7 @@ def _is_reached_by_others(fd: int) -> bool:
                 return True
         return False
     finally:
-        os.close(at)
+        at.close()
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import errno
 import os
 
 from page_primer import _core
-from page_primer._lean import ours, suppress
+from page_primer._lean import suppress
 
 
 def map_new(
     size: int, alignment: int, like: int, protection: int, flags: int, fd: int, offset: int,
     *, guard: int = 0,
-) -> int:  # fmt: skip
+) -> _core.Area:  # fmt: skip
     """Map at a new address that equals `like` modulo `alignment`, with `guard` bytes of reserved
-    address space behind; returns the address."""
-    address = _core.reserve(size + guard, alignment, like)
-    try:
-        _core.map(address, size, protection, flags, fd, offset)
-    except ours(OSError) as error:
-        # These come before the kernel touches the reservation. After others it may be gone, and
-        # its place somebody else's: then a bit of address space is lost.
-        if error.errno in (errno.EPERM, errno.EACCES, errno.ENODEV, errno.EBADF):
-            _core.unmap(address, size + guard)
-        raise
-    return address
+    address space behind."""
+    area = _core.reserve(size + guard, alignment, like)
+    area.map(size, protection, flags, fd, offset)
+    return area
 
 
 def places_on(alignment: int, path: str, size: int) -> bool:
@@ -36,15 +28,11 @@ def places_on(alignment: int, path: str, size: int) -> bool:
         path: the file.
         size: bytes that are mapped of it, as by the loader.
     """
-    with suppress(OSError):
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            # Elsewhere a mapping ends where the last one begins: of two sizes that differ by a
-            # page, one at most is at such an address.
-            sizes = size, size + os.sysconf("SC_PAGESIZE")
-            return not any(_core.placed(each, fd) % alignment for each in sizes)
-        finally:
-            os.close(fd)
+    with suppress(OSError), _core.opened(os.open, path, os.O_RDONLY | os.O_CLOEXEC) as fd:
+        # Elsewhere a mapping ends where the last one begins: of two sizes that differ by a page,
+        # one at most is at such an address.
+        sizes = size, size + os.sysconf("SC_PAGESIZE")
+        return not any(_core.placed(each, fd) % alignment for each in sizes)
     return True
 
 
@@ -55,13 +43,13 @@ class Window:
 
     def __init__(self, fd: int, offset: int, size: int, page: int) -> None:
         skip = offset % page
-        self._size = -(-(skip + size) // page) * page
+        whole = -(-(skip + size) // page) * page
         # Shared: into private mappings the kernel writes the breakpoints of uprobes that are on the
         # file (valid_vma() in kernel/events/uprobes.c), and they would be copied.
         protection, flags = _core.PROT_READ, _core.MAP_SHARED | _core.MAP_POPULATE
-        self._address = map_new(self._size, page, 0, protection, flags, fd, offset - skip)
-        self.view = _core.view(self._address + skip, size)
+        self._area = map_new(whole, page, 0, protection, flags, fd, offset - skip)
+        self.view = _core.view(self._area.address + skip, size)
 
     def close(self) -> None:
         self.view.release()
-        _core.unmap(self._address, self._size)
+        self._area.unmap()

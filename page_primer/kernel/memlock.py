@@ -42,22 +42,16 @@ def try_lock(size: int) -> str | None:
     """
     if not size:
         return None
-    page = page_size()
-    address = 0
     try:
-        address = _core.reserve(size, page, 0)
+        area = _core.reserve(size, page_size(), 0)
         # Readable: Linux 5.10 does not lock what nobody can touch.
-        _core.protect(address, size, _core.PROT_READ)
-        _core.lock(address, size, _core.MLOCK_ONFAULT)
-        _core.unlock(address, size)
+        _core.protect(area.address, size, _core.PROT_READ)
+        _core.lock(area.address, size, _core.MLOCK_ONFAULT)
+        _core.unlock(area.address, size)
     except ours(OverflowError):  # more than there are addresses
         return OVER
     except ours(OSError) as error:
         return os.strerror(error.errno) if error.errno else str(error)
-    finally:
-        if address:
-            with suppress(OSError):
-                _core.unmap(address, size)
     return None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 
+from page_primer import _core
 from page_primer._lean import Record, suppress
 from page_primer.kernel.thp import page_size
 
@@ -34,24 +35,25 @@ class Pagemap:
     """The file, open. Where it is closed to us (a process that dropped privileges), `closed`."""
 
     def __enter__(self) -> Pagemap:
-        self._fd = -1
+        self._file = None
         with suppress(OSError):
-            self._fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+            self._file = _core.opened(os.open, "/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
         self._page = page_size()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
+        if self._file is not None:
+            self._file.close()
 
     @property
     def closed(self) -> bool:
-        return self._fd < 0
+        return self._file is None
 
     def chunks(self, low: int, high: int, size: int) -> Iterator[Pages]:
         """Each chunk of `size` bytes of [low, high), which are multiples of it. One read."""
         entries = size // self._page * 8
-        raw = os.pread(self._fd, (high - low) // self._page * 8, low // self._page * 8)
+        assert self._file is not None, "closed"
+        raw = os.pread(self._file, (high - low) // self._page * 8, low // self._page * 8)
         for index, start in enumerate(range(low, high, size)):
             top = raw[index * entries + 7 : (index + 1) * entries : 8]
             yield Pages(

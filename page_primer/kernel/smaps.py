@@ -6,7 +6,6 @@ is mapped by a PMD entry, not what was advised (Linux, Documentation/filesystems
 
 from __future__ import annotations
 
-import os
 import sys
 from _struct import Struct
 
@@ -231,20 +230,18 @@ def starting_at(starts: Set[int]) -> list[Mapping]:
 
 def _parts(path: str, separator: bytes) -> Iterator[bytes]:
     """What a file has between separators."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        rest = b""
-        while piece := os.read(fd, _PIECE):
-            *whole, rest = (rest + piece).split(separator)
-            yield from whole
-        yield rest
-    except OSError as error:
-        if error.errno is None or not is_ours(error):
-            raise
-        # Of reading, it does not say which file.
-        raise type(error)(error.errno, error.strerror, path) from error
-    finally:
-        os.close(fd)
+    with open(path, "rb", buffering=0) as file:
+        try:
+            rest = b""
+            while piece := file.read(_PIECE):
+                *whole, rest = (rest + piece).split(separator)
+                yield from whole
+            yield rest
+        except OSError as error:
+            if error.errno is None or not is_ours(error):
+                raise
+            # Of reading, it does not say which file.
+            raise type(error)(error.errno, error.strerror, path) from error
 
 
 def _blocks(path: str) -> Iterator[tuple[bytes, bytes]]:

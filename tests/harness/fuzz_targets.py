@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from page_primer import options, plan, processes, survey
+from page_primer import _core, options, plan, processes, survey
 from page_primer.align import aligned, files, layout, original, rewrite, verify
 from page_primer.align.original import Refused
 from page_primer.elf import file as elf
@@ -372,13 +372,10 @@ def pagemap(data: bytes) -> bool:
     os.close(writer)
     os.close(reader)
     path = _file(data, "pagemap")
-    pages._fd = os.open(path, os.O_RDONLY)
-    try:
+    with _core.opened(os.open, path, os.O_RDONLY) as pages._file:
         for chunk in pages.chunks(0, 4 * PMD, PMD):
             assert 0 <= chunk.exclusive <= chunk.present <= PMD // PAGE
             assert 0 <= chunk.swapped <= PMD // PAGE
-    finally:
-        os.close(pages._fd)
     return True
 
 

@@ -79,9 +79,27 @@ def threads() -> None:
 
 @case
 def reserve() -> None:
-    _core.unmap(_core.reserve(SIZE, 1 << 21, 0x1000), SIZE)
+    _core.reserve(SIZE, 1 << 21, 0x1000)  # let go of
+    area = _core.reserve(SIZE - 1, PAGE, 0)
+    area.map(SIZE, READ_WRITE, ANONYMOUS, -1, 0)
+    refused(area.map, SIZE + 1, READ_WRITE, ANONYMOUS, -1, 0)
+    refused(area.map, PAGE, READ_WRITE, _core.MAP_PRIVATE, -1, 0)
+    area.unmap()
+    refused(area.map, PAGE, READ_WRITE, ANONYMOUS, -1, 0)
     refused(_core.reserve, SIZE, 3, 0)
     refused(_core.reserve, 1 << 62, PAGE, 0)
+
+
+@case
+def opened() -> None:
+    _core.opened(os.dup, _file)  # let go of
+    with _core.opened(os.open, sys.executable, flags=os.O_RDONLY) as file:
+        os.pread(file, 4, 0)
+        assert f"{file}" == str(file.fileno())
+    file.close()
+    refused(_core.opened)
+    refused(_core.opened, os.open, "/nowhere", os.O_RDONLY)
+    refused(_core.opened, str)
 
 
 @case
@@ -93,10 +111,11 @@ def placed() -> None:
 
 @case
 def map() -> None:
-    address = _core.reserve(SIZE, PAGE, 0)
-    _core.map(address, SIZE, READ_WRITE, ANONYMOUS, -1, 0)
-    _core.unmap(address, SIZE)
-    refused(_core.map, _area, SIZE, 1, ANONYMOUS | _core.MAP_FIXED_NOREPLACE, -1, 0)
+    area = _core.reserve(SIZE, PAGE, 0)
+    area.unmap()
+    _core.map(area.address, SIZE, READ_WRITE, ANONYMOUS, -1, 0)
+    _core.unmap(area.address, SIZE)
+    refused(_core.map, _area, SIZE, 1, ANONYMOUS, -1, 0)
     refused(_core.map, TOP, SIZE, 1, ANONYMOUS, -1, 0)
 
 
@@ -121,7 +140,9 @@ def view() -> None:
 
 @case
 def unmap() -> None:
-    _core.unmap(_core.reserve(SIZE, PAGE, 0), SIZE)
+    area = _core.reserve(SIZE, PAGE, 0)
+    _core.unmap(area.address, SIZE)
+    area.unmap()
     refused(_core.unmap, _area + 1, SIZE)
 
 
@@ -188,20 +209,20 @@ def limit() -> None:
 
 @case
 def dump_page() -> None:
-    address = _core.reserve(PAGE, PAGE, 0)
-    _core.map(address, PAGE, _core.PROT_READ, _core.MAP_PRIVATE, _file, 0)
-    _core.dump_page(address)
-    _core.unmap(address, PAGE)
+    area = _core.reserve(PAGE, PAGE, 0)
+    area.map(PAGE, _core.PROT_READ, _core.MAP_PRIVATE, _file, 0)
+    _core.dump_page(area.address)
     refused(_core.dump_page, TOP)
 
 
 @case
 def dump_before() -> None:
     area = _core.reserve(2 * PAGE, PAGE, 0)
-    _core.map(area + PAGE, PAGE, _core.PROT_READ, _core.MAP_PRIVATE, _file, PAGE)
-    _core.unmap(area, PAGE)
-    _core.dump_before(area + PAGE, _core.PROT_READ, _file, PAGE)
-    _core.unmap(area + PAGE, PAGE)
+    area.unmap()
+    second = area.address + PAGE
+    _core.map(second, PAGE, _core.PROT_READ, _core.MAP_PRIVATE, _file, PAGE)
+    _core.dump_before(second, _core.PROT_READ, _file, PAGE)
+    _core.unmap(second, PAGE)
     refused(_core.dump_before, TOP, _core.PROT_READ, _file, PAGE)
 
 
@@ -405,8 +426,9 @@ def prepared() -> Iterator[None]:
     try:
         _options = {"image_dir": f"{folder}/images", "limit": 0, "mlock": "code"}
         _file = os.open(sys.executable, os.O_RDONLY)
-        _area = _core.reserve(SIZE, PAGE, 0)
-        _core.map(_area, SIZE, READ_WRITE, ANONYMOUS, -1, 0)
+        area = _core.reserve(SIZE, PAGE, 0)
+        area.map(SIZE, READ_WRITE, ANONYMOUS, -1, 0)
+        _area = area.address
         _report = page_primer.prime(**_options)
         page_primer.restore()
         yield

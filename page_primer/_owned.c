@@ -1,0 +1,382 @@
+/* page_primer._core: descriptors and address space that somebody owns.
+ *
+ * Objects, and what they stand for goes with them.  An exception of the host's
+ * may come at any bytecode (a signal handler's where another thread took the
+ * signal, PyThreadState_SetAsyncExc()'s): also between the call that opened or
+ * reserved something and the "try" that would give it back, or in that one's
+ * "finally".  Between two statements in C it cannot.
+ */
+
+#include "_core.h"
+
+#include <errno.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <structmember.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+/* An object of one of the types below; they are of a module each, as it is. */
+#define NEW(type, of) PyObject_New(type, (PyTypeObject *)(of))
+
+static void
+free_object(PyObject *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+
+    PyObject_Free(self);
+    Py_DECREF(type);
+}
+
+/* --------------------------------------------------------- descriptors --- */
+
+typedef struct {
+    PyObject_HEAD int fd; /* or -1: closed */
+    bool known;           /* what it is: these two */
+    dev_t device;
+    ino_t inode;
+} descriptor;
+
+/* 0, or -1 with errno set. */
+static int
+close_once(descriptor *self)
+{
+    struct stat now;
+    int fd = self->fd;
+
+    self->fd = -1;
+    if (fd < 0)
+        return 0;
+    /* A server that daemonizes closes whatever is open, and may have opened
+     * something of its own under the number. */
+    if (self->known
+        && (fstat(fd, &now) < 0 || now.st_dev != self->device
+            || now.st_ino != self->inode))
+        return 0;
+    return close(fd);
+}
+
+static void
+descriptor_dealloc(PyObject *self)
+{
+    (void)close_once((descriptor *)self);
+    free_object(self);
+}
+
+static PyObject *
+descriptor_close(PyObject *self, PyObject *Py_UNUSED(ignored))
+{
+    if (close_once((descriptor *)self) < 0)
+        return PyErr_SetFromErrno(PyExc_OSError);
+    return none();
+}
+
+static PyObject *
+descriptor_number(PyObject *self)
+{
+    return PyLong_FromLong(((descriptor *)self)->fd);
+}
+
+static PyObject *
+descriptor_fileno(PyObject *self, PyObject *Py_UNUSED(ignored))
+{
+    return descriptor_number(self);
+}
+
+static PyObject *
+descriptor_text(PyObject *self)
+{
+    return PyUnicode_FromFormat("%d", ((descriptor *)self)->fd);
+}
+
+static PyObject *
+descriptor_enter(PyObject *self, PyObject *Py_UNUSED(ignored))
+{
+    Py_INCREF(self);
+    return self;
+}
+
+static PyObject *
+descriptor_exit(PyObject *self, PyObject *Py_UNUSED(args))
+{
+    return descriptor_close(self, NULL);
+}
+
+static PyMethodDef descriptor_methods[] = {
+    {"close", descriptor_close, METH_NOARGS,
+     "close() -> None\n\nclose(2), unless that is done, or the number is "
+     "another file's by now."},
+    {"fileno", descriptor_fileno, METH_NOARGS,
+     "fileno() -> int\n\nThe number; -1 once it is closed."},
+    {"__enter__", descriptor_enter, METH_NOARGS, NULL},
+    {"__exit__", descriptor_exit, METH_VARARGS, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot descriptor_slots[] = {
+    {Py_tp_doc,
+     "An open file; os and fcntl take it for its number.  It is "
+     "closed with the object."},
+    {Py_tp_dealloc, descriptor_dealloc},
+    {Py_tp_methods, descriptor_methods},
+    {Py_tp_str, descriptor_text},
+    {Py_nb_index, descriptor_number},
+    {0, NULL},
+};
+
+static PyType_Spec descriptor_spec = {
+    .name = "page_primer._core.Descriptor",
+    .basicsize = sizeof(descriptor),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    .slots = descriptor_slots,
+};
+
+PyDoc_STRVAR(
+    opened_doc,
+    "opened(function, ...) -> Descriptor\n\n"
+    "Call a function that returns a new descriptor's number: os.open, os.dup.");
+
+static PyObject *
+core_opened(PyObject *module, PyObject *args, PyObject *named)
+{
+    core_state *state = PyModule_GetState(module);
+    PyObject *function = NULL, *rest, *number = NULL;
+    descriptor *self;
+    struct stat found;
+
+    if (PyTuple_Size(args) > 0)
+        function = PyTuple_GetItem(args, 0);
+    if (function == NULL) {
+        PyErr_SetString(PyExc_TypeError, "opened() takes a function");
+        return NULL;
+    }
+    rest = PyTuple_GetSlice(args, 1, PyTuple_Size(args));
+    if (rest == NULL)
+        return NULL;
+    self = NEW(descriptor, state->descriptor); /* before there is a file */
+    if (self != NULL) {
+        self->fd = -1;
+        number = PyObject_Call(function, rest, named);
+    }
+    Py_DECREF(rest);
+    if (number != NULL) {
+        self->fd = (int)PyLong_AsLong(number);
+        Py_DECREF(number);
+    }
+    if (PyErr_Occurred()) {
+        Py_XDECREF((PyObject *)self);
+        return NULL;
+    }
+    self->known = fstat(self->fd, &found) == 0;
+    if (self->known) {
+        self->device = found.st_dev;
+        self->inode = found.st_ino;
+    }
+    return (PyObject *)self;
+}
+
+/* ------------------------------------------------------- address space --- */
+
+typedef struct {
+    PyObject_HEAD unsigned long long address;
+    uint64_t low, high; /* what of it is still owned */
+} area;
+
+static int
+unmap_once(area *self)
+{
+    if (self->low < self->high
+        && munmap((void *)(uintptr_t)self->low, self->high - self->low) < 0)
+        return -1;
+    self->low = self->high;
+    return 0;
+}
+
+static void
+area_dealloc(PyObject *self)
+{
+    (void)unmap_once((area *)self);
+    free_object(self);
+}
+
+/* The first bytes are nobody's any more. */
+static void
+lose(area *self, uint64_t length)
+{
+    if (self->low < self->address + length)
+        self->low = self->address + length;
+}
+
+/* Of a source of a swap, if it is an area: mremap(2) has moved it. */
+void
+area_moved(PyObject *module, PyObject *source, uint64_t length)
+{
+    core_state *state = PyModule_GetState(module);
+
+    if (PyObject_TypeCheck(source, (PyTypeObject *)state->area))
+        lose((area *)source, length);
+}
+
+PyDoc_STRVAR(
+    area_map_doc,
+    "map(length, protection, flags, fd, offset) -> None\n\n"
+    "mmap(2) with MAP_FIXED at its beginning.  When that fails, the range may be\n"
+    "nobody's any more (Linux before 6.12 unmaps before its last checks), and soon\n"
+    "somebody else's: then it is owned no longer.");
+
+static PyObject *
+area_map(PyObject *object, PyObject *args)
+{
+    area *self = (area *)object;
+    uint64_t length, offset;
+    int protection, flags, fd, number = 0;
+    void *place = (void *)(uintptr_t)self->address;
+
+    if (!PyArg_ParseTuple(args, "O&iiiO&:map", to_uint64, &length, &protection,
+                          &flags, &fd, to_uint64, &offset))
+        return NULL;
+    if (self->low != self->address || length > self->high - self->low) {
+        PyErr_SetString(PyExc_ValueError, "not within the area");
+        return NULL;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    if (mmap(place, length, protection, flags | MAP_FIXED, fd, (off_t)offset)
+        == MAP_FAILED)
+        number = errno;
+    Py_END_ALLOW_THREADS
+    if (number == 0)
+        return none();
+    /* These come before the kernel touches the range. */
+    if (number != EPERM && number != EACCES && number != EBADF)
+        lose(self, length);
+    return fail(PyType_GetModule(Py_TYPE(object)), number, "map",
+                self->address, self->address + length);
+}
+
+static PyObject *
+area_unmap(PyObject *object, PyObject *Py_UNUSED(ignored))
+{
+    area *self = (area *)object;
+
+    if (unmap_once(self) < 0)
+        return fail(PyType_GetModule(Py_TYPE(object)), errno, "unmap",
+                    self->low, self->high);
+    return none();
+}
+
+static PyObject *
+area_index(PyObject *self)
+{
+    return PyLong_FromUnsignedLongLong(((area *)self)->address);
+}
+
+static PyMethodDef area_methods[] = {
+    {"map", area_map, METH_VARARGS, area_map_doc},
+    {"unmap", area_unmap, METH_NOARGS,
+     "unmap() -> None\n\nmunmap(2) what of it is still owned."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyMemberDef area_members[] = {
+    {"address", T_ULONGLONG, offsetof(area, address), READONLY,
+     "Where it begins, or began."},
+    {NULL, 0, 0, 0, NULL},
+};
+
+static PyType_Slot area_slots[] = {
+    {Py_tp_doc,
+     "Address space that was reserved, and what is mapped there.  "
+     "It is unmapped with the object."},
+    {Py_tp_dealloc, area_dealloc},
+    {Py_tp_methods, area_methods},
+    {Py_tp_members, area_members},
+    {Py_nb_index, area_index},
+    {0, NULL},
+};
+
+static PyType_Spec area_spec = {
+    .name = "page_primer._core.Area",
+    .basicsize = sizeof(area),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    .slots = area_slots,
+};
+
+PyDoc_STRVAR(
+    reserve_doc,
+    "reserve(length, alignment, like) -> Area\n\n"
+    "Reserve address space that nothing uses, PROT_NONE, at an address equal to\n"
+    "`like` modulo `alignment`, a power of two and at least a page.  The length is\n"
+    "rounded up to whole pages.");
+
+static PyObject *
+core_reserve(PyObject *module, PyObject *args)
+{
+    core_state *state = PyModule_GetState(module);
+    uint64_t length, alignment, like, start, page = sysconf(_SC_PAGESIZE);
+    area *self;
+    void *got;
+
+    if (!PyArg_ParseTuple(args, "O&O&O&:reserve", to_uint64, &length,
+                          to_uint64, &alignment, to_uint64, &like)
+        || check_range(alignment, length) < 0
+        || check_range(alignment + length, page) < 0)
+        return NULL;
+    if (alignment < page || (alignment & (alignment - 1)) != 0) {
+        PyErr_SetString(PyExc_ValueError,
+                        "alignment must be a power of two, at least a page");
+        return NULL;
+    }
+    length = (length + page - 1) & ~(page - 1);
+    self = NEW(area, state->area); /* before there is a range */
+    if (self == NULL)
+        return NULL;
+    self->address = self->low = self->high = 0;
+    got = mmap(NULL, length + alignment, PROT_NONE,
+               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (got == MAP_FAILED) {
+        fail(module, errno, "reserve", 0, length + alignment);
+        Py_DECREF((PyObject *)self);
+        return NULL;
+    }
+    self->low = (uintptr_t)got;
+    self->high = self->low + length + alignment;
+    start = self->low + ((like - self->low) & (alignment - 1));
+    if (start > self->low)
+        munmap(got, start - self->low);
+    munmap((void *)(uintptr_t)(start + length), self->high - start - length);
+    self->address = self->low = start;
+    self->high = start + length;
+    return (PyObject *)self;
+}
+
+/* -------------------------------------------------------------- module --- */
+
+PyMethodDef page_primer_owned_methods[] = {
+    {"opened", (PyCFunction)(void (*)(void))core_opened,
+     METH_VARARGS | METH_KEYWORDS, opened_doc},
+    {"reserve", core_reserve, METH_VARARGS, reserve_doc},
+    {NULL, NULL, 0, NULL},
+};
+
+/* A type, in the module and its state; 0, or -1 with an exception set. */
+static int
+add_type(PyObject *module, PyType_Spec *spec, PyObject **type)
+{
+    *type = PyType_FromModuleAndSpec(module, spec, NULL);
+    if (*type == NULL && !PyErr_Occurred()) /* CPython 3.11, out of memory */
+        PyErr_NoMemory();
+    if (*type == NULL)
+        return -1;
+    return PyModule_AddType(module, (PyTypeObject *)*type);
+}
+
+int
+add_owned_types(PyObject *module)
+{
+    core_state *state = PyModule_GetState(module);
+
+    if (add_type(module, &descriptor_spec, &state->descriptor) < 0)
+        return -1;
+    return add_type(module, &area_spec, &state->area);
+}
