@@ -119,6 +119,7 @@ def test_what_the_kernel_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not thp.has_no_huge_pages()
     monkeypatch.setattr("builtins.open", hidden)
     assert not mounts.read() and not memlock._locked()
+    assert mounts.of(1) is None
     assert not credentials._text("/proc/self/uid_map")
     assert thp.has_no_huge_pages()
     assert not credentials._is_one_user(-1)

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness import outside
+from harness import fuse, outside
 from harness.gunicorn_server import Gunicorn
 from harness.interpreters import KINDS, python_of
 from harness.kernel import require_huge_files
@@ -22,7 +22,7 @@ from harness.service import NOBODY, OTHER, USER, become, capable, public, public
 from page_primer.doctor import coverage
 from page_primer.images import places, trust
 from page_primer.images.store import Store
-from page_primer.kernel import credentials
+from page_primer.kernel import credentials, mounts
 from page_primer.options import Options
 
 __all__ = ["public", "public_python"]
@@ -223,6 +223,129 @@ def test_an_images_folder_that_others_can_write_to_is_not_used(python, images):
         assert not mapped(process.pid, images)
 
 
+# ----------------------------------------------------------------------------- who mounted it
+
+OTHERS = f"user_id={OTHER},group_id={OTHER},allow_other"
+
+
+@pytest.fixture
+def mountpoint(public: Path) -> Path:
+    """A directory for file systems of FUSE's."""
+    trial = [*fuse.mounted(public, OTHERS, 0), "true"]
+    done = subprocess.run(trial, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"no file systems of FUSE's here: {done.stderr}")
+    (path := public / "mounted").mkdir()
+    return path
+
+
+@needs_root
+@pytest.mark.parametrize("where", ["", "/images"], ids=["itself", "a directory in it"])
+def test_a_store_in_what_another_user_mounted(mountpoint, public_python, where):
+    """All of it is this user's, as the file system says, and can be written by nobody else."""
+    store = f"{mountpoint}{where}"
+    wrapper = [*fuse.mounted(mountpoint, OTHERS, USER), *become(USER)]
+    with Process(public_python, wrapper=wrapper) as process:
+        status = process.run(f"import os; s = os.stat({store!r}); result = [s.st_uid, s.st_mode]")
+        assert status == [USER, stat.S_IFDIR | 0o755]
+        core = interpreter(process.prime(image_dir=store))
+        assert core["backing"] in MEMORY
+        assert any(f"user {OTHER} mounted it (fuse)" in note for note in core["notes"]), core
+        assert not mapped(process.pid, mountpoint)
+
+
+OPENED = """
+from page_primer.images.store import Store
+from page_primer.images.trust import Unusable
+try:
+    Store({!r})
+    result = None
+except Unusable as error:
+    result = str(error)
+"""
+
+
+@needs_root
+@pytest.mark.parametrize(
+    ("mounter", "options"),
+    [(0, "allow_other"), (USER, "allow_other"), (USER, "default_permissions")],
+)
+def test_a_store_in_what_root_or_its_own_user_mounted(mountpoint, public_python, mounter, options):
+    """As object storage and union file systems are, or a home by sshfs."""
+    given = f"user_id={mounter},group_id={mounter},{options}"
+    wrapper = [*fuse.mounted(mountpoint, given, USER), *become(USER)]
+    with Process(public_python, wrapper=wrapper) as process:
+        assert process.run(OPENED.format(f"{mountpoint}/images")) is None
+
+
+@needs_root
+def test_root_uses_no_store_that_a_user_mounted(mountpoint, public_python):
+    with Process(public_python, wrapper=fuse.mounted(mountpoint, OTHERS, 0)) as process:
+        said = process.run(OPENED.format(f"{mountpoint}/images"))
+        assert said == f"not ours alone: user {OTHER} mounted it (fuse)"
+
+
+@needs_root
+def test_a_store_in_what_was_unmounted_since_it_was_opened(mountpoint, public_python):
+    """A detached mount is above itself, and /proc/self/mountinfo has it no more."""
+    with Process(public_python, wrapper=fuse.mounted(mountpoint, OTHERS, 0)) as process:
+        said = process.run(
+            "import ctypes, os\n"
+            "from page_primer.images import trust\n"
+            "from page_primer.kernel import credentials, mounts\n"
+            f"fd = os.open({str(mountpoint)!r}, os.O_RDONLY | os.O_DIRECTORY)\n"
+            f"assert ctypes.CDLL(None).umount2({os.fsencode(mountpoint)!r}, 2) == 0\n"
+            "assert os.path.samestat(os.stat('..', dir_fd=fd), os.fstat(fd))\n"
+            "assert mounts.of(fd) is None\n"
+            "result = None\n"
+            "try: trust.check_directory(fd, credentials.read())\n"
+            "except trust.Unusable as error: result = str(error)"
+        )
+        assert said == "perhaps not ours alone: who mounted it cannot be found out"
+
+
+@pytest.mark.parametrize(
+    ("line", "users"),
+    [
+        ("61 23 0:52 / /srv rw,relatime - virtiofs shared rw", []),
+        ("61 23 0:52 / /srv rw,relatime - fuse.gcsfuse b rw,user_id=0,group_id=0,allow_other", [0]),
+        ("61 23 0:52 / /srv rw - fuseblk.ntfs /dev/sdb1 rw,user_id=1000,allow_other", [1000]),
+        ("61 23 0:52 / /srv/user_id=7 rw - nfs4 server:/user_id=7 rw,vers=4.2", []),
+        ("61 23 0:52 / / rw - overlay overlay rw,lowerdir=/l:/user_id=7,upperdir=/u", []),
+    ],
+)
+def test_whose_word_a_mount_is(line, users):
+    assert [trust._mounted_by(mount) for mount in mounts.parse(line)] == [users]
+
+
+@needs_root
+def test_the_mount_of_a_file_with_another_device_number(public, public_python):
+    """Of subvolumes and of layers on several file systems, mountinfo has one number."""
+    for name in ("lower", "upper", "all"):
+        (public / name).mkdir()
+    (public / "lower" / "file").touch()
+    script = (
+        'cd "$0"; mount -t tmpfs none upper && mkdir upper/up upper/work && '
+        "mount -t overlay none all -o lowerdir=lower,upperdir=upper/up,workdir=upper/work,xino=off "
+        '&& exec "$@"'
+    )
+    wrapper = ["unshare", "--mount", "sh", "-c", script, str(public)]
+    if subprocess.run([*wrapper, "true"], capture_output=True).returncode:
+        pytest.skip("no overlays here")
+    with Process(public_python, wrapper=wrapper) as process:
+        mount, device = process.run(
+            "import os\n"
+            "from page_primer.kernel import mounts\n"
+            f"fd = os.open({str(public / 'all/file')!r}, os.O_RDONLY)\n"
+            "device = os.fstat(fd).st_dev\n"
+            "there = mounts.of(fd)\n"
+            "result = [there.point, there.filesystem], [os.major(device), os.minor(device)]"
+        )
+        table = Path(f"/proc/{process.pid}/mountinfo").read_text()
+    assert mount == [str(public / "all"), "overlay"]
+    assert " {}:{} ".format(*device) not in table
+
+
 # ------------------------------------------------------------------------------------- privileged
 
 
@@ -372,6 +495,21 @@ def test_a_file_in_a_directory_that_is_closed_to_others(public):
     assert mode_for(public / "closed" / "below" / "original", public / "image") == 0o555
     (public / "closed").chmod(0o750)
     assert mode_for(public / "closed" / "below" / "original", public / "image") == 0o500
+
+
+@needs_root
+@pytest.mark.parametrize(("options", "mode"), [("", 0o500), (",allow_other", 0o555)])
+def test_a_file_in_a_file_system_that_is_closed_to_others(mountpoint, public_python, options, mode):
+    """An encrypted directory of FUSE's, for one: the modes in it are not what keeps others out."""
+    wrapper = fuse.mounted(mountpoint, f"user_id=0,group_id=0{options}", 0)
+    image = mountpoint.parent / "image"
+    with Process(public_python, wrapper=wrapper) as process:
+        found = process.run(
+            "from page_primer.images import trust\n"
+            f"one, other = open('{mountpoint}/images/library'), open({str(image)!r}, 'w')\n"
+            "result = trust.mode_for(one.fileno(), other.fileno())"
+        )
+    assert found == mode
 
 
 @needs_root

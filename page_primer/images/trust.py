@@ -3,6 +3,10 @@
 A store counts if it and every directory above it can be written by nobody else, as with sshd's
 StrictModes. The directories are looked at from below, each through the descriptor of the one that
 it holds (`..`), so no name can lead elsewhere between a check and what follows it.
+
+From the root of a mounted file system that leads past the directory it is mounted on, and with FUSE
+any user may mount one on a directory of theirs: owners and modes, and what is read, are then that
+user's word. So it must be mounted by root or this process's own user, too.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ import stat
 
 from page_primer import _core
 from page_primer._lean import ours, suppress
-from page_primer.kernel import credentials
+from page_primer.kernel import credentials, mounts
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -48,13 +52,18 @@ def check_directory(fd: int, who: credentials.Credentials, *, above: bool = Fals
         above: it is not the store, but above one.
 
     Raises:
-        Unusable: others can write to it or exchange it.
+        Unusable: others can write to it or exchange it, or say what is in it.
         OSError: it cannot be examined.
     """
+    # Who mounted the root file system has all files of the program.
+    devices = {os.stat("/").st_dev}
     at = _core.opened(os.dup, fd)
     try:
         for _ in range(_DEEPEST):
             status = os.fstat(at)
+            if status.st_dev not in devices:
+                _check_mount(at, who, above)
+                devices.add(status.st_dev)
             # In a sticky one nobody can rename what belongs to others: /tmp, /var/tmp, /dev/shm.
             sticky = above and status.st_mode & stat.S_ISVTX and status.st_uid in who.trusted
             if not sticky and not is_trusted(status, who.trusted):
@@ -75,12 +84,34 @@ def _go_up(fd: _core.Descriptor) -> _core.Descriptor:
     return above
 
 
+def _check_mount(fd: int, who: credentials.Credentials, above: bool) -> None:
+    """Refuse a file system of FUSE that a user mounted whom this process does not trust."""
+    mount = mounts.of(fd)
+    it = f"{_path(fd)} above it" if above else "it"
+    if mount is None:
+        raise Unusable(f"perhaps not ours alone: who mounted {it} cannot be found out")
+    for user in _mounted_by(mount):
+        if user not in who.trusted:
+            raise Unusable(f"not ours alone: user {user} mounted {it} ({mount.filesystem})")
+
+
+def _mounted_by(mount: mounts.Mount) -> list[int]:
+    """Whose word is what is in a file system: of FUSE's mounts every one says so (mount.fuse3(8)),
+    but for virtiofs, which the host provides."""
+    options = [option.partition("=") for option in mount.options]
+    return [int(value) for name, _, value in options if name == "user_id" and value.isdecimal()]
+
+
+def _path(fd: int) -> str:
+    with suppress(OSError):
+        return os.readlink(f"/proc/self/fd/{fd}")
+    return ""
+
+
 def _refusal(
     fd: int, status: os.stat_result, who: credentials.Credentials, above: bool
 ) -> Unusable:
-    path = ""
-    with suppress(OSError):
-        path = os.readlink(f"/proc/self/fd/{fd}")
+    path = _path(fd)
     it = f"{path} above it" if above else "it"
     if status.st_uid in who.trusted:
         mode = f"mode {stat.S_IMODE(status.st_mode):04o}"
@@ -114,7 +145,7 @@ def mode_for(original: int, image: int) -> int:
 
 def _is_reached_by_others(fd: int) -> bool:
     """Whether the mode is all that keeps other users from a file: no list says more (acl(5)), and
-    none of the directories above it does."""
+    none of the directories above it does, nor a file system that is its user's alone."""
     with suppress(OSError):
         os.getxattr(fd, _ACCESS_LIST)
         return False
@@ -123,11 +154,17 @@ def _is_reached_by_others(fd: int) -> bool:
         at = _core.opened(os.open, where, _ABOVE)
     except ours(OSError):
         return False
+    devices = {os.stat("/").st_dev}
     try:
         for _ in range(_DEEPEST):
             status = os.fstat(at)
             if not status.st_mode & stat.S_IXOTH:
                 return False
+            if status.st_dev not in devices:
+                mount = mounts.of(at)
+                if mount is None or (_mounted_by(mount) and "allow_other" not in mount.options):
+                    return False
+                devices.add(status.st_dev)
             at = _go_up(at)
             if _identity(os.fstat(at)) == _identity(status):
                 return True

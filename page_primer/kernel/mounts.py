@@ -56,8 +56,29 @@ def mount_of(path: str, mounts: Iterable[Mount]) -> Mount:
 
 def read() -> list[Mount]:
     """The mounts as this process sees them now; none where /proc is not to be had."""
+    return list(parse(_text("/proc/self/mountinfo")))
+
+
+def of(fd: int) -> Mount | None:
+    """The mount of an open file; None where the kernel does not tell, as of one that was detached
+    or belongs to another mount namespace.
+
+    From proc(5): the id of a mount is the first field of mountinfo, its st_dev the third. Files may
+    have another st_dev than their mount, as in subvolumes of btrfs; then fdinfo has the id.
+    """
+    device = os.fstat(fd).st_dev
+    device_name = f"{os.major(device)}:{os.minor(device)}"
+    lines = [line.split(" ", 3) for line in _text("/proc/self/mountinfo").split("\n")]
+    found = [line for line in lines if line[2:3] == [device_name]]
+    if not found:
+        _, _, number = _text(f"/proc/self/fdinfo/{fd}").partition("mnt_id:")
+        found = [line for line in lines if line[:1] == number.split()[:1]]
+    return next(parse(" ".join(found[0])), None) if found else None
+
+
+def _text(path: str) -> str:
     try:
-        with open("/proc/self/mountinfo", "rb") as file:
-            return list(parse(os.fsdecode(file.read())))
+        with open(path, "rb") as file:
+            return os.fsdecode(file.read())
     except ours(OSError):
-        return []
+        return ""
