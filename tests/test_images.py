@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -16,16 +17,21 @@ from harness.container import container
 from harness.container_runs import restart
 from harness.interpreters import is_shared
 from harness.kernel import filesystem
-from harness.libraries import build_library
+from harness.libraries import build_library, chunks_library
 from harness.marks import needs_root
 from harness.placement import require_executable, require_one_address
 from harness.process import Process, interpreter
 
-from page_primer.images import inventory, trial
+from page_primer.elf import file as elf
+from page_primer.elf.objects import Object, Region, Source, segments_of
+from page_primer.images import inventory, layout, trial, trust
 from page_primer.images import names as image_names
 from page_primer.images.inventory import DIRECTORY
+from page_primer.images.room import NO_LIMIT
+from page_primer.images.store import Image, Store
 
 MIB = 1 << 20
+BASE = 0x7F0000000000
 
 
 def names(images: Path) -> set[str]:
@@ -154,6 +160,89 @@ def test_store_limit(python, images):
         process.restore()
         core = interpreter(process.prime(image_dir=str(images), store_limit="512M"))
         assert core["backing"] == "image"
+
+
+def laid_out(library: Path, *chunks: int) -> layout.Layout:
+    """The image of chunks of a library's code, or of all of it."""
+    fd = os.open(library, os.O_RDONLY)
+    headers = elf.File(fd).program_headers()
+    os.close(fd)
+    segments = segments_of(headers, BASE, outside.PAGE)
+    touched = tuple((chunk, outside.PMD) for chunk in chunks) or None
+    source = Source.of(str(library), os.stat(library))
+    obj = Object(
+        library.name, str(library), BASE, headers, segments, source=source, touched=touched
+    )
+    code = next(segment for segment in segments if segment.code)
+    start = -(-code.start // outside.PMD) * outside.PMD
+    spans = [(start + n * outside.PMD, start + (n + 1) * outside.PMD) for n in chunks]
+    regions = [Region(*span, elf.PF_R | elf.PF_X) for span in spans or [(code.start, code.end)]]
+    return layout.lay_out(obj, regions, outside.PMD)
+
+
+def write(images: Path, wanted: layout.Layout, limit: int) -> Image:
+    with Store(str(images), limit=limit) as store:
+        return store.get(wanted)
+
+
+@pytest.mark.images
+@pytest.mark.parametrize("chunks", [(2,), (0, 5), ()], ids=["one", "two", "all"])
+def test_what_an_image_takes_is_known_before(tmp_path, images, chunks):
+    """Of a part of a library what is between its pieces takes nothing."""
+    wanted = laid_out(chunks_library(tmp_path), *chunks)
+    fd = os.open(wanted.object.path, os.O_RDONLY)
+    size = wanted.size(fd)
+    os.close(fd)
+    assert (len(chunks) or 7) * outside.PMD < size < ((len(chunks) or 7) + 1) * outside.PMD
+    with pytest.raises(trust.Unusable, match=f"an image of {-(-size // MIB)} MiB is more than"):
+        write(images, wanted, size - 1)
+    found = write(images, wanted, size + MIB)  # the folder has more than the image
+    assert (found.written, os.stat(found.fd).st_size > 7 * outside.PMD) == (size, True)
+    found.close()
+    with Store(str(images)) as store:
+        (entry,) = inventory.read(store.fd)
+    # Whole blocks, and the folder with its locks.
+    assert -outside.PMD // 2 < entry.size - size < outside.PMD // 2
+    assert wanted.content_end > 7 * outside.PMD
+
+
+@pytest.mark.images
+def test_nothing_goes_for_what_finds_no_room_in_any_case(tmp_path, images):
+    library = chunks_library(tmp_path)
+    limit, written = 8 * MIB, [write(images, laid_out(library, n), NO_LIMIT) for n in (0, 1, 2)]
+    there = sorted(image.path for image in written)
+
+    def left() -> list[str]:
+        return [path for path in there if os.path.exists(path)]
+
+    written.pop().close()
+    with pytest.raises(trust.Unusable, match=r"in use: .* more than 8 MiB") as refused:
+        write(images, laid_out(library, 3, 4), limit)
+    assert left() == there
+    assert refused.value.remedy == "PAGE_PRIMER_STORE_LIMIT=11M"
+    for image in written:
+        image.close()
+    with pytest.raises(trust.Unusable, match="an image of 15 MiB is more than 8 MiB") as refused:
+        write(images, laid_out(library), limit)
+    assert left() == there
+    assert refused.value.remedy == "PAGE_PRIMER_STORE_LIMIT=15M"
+    write(images, laid_out(library, 3, 4), limit).close()
+    assert len(left()) == 1
+
+
+@pytest.mark.images
+def test_nothing_goes_for_a_file_that_would_be_too_large(tmp_path, images):
+    """RLIMIT_FSIZE, of the process."""
+    wanted = laid_out(chunks_library(tmp_path))
+    write(images, laid_out(Path(wanted.object.path), 1), NO_LIMIT).close()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8 * MIB, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write(images, wanted, 16 * MIB)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert len(names(images)) == 1
 
 
 def test_memory_is_left_to_the_application(python, tmp_path):

@@ -55,6 +55,9 @@ class Anchor(Layout):
     def content_end(self) -> int:
         return page_size()
 
+    def size(self, original: int) -> int:
+        return sum(len(data) for _, data in self._parts(original))
+
     def write(self, original: int, target: int, room: int = NO_LIMIT) -> int:  # noqa: ARG002  # Layout's
         parts = self._parts(original)
         check_file_size(max(offset + len(data) for offset, data in parts))

@@ -68,7 +68,8 @@ def prune(store: int, *, room: int = 0, limit: int | None = None) -> int:
 
     Args:
         store: the open directory.
-        room: bytes that are to be added within the limit.
+        room: bytes that are to be added within the limit. Where that cannot be done by removing
+            what nobody uses, nothing is removed for it.
         limit: bytes that the store may take; None for no limit.
 
     Returns:
@@ -99,10 +100,20 @@ def _remove_empty(store: int) -> None:
 
 def _make_room(store: int, kept: Sequence[Entry], room: int, limit: int | None) -> int:
     total = sum(entry.size for entry in kept)
-    for entry in reversed(kept):
-        if limit is None or total + room <= limit:
+    if limit is None or total + room <= limit:
+        return total
+    unused = [
+        entry
+        for entry in reversed(kept)
+        if not names.is_built(entry.name) and not is_used(store, entry.name)
+    ]
+    # Nothing goes for what would find no room, either, if all of them went.
+    if room and total - sum(entry.size for entry in unused) + room > limit:
+        return total
+    for entry in unused:
+        if total + room <= limit:
             break
-        if not names.is_built(entry.name) and remove(store, entry.name):
+        if remove(store, entry.name):
             total -= entry.size
     return total
 

@@ -42,9 +42,6 @@ if TYPE_CHECKING:
 
     Part = tuple[int | None, int]  # an offset in the original, or None for zeroes, and a size
 
-# FNV-1a, 256 bits (RFC 9923): the first and the factor.
-_FNV = 0xDD268DBCAAC550362D98C384C4E576CCC8B1536847B6BBB31023B4C8CAEE0535, (1 << 168) + 0x163
-
 _KEPT_SECTIONS = (".gnu_debuglink", ".gnu_debugaltlink", ".gnu_debugdata", ".note.stapsdt")
 _TOOLS_KINDS = (elf.SHT_DYNSYM, elf.SHT_DYNAMIC, elf.SHT_NOTE, *elf.SHT_GNU_VERSIONS)
 _TOOLS_SECTIONS = (".eh_frame", ".eh_frame_hdr")
@@ -52,8 +49,7 @@ _DEBUG_SECTIONS = (".debug_", ".zdebug_")
 _COPY_BLOCK = 8 << 20  # bytes
 _HEADER_ROOM = 4096  # the kernel looks for a build-id in the first page only
 
-_BUILD_ID_SIZE = 20  # that of SHA-1, which tools expect
-_NOTE = _struct.Struct(f"=III4s{_BUILD_ID_SIZE}s")
+_NOTE = _struct.Struct(f"=III4s{names.BUILD_ID_SIZE}s")
 
 
 class CannotLayOut(Exception):
@@ -118,11 +114,17 @@ class Layout(Record):
             raise CannotLayOut("too many program headers")
         return first_page
 
+    def size(self, original: int) -> int:
+        """The bytes that write() writes, but for debug information. Raises what that raises."""
+        _, copies, table, head = self._plan(original, 0)
+        loadable = sum(size for _, parts in content(self) for _, size in parts)
+        return loadable + sum(size for _, _, size in copies) + len(table) + len(head)
+
     def write(self, original: int, target: int, room: int = NO_LIMIT) -> int:
         """Write the image from the open file `original` to the empty file `target`.
 
         Args:
-            room: bytes that the store has left for this image.
+            room: bytes that the store has left beside it, as for debug information.
 
         Returns:
             The number of bytes written.
@@ -131,17 +133,7 @@ class Layout(Record):
             CannotLayOut: the original is not an ELF file of the expected form.
             OSError: reading or writing failed.
         """
-        if len(self.object.headers) > _HEADER_ROOM:  # each may have notes to be read
-            raise CannotLayOut("too many program headers")
-        try:
-            file = elf.File(original)
-            end, copies, table = _sections(
-                self, file, for_debug_information(target, room - self.content_end)
-            )
-            head = self.head(file, end)
-        except (elf.Malformed, _struct.error) as error:  # type: ignore[attr-defined]  # the latter: numbers too large
-            raise CannotLayOut(f"not a well-formed ELF file: {error}") from error
-        check_file_size(end + len(table))
+        end, copies, table, head = self._plan(original, for_debug_information(target, room))
         written = 0
         for offset, parts in content(self):
             written += _copy(original, parts, target, offset)
@@ -155,6 +147,21 @@ class Layout(Record):
         if os.fstat(target).st_size < end:
             os.ftruncate(target, end)
         return written
+
+    def _plan(
+        self, original: int, room: int
+    ) -> tuple[int, list[tuple[int, int, int]], bytes, bytes]:
+        """What _sections() says, and the image's beginning."""
+        if len(self.object.headers) > _HEADER_ROOM:  # each may have notes to be read
+            raise CannotLayOut("too many program headers")
+        try:
+            file = elf.File(original)
+            end, copies, table = _sections(self, file, room)
+            head = self.head(file, end)
+        except (elf.Malformed, _struct.error) as error:  # type: ignore[attr-defined]  # the latter: numbers too large
+            raise CannotLayOut(f"not a well-formed ELF file: {error}") from error
+        check_file_size(end + len(table))
+        return end, copies, table, head
 
 
 def lay_out(obj: Object, regions: Sequence[Region], pmd: int) -> Layout:
@@ -336,15 +343,7 @@ def _read_only(layout: Layout) -> Iterator[tuple[int, int, int]]:
             yield at, end, PF_R
 
 
-def _build_id(layout: Layout) -> bytes:
-    """A build-id that is this image's alone, and the same whenever it is written."""
-    # By hand: hashlib would load OpenSSL into the server for the sake of a name, and any module
-    # that hashes costs a first prime a millisecond.
-    digest, factor = _FNV
-    for byte in layout.name.encode(errors="surrogateescape"):
-        digest = (digest ^ byte) * factor % (1 << 256)
-    return digest.to_bytes(32, "big")[:_BUILD_ID_SIZE]
-
-
 def _build_id_note(layout: Layout) -> bytes:
-    return _NOTE.pack(4, _BUILD_ID_SIZE, elf.NT_GNU_BUILD_ID, b"GNU\0", _build_id(layout))
+    return _NOTE.pack(
+        4, names.BUILD_ID_SIZE, elf.NT_GNU_BUILD_ID, b"GNU\0", names.build_id(layout.name)
+    )

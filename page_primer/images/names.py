@@ -16,6 +16,9 @@ ANCHOR = "anchor"  # ends the name of one (anchors.py)
 # layers of a container, which change all but a file's content and the second of its change.
 _BUILT = "built"
 _WHOLE = "0x"
+BUILD_ID_SIZE = 20  # bytes: that of SHA-1, which tools expect
+# FNV-1a, 256 bits (RFC 9923): the first and the factor.
+_FNV = 0xDD268DBCAAC550362D98C384C4E576CCC8B1536847B6BBB31023B4C8CAEE0535, (1 << 168) + 0x163
 _PRIME = (1 << 89) - 1
 _SECOND = 10**9  # nanoseconds
 _HEXADECIMAL = set("0123456789abcdef")
@@ -114,3 +117,13 @@ def identity(source: Source) -> list[str]:
     """What tells a file's content, as parts of a name."""
     numbers = (source.device, source.inode, source.size, source.mtime_ns, source.ctime_ns)
     return [f"{number:x}" for number in numbers]
+
+
+def build_id(name: str) -> bytes:
+    """The build-id of the image with a name: its alone, and the same whenever it is written."""
+    # By hand: hashlib would load OpenSSL into the server for the sake of a name, and any module
+    # that hashes costs a first prime a millisecond.
+    digest, factor = _FNV
+    for byte in name.encode(errors="surrogateescape"):
+        digest = (digest ^ byte) * factor % (1 << 256)
+    return digest.to_bytes(32, "big")[:BUILD_ID_SIZE]

@@ -23,7 +23,7 @@ from itertools import count
 
 from page_primer import _core
 from page_primer._lean import Record, ours, suppress
-from page_primer.images import directory, inventory, locks, names, trust
+from page_primer.images import directory, inventory, locks, names, quota, trust
 from page_primer.images.inventory import DIRECTORY, DRAFT, ORIGIN
 from page_primer.images.layout import Layout
 from page_primer.images.room import NO_LIMIT
@@ -263,11 +263,11 @@ class Store:
     def _write(self, folder: int, wanted: Layout, lock: _core.Descriptor | None) -> Image:
         source = wanted.object.source
         assert source is not None
-        room = self._make_room(wanted)
         name = os.path.basename(wanted.object.path)
         # Another container may have a process of the same number.
         draft = f"{DRAFT}{os.getpid()}-{time.time_ns():x}-{next(_counter)}"
         original = _core.opened(os.open, source.path, os.O_RDONLY | os.O_CLOEXEC)
+        room = quota.make_room(self.fd, wanted, original, limit=self._limit, spare=self._spare)
         target = _core.opened(os.open, draft, _NEW, 0o600, dir_fd=folder)
         try:
             written = wanted.write(original, target, room)
@@ -289,26 +289,6 @@ class Store:
         if found is None:
             raise OSError(errno.ESTALE, "somebody changed the image as soon as it was written")
         return found
-
-    def _make_room(self, wanted: Layout) -> int:
-        """Make room for an image within the limit; returns the bytes that are left for it."""
-        status = os.fstatvfs(self.fd)
-        if wanted.regions and status.f_flag & os.ST_NOEXEC:
-            raise OSError(errno.EACCES, "mounted noexec")
-        needed = wanted.content_end
-        free = status.f_bavail * status.f_frsize
-        if free < self._spare * needed and self._spare > 1:
-            raise Unusable(f"left to the application: {free >> 20} MiB are free")
-        taken = inventory.prune(self.fd, room=needed, limit=self._limit)
-        if taken + needed > self._limit:
-            raise Unusable(
-                f"{taken >> 20} MiB are in use there: with this image it would be more than "
-                f"{self._limit >> 20} MiB",
-                f"PAGE_PRIMER_STORE_LIMIT={(taken + needed >> 20) + 1}M",
-            )
-        # Of what is written at each start, and gone after it, the debug information is not worth
-        # the time and the page cache.
-        return needed if names.is_transient(wanted.name) else self._limit - taken
 
 
 def _name_origin(folder: int, path: str) -> None:
