@@ -96,10 +96,11 @@ core_limit(PyObject *module, PyObject *args)
 
 PyDoc_STRVAR(
     credentials_doc,
-    "credentials() -> (int, int, bool, bool)\n\n"
+    "credentials() -> (int, int, bool, bool, bool)\n\n"
     "The effective user id of the calling thread, its permitted capabilities\n"
-    "(capget(2)), whether the process is dumpable (PR_GET_DUMPABLE), and\n"
-    "whether it runs in secure-execution mode (AT_SECURE, getauxval(3)).  By\n"
+    "(capget(2)), whether the process is dumpable (PR_GET_DUMPABLE), whether\n"
+    "it runs in secure-execution mode (AT_SECURE, getauxval(3)), and whether\n"
+    "its real, effective and saved ids are of one user and one group.  By\n"
     "system calls: fakeroot(1) and its like wrap what the C library has.");
 
 static PyObject *
@@ -108,12 +109,14 @@ core_credentials(PyObject *module, PyObject *Py_UNUSED(ignored))
     struct __user_cap_header_struct header = {_LINUX_CAPABILITY_VERSION_3, 0};
     struct __user_cap_data_struct sets[_LINUX_CAPABILITY_U32S_3] = {{0}};
     unsigned long long permitted;
-    long user;
-    int dumpable;
+    uid_t user, real_user, saved_user;
+    gid_t group, real_group, saved_group;
+    int dumpable, one;
 
-    user = syscall(SYS_geteuid);
-    if (user < 0)
-        return fail(module, errno, "geteuid", 0, 0);
+    if (syscall(SYS_getresuid, &real_user, &user, &saved_user) < 0)
+        return fail(module, errno, "getresuid", 0, 0);
+    if (syscall(SYS_getresgid, &real_group, &group, &saved_group) < 0)
+        return fail(module, errno, "getresgid", 0, 0);
     if (syscall(SYS_capget, &header, sets) < 0)
         return fail(module, errno, "capget", 0, 0);
     dumpable = prctl(PR_GET_DUMPABLE, 0, 0, 0, 0);
@@ -121,9 +124,12 @@ core_credentials(PyObject *module, PyObject *Py_UNUSED(ignored))
         return fail(module, errno, "PR_GET_DUMPABLE", 0, 0);
     permitted =
         (unsigned long long)sets[1].permitted << 32 | sets[0].permitted;
-    return Py_BuildValue("(kKNN)", (unsigned long)user, permitted,
+    one = real_user == user && saved_user == user && real_group == group
+        && saved_group == group;
+    return Py_BuildValue("(kKNNN)", (unsigned long)user, permitted,
                          PyBool_FromLong(dumpable == 1),
-                         PyBool_FromLong(getauxval(AT_SECURE) != 0));
+                         PyBool_FromLong(getauxval(AT_SECURE) != 0),
+                         PyBool_FromLong(one));
 }
 
 /* -------------------------------------------------------------- module --- */

@@ -183,7 +183,8 @@ def test_restore_may_fail(python, images, preload, function):
     [
         ("thp_disabled", "prctl", "PR_GET_THP_DISABLE"),
         ("mdwe", "prctl", "PR_GET_MDWE"),
-        ("credentials", "geteuid", "geteuid"),
+        ("credentials", "getresuid", "getresuid"),
+        ("credentials", "getresgid", "getresgid"),
         ("credentials", "capget", "capget"),
         ("credentials", "prctl", "PR_GET_DUMPABLE"),
     ],

@@ -97,6 +97,54 @@ def test_a_process_that_is_not_dumpable(public_python):
         assert found == ["it is not dumpable", [0]]
 
 
+SAVED = f"""
+import ctypes, os
+os.setgroups([])
+os.setresgid({USER}, {USER}, %s)
+os.setresuid({USER}, {USER}, %s)
+assert ctypes.CDLL(None).prctl(4, 1, 0, 0, 0) == 0
+"""
+MEMORY_OF = f"""
+import ctypes, os
+os.setgroups([])
+os.setresgid({USER}, {USER}, {USER})
+os.setresuid({USER}, {USER}, {USER})
+def is_open(pid):
+    try:
+        open(f"/proc/{{pid}}/mem", "r+b").close()
+    except PermissionError:
+        return False
+    return True
+"""
+
+
+def restricted() -> bool:
+    """Whether Yama keeps a user's processes from each other's memory."""
+    scope = Path("/proc/sys/kernel/yama/ptrace_scope")
+    return scope.exists() and scope.read_text().strip() != "0"
+
+
+@needs_root
+@pytest.mark.parametrize(
+    ("group", "user"), [(USER, USER), (OTHER, USER), (USER, OTHER)], ids=["none", "group", "user"]
+)
+def test_a_process_that_may_change_back(public_python, group, user):
+    """It is dumpable, has no capabilities and runs in no special mode, and yet its memory is closed
+    to others of its user."""
+    with Process(public_python) as process, Process(public_python) as other:
+        process.run(SAVED % (group, user))
+        other.run(MEMORY_OF)
+        same = group == user == USER
+        if not same or not restricted():
+            assert other.run(f"result = is_open({process.pid})") == same
+        found = process.run(
+            "from page_primer.kernel import credentials\n"
+            "c = credentials.read(); result = [c.user, c.privilege, sorted(c.trusted)]"
+        )
+    more = "it may change to another user or group"
+    assert found == ([USER, None, [0, USER]] if same else [USER, more, [0]])
+
+
 @needs_root
 def test_a_program_that_gives_more_than_its_user_has(public, public_python):
     """Set-group-ID: secure-execution mode (AT_SECURE), without a capability."""

@@ -30,7 +30,7 @@ class Credentials(Record):
 def read() -> Credentials:
     """The credentials now: a server changes them in the midst of its life."""
     try:
-        user, capabilities, dumpable, secure = _core.credentials()
+        user, capabilities, dumpable, secure, one = _core.credentials()
     except ours(OSError) as error:
         return Credentials(-1, f"its credentials are unknown ({error.strerror})")
     if user == ROOT:  # whose files are root's in any case
@@ -39,6 +39,12 @@ def read() -> Credentials:
         return Credentials(user, "it has capabilities")
     if secure:
         return Credentials(user, "it runs in secure-execution mode")
+    # To ptrace(2) and /proc/PID/mem all three ids of each kind must be the caller's: so to those of
+    # a process that may change them back it is closed, for whoever is not root. (Nor is it open to
+    # processes of the user with another group; but which group they have is not known here, and
+    # docs/security.md says what follows from that.)
+    if not one:
+        return Credentials(user, "it may change to another user or group")
     # After a change of user, for one: what root had in memory is nobody else's to see or change,
     # by ptrace(2) or /proc/PID/mem.
     return Credentials(user, None if dumpable else "it is not dumpable")

@@ -181,7 +181,8 @@ syscall(long call, ...)
         arguments[i] = va_arg(rest, long);
     va_end(rest);
     name = call == SYS_mlock || call == SYS_mlock2 ? "mlock"
-        : call == SYS_geteuid                      ? "geteuid"
+        : call == SYS_getresuid                    ? "getresuid"
+        : call == SYS_getresgid                    ? "getresgid"
         : call == SYS_capget                       ? "capget"
         : call == SYS_memfd_create                 ? "memfd_create"
                                                    : "syscall";
