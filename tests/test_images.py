@@ -17,21 +17,20 @@ from harness.container import container
 from harness.container_runs import restart
 from harness.interpreters import is_shared
 from harness.kernel import filesystem
+from harness.layouts import laid_out
 from harness.libraries import build_library, chunks_library
 from harness.marks import needs_root
 from harness.placement import require_executable, require_one_address
 from harness.process import Process, interpreter
 
-from page_primer.elf import file as elf
-from page_primer.elf.objects import Object, Region, Source, segments_of
-from page_primer.images import inventory, layout, trial, trust
+from page_primer.images import inventory, locks, trial, trust
 from page_primer.images import names as image_names
 from page_primer.images.inventory import DIRECTORY
+from page_primer.images.layout import Layout
 from page_primer.images.room import NO_LIMIT
 from page_primer.images.store import Image, Store
 
 MIB = 1 << 20
-BASE = 0x7F0000000000
 
 
 def names(images: Path) -> set[str]:
@@ -112,6 +111,78 @@ def test_a_killed_process_leaves_its_image_to_the_next(python, images, library):
     )
 
 
+# ------------------------------------------------------------------------------- without an origin
+
+
+FULL = """
+import errno, os, sys
+from pathlib import Path
+from harness.layouts import laid_out
+from page_primer.images.store import Store
+library, mounted = map(Path, sys.argv[1:])
+wanted = laid_out(library, 1)
+store = Store(str(mounted / "images"))
+try:
+    with open(mounted / "rest", "wb", buffering=0) as rest:
+        while rest.write(bytes(4096)):
+            pass
+except OSError as error:
+    assert error.errno == errno.ENOSPC
+try:
+    store.get(wanted)
+except OSError as error:
+    print(error.strerror, os.listdir(store.fd))
+"""
+
+
+@pytest.mark.images
+def test_a_folder_that_could_not_be_named_is_removed(tmp_path):
+    """The link to a file of a long path takes a block, other files in a folder take none."""
+    mounted, deep = tmp_path / "mounted", tmp_path / ("deep" * 40)
+    mounted.mkdir()
+    deep.mkdir()
+    script = f'mount -t tmpfs -o size=64k none {mounted} && exec "$@"'
+    wrapper = ["unshare", "--mount", "sh", "-c", script, "sh"]
+    if subprocess.run([*wrapper, "true"], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    done = subprocess.run(
+        [*wrapper, sys.executable, "-c", FULL, chunks_library(deep), mounted],
+        cwd=Path(__file__).parent, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.stdout, done.stderr) == ("No space left on device []\n", "")
+
+
+@pytest.mark.images
+@pytest.mark.parametrize("clear", [False, True])
+@pytest.mark.parametrize("left", [[], [".writer"], [".users", ".writer", ".new-1-0"]])
+def test_a_folder_without_an_origin_goes(tmp_path, images, clear, left):
+    """Unless somebody is at work in it, or there is what nobody of us makes."""
+    wanted = laid_out(chunks_library(tmp_path), 1)
+    with Store(str(images)) as store:
+
+        def tidy() -> list[str]:
+            if clear:
+                assert inventory.clear(store.fd) == 0
+            else:
+                store.prune()
+            return sorted(names(images))
+
+        folder, other = images / wanted.name, images / f"{wanted.name}.0"
+        for path in (folder, other):
+            path.mkdir()
+        (other / "precious").touch()
+        for name in left:
+            (folder / name).touch()
+        if ".users" in left:
+            fd = os.open(folder, DIRECTORY)
+            user = locks.share(fd)
+            assert tidy() == [folder.name, other.name]
+            os.close(user)
+            os.close(fd)
+        assert tidy() == [other.name]
+        assert (other / "precious").exists()
+
+
 # ------------------------------------------------------------------------------------------- limits
 
 
@@ -162,25 +233,7 @@ def test_store_limit(python, images):
         assert core["backing"] == "image"
 
 
-def laid_out(library: Path, *chunks: int) -> layout.Layout:
-    """The image of chunks of a library's code, or of all of it."""
-    fd = os.open(library, os.O_RDONLY)
-    headers = elf.File(fd).program_headers()
-    os.close(fd)
-    segments = segments_of(headers, BASE, outside.PAGE)
-    touched = tuple((chunk, outside.PMD) for chunk in chunks) or None
-    source = Source.of(str(library), os.stat(library))
-    obj = Object(
-        library.name, str(library), BASE, headers, segments, source=source, touched=touched
-    )
-    code = next(segment for segment in segments if segment.code)
-    start = -(-code.start // outside.PMD) * outside.PMD
-    spans = [(start + n * outside.PMD, start + (n + 1) * outside.PMD) for n in chunks]
-    regions = [Region(*span, elf.PF_R | elf.PF_X) for span in spans or [(code.start, code.end)]]
-    return layout.lay_out(obj, regions, outside.PMD)
-
-
-def write(images: Path, wanted: layout.Layout, limit: int) -> Image:
+def write(images: Path, wanted: Layout, limit: int) -> Image:
     with Store(str(images), limit=limit) as store:
         return store.get(wanted)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 
 from page_primer import _core
-from page_primer._lean import Record, suppress
+from page_primer._lean import Record, ours, suppress
 from page_primer.images import locks, names
 
 TYPE_CHECKING = False
@@ -75,7 +75,7 @@ def prune(store: int, *, room: int = 0, limit: int | None = None) -> int:
     Returns:
         The bytes that the store takes then.
     """
-    _remove_empty(store)
+    _remove_unnamed(store)
     spare: dict[tuple[str, bool], int] = {}
     kept: list[Entry] = []
     for entry in sorted(read(store), key=lambda entry: -entry.used):
@@ -89,13 +89,19 @@ def prune(store: int, *, room: int = 0, limit: int | None = None) -> int:
     return _make_room(store, kept, room, limit)
 
 
-def _remove_empty(store: int) -> None:
-    """What is left of a writer that was killed before it had named the origin. One that lives, and
-    whose folder it is, makes it again."""
+def _remove_unnamed(store: int) -> None:
+    """What is left of a writer that ended before it had named the origin: nothing else finds it.
+    One that lives, and whose folder it is, makes it again."""
     with suppress(OSError):
         for name in filter(names.is_name, os.listdir(store)):
             with suppress(OSError):
                 os.rmdir(name, dir_fd=store)
+            try:
+                os.readlink(f"{name}/{ORIGIN}", dir_fd=store)
+            except ours(FileNotFoundError):
+                remove(store, name)
+            except ours(OSError):
+                pass
 
 
 def _make_room(store: int, kept: Sequence[Entry], room: int, limit: int | None) -> int:
@@ -120,6 +126,7 @@ def _make_room(store: int, kept: Sequence[Entry], room: int, limit: int | None) 
 
 def clear(store: int) -> int:
     """Remove every image that nobody uses; returns how many were removed."""
+    _remove_unnamed(store)
     return sum(remove(store, entry.name) for entry in read(store))
 
 
@@ -135,12 +142,15 @@ def remove(store: int, name: str) -> bool:
     was removed."""
     with suppress(OSError), _core.opened(os.open, name, DIRECTORY, dir_fd=store) as folder:
         held = locks.exclude(folder)
-        image_name = os.path.basename(os.readlink(ORIGIN, dir_fd=folder))
+        image_name = ""
+        with suppress(FileNotFoundError):  # nobody could name it: the disk was full
+            image_name = os.path.basename(os.readlink(ORIGIN, dir_fd=folder))
         for entry in os.listdir(folder):
             if entry in (image_name, locks.WRITER, locks.USERS) or entry.startswith(DRAFT):
                 os.unlink(entry, dir_fd=folder)
-        # Last: a folder without it would never be looked at again.
-        os.unlink(ORIGIN, dir_fd=folder)
+        # Last: without it the folder is taken for one that has no image.
+        if image_name:
+            os.unlink(ORIGIN, dir_fd=folder)
         os.rmdir(name, dir_fd=store)
         del held
         return True
