@@ -150,6 +150,7 @@ core_exec(PyObject *module)
     if (PyModule_AddFunctions(module, page_primer_objects_methods) < 0
         || PyModule_AddFunctions(module, page_primer_memory_methods) < 0
         || PyModule_AddFunctions(module, page_primer_owned_methods) < 0
+        || PyModule_AddFunctions(module, page_primer_populate_methods) < 0
         || PyModule_AddFunctions(module, page_primer_dump_methods) < 0
         || PyModule_AddFunctions(module, page_primer_swap_methods) < 0
         || PyModule_AddFunctions(module, page_primer_heap_methods) < 0

@@ -34,6 +34,9 @@ extern PyMethodDef page_primer_objects_methods[];
 
 /* _memory.c: memory, a function a system call. */
 extern PyMethodDef page_primer_memory_methods[];
+
+/* _populate.c: pages faulted in for reading. */
+extern PyMethodDef page_primer_populate_methods[];
 int populate(void *address, size_t length);
 
 /* _owned.c: descriptors and address space that somebody owns. */

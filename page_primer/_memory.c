@@ -12,12 +12,9 @@
 #define PyBUF_READ 0x100
 #endif
 
-/* Numbers that the C library's headers may be too old to have. */
+/* A number that the C library's headers may be too old to have. */
 #ifndef MAP_FIXED_NOREPLACE
 #define MAP_FIXED_NOREPLACE 0x100000
-#endif
-#ifndef MADV_POPULATE_READ
-#define MADV_POPULATE_READ 22
 #endif
 
 PyDoc_STRVAR(map_doc,
@@ -129,28 +126,6 @@ core_memfd(PyObject *module, PyObject *args)
     return PyLong_FromLong(fd);
 }
 
-/* MADV_POPULATE_READ answers with an error where a plain read would end in
- * SIGBUS (a file cut short, a bad disk, a huge page refused by a cgroup).
- * Kernels before 5.14 do not know it: there the pages are read one by one.
- */
-int
-populate(void *address, size_t length)
-{
-    size_t page = (size_t)sysconf(_SC_PAGESIZE);
-
-    for (int tries = 0; tries < 8; tries++) {
-        if (madvise(address, length, MADV_POPULATE_READ) == 0)
-            return 0;
-        if (errno != EAGAIN && errno != EINTR)
-            break;
-    }
-    if (errno != EINVAL)
-        return -1;
-    for (size_t i = 0; i < length; i += page)
-        (void)*((volatile char *)address + i);
-    return 0;
-}
-
 PyDoc_STRVAR(unmap_doc, "unmap(address, length) -> None: munmap(2).");
 
 static PyObject *
@@ -214,29 +189,6 @@ core_advise(PyObject *module, PyObject *args)
     return none();
 }
 
-PyDoc_STRVAR(
-    populate_doc,
-    "populate(address, length) -> None\n\n"
-    "Fault the pages in for reading: MADV_POPULATE_READ, or a read of every page\n"
-    "before Linux 5.14.");
-
-static PyObject *
-core_populate(PyObject *module, PyObject *args)
-{
-    uint64_t address, length;
-    int number = 0;
-
-    if (parse_range(args, "O&O&:populate", &address, &length) < 0)
-        return NULL;
-    Py_BEGIN_ALLOW_THREADS
-    if (populate((void *)address, length) != 0)
-        number = errno;
-    Py_END_ALLOW_THREADS
-    if (number)
-        return fail(module, number, "populate", address, address + length);
-    return none();
-}
-
 /* System calls, since AddressSanitizer makes the C library's functions do
  * nothing. */
 static long
@@ -297,7 +249,6 @@ PyMethodDef page_primer_memory_methods[] = {
     {"unmap", core_unmap, METH_VARARGS, unmap_doc},
     {"protect", core_protect, METH_VARARGS, protect_doc},
     {"advise", core_advise, METH_VARARGS, advise_doc},
-    {"populate", core_populate, METH_VARARGS, populate_doc},
     {"lock", core_lock, METH_VARARGS, lock_doc},
     {"unlock", core_unlock, METH_VARARGS, unlock_doc},
     {NULL, NULL, 0, NULL},

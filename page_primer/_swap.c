@@ -101,7 +101,8 @@ swap_object(struct dl_phdr_info *info, size_t size, void *data)
      * does not wait for a disk): an unreadable page is an error here and not
      * a signal.  A file that is cut short from here on is a SIGBUS: for the
      * object's own file that is so at any time, and whoever may write to an
-     * image may send us signals. */
+     * image may send us signals.  A page that is made unreadable from here on
+     * is a SIGSEGV, as for whoever executes it. */
     for (size_t i = 0; i < s->count; i++) {
         piece *p = &s->pieces[i];
         ssize_t at;

@@ -2,7 +2,7 @@
 
 import mmap
 import os
-from errno import EAGAIN, EEXIST, EINTR, EINVAL, EMFILE, ENOENT, ENOMEM, ETIMEDOUT
+from errno import EAGAIN, EEXIST, EFAULT, EINTR, EINVAL, EMFILE, ENOENT, ENOMEM, ETIMEDOUT
 
 import pytest
 from harness.faults import build_fault
@@ -11,7 +11,7 @@ from harness.process import Process
 
 PAGE = mmap.PAGESIZE
 START = f"""
-import ctypes, os, sys, threading, zlib
+import ctypes, os, re, sys, threading, zlib
 from page_primer import _core
 fault, PAGE = ctypes.CDLL(None), {PAGE}
 def arm(name, nth, number, times=1):
@@ -77,6 +77,25 @@ def test_populating_is_tried_again(process, number):
         "fault.fault_fired(); _core.unmap(at, PAGE)"
     )
     assert process.run(code) == [None, 7, [number, "populate"]]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_page_that_cannot_be_read_is_an_error(process, known):
+    """The kernel says EINVAL to it, as to advice that it does not know (before Linux 5.14)."""
+    arm = "" if known else f"arm(b'madvise', 1, {EINVAL}, 99)\n"
+    code = (
+        f"at = memory(3)\n{arm}"
+        "whole = error(_core.populate, at, 3 * PAGE)\n"
+        f"with open('/proc/self/pagemap', 'rb') as file: file.seek(at // PAGE * 8); "
+        "present = file.read(24)[7::8]\n"
+        "_core.protect(at + PAGE, PAGE, _core.PROT_NONE)\n"
+        "with open('/proc/self/status') as file: before = re.findall('Sig[BIC].*', file.read())\n"
+        f"{arm}closed = error(_core.populate, at, 3 * PAGE); fault.fault_fired()\n"
+        "with open('/proc/self/status') as file: after = re.findall('Sig[BIC].*', file.read())\n"
+        "result = whole, [byte >> 7 for byte in present], closed, before == after\n"
+        "_core.unmap(at, 3 * PAGE)"
+    )
+    assert process.run(code) == [None, [1, 1, 1], [EFAULT, "populate"], True]
 
 
 @pytest.mark.parametrize(
