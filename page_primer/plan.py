@@ -25,8 +25,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-# These forbid replacing a mapping, but not huge pages where it is.
-_NOT_REPLACEABLE = (reasons.FILE_GONE, reasons.SEALED)
+# These forbid replacing a mapping, but not huge pages where it is, or others of the object are.
+_NOT_REPLACEABLE = (reasons.FILE_GONE, reasons.SEALED, reasons.MAPPED_OTHERWISE)
 
 # Where an anchor goes: above every program that is linked for one address, with room for its heap
 # to grow, and within what the smallest address space has (arm64, 39 bits).
@@ -162,7 +162,7 @@ def _others(obj: Object, moved: Sequence[Region], survey: Survey, options: Optio
 def explain(obj: Object, regions: Sequence[Region], pmd: int) -> list[Remainder]:
     """Every byte of an object that does not go onto a huge page when `regions` move, and why."""
     moved = [region.huge(pmd) for region in regions]
-    head = [] if obj.in_chunks else _head(obj, pmd)
+    head = [] if obj.in_chunks or obj.problem else _head(obj, pmd)
     kept = [page for page in head if page.end <= regions[0].start]
     left: list[Remainder] = []
     for span in obj.spans():

@@ -195,7 +195,19 @@ def _why_fixed(found: Object, origin: Mapping, here: Sequence[Mapping]) -> Reaso
                 return reasons.MAPPED_OTHERWISE
             if "sl" in mapping.flags:
                 return reasons.SEALED
+            if not is_protected_as_declared(segment, mapping):
+                return reasons.MAPPED_OTHERWISE
     return reasons.TEXT_RELOCATIONS if _has_text_relocations(found) else None
+
+
+def is_protected_as_declared(segment: Segment, mapping: Mapping) -> bool:
+    """Whether a mapping of a read-only segment has the protection that it would be given again.
+    Whoever made it writable writes to it, and whoever closed it does not want it read. What more is
+    executable is so by personality(2) (READ_IMPLIES_EXEC), or since it was merged with code."""
+    if not segment.accessible:
+        return True  # no part of a span
+    readable = mapping.permissions[0] == "r"
+    return readable and not mapping.writable and (mapping.executable or not segment.code)
 
 
 def _is_mapped_at(source: Source, mapping: Mapping) -> bool:

@@ -171,7 +171,14 @@ def test_an_aligned_file_on_small_pages_is_tried_in_place_first():
     assert move.image
 
 
-@pytest.mark.parametrize("problem", ["sealed", "file deleted or replaced on disk"])
+@pytest.mark.parametrize(
+    "problem",
+    [
+        "sealed",
+        "file deleted or replaced on disk",
+        "not mapped as its program headers say",  # but for those that can be
+    ],
+)
 def test_what_cannot_be_replaced_can_be_huge_in_place(problem):
     aligned, mappings = aligned_python(problem=problem)
     (move,) = make(aligned, mappings=mappings).moves
@@ -180,6 +187,21 @@ def test_what_cannot_be_replaced_can_be_huge_in_place(problem):
     # What was moved is not the object's own file any longer.
     aligned, mappings = aligned_python(problem="already remapped")
     assert make(aligned, mappings=mappings).moves == ()
+
+
+def test_around_code_that_was_made_writable_huge_pages_stay():
+    reason = "not mapped as its program headers say"
+    aligned, (text, data) = aligned_python(huge=PMD, problem=reason)
+    start, second = text.start, text.start + PMD
+    file = "08:01", 7, aligned.path
+    low = Mapping(start, second - PAGE, "r-xp", 0, *file)
+    patched = Mapping(second - PAGE, second, "rwxp", PMD - PAGE, *file)
+    high = Mapping(second, text.end, "r-xp", PMD, *file, details=text.details)
+    planned = make(aligned, mappings=[low, patched, high, data])
+    (move,) = planned.already
+    assert ranges(move.in_place) == [(second, text.end, "x")]
+    left = {(part.start, part.end, part.reason) for part in planned.remainders}
+    assert (start, second, reason) in left
 
 
 def test_a_load_address_that_is_not_congruent_has_nothing_in_place():

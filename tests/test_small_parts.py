@@ -171,6 +171,26 @@ def test_code_that_is_mapped_from_elsewhere_in_its_file_stays_where_it_is() -> N
     assert survey._why_fixed(loaded("/lib/libx.so"), origin, [origin]) == reasons.MAPPED_OTHERWISE
 
 
+@pytest.mark.parametrize(
+    ("flags", "permissions", "reason"),
+    [
+        (PF_R | PF_X, "---p", reasons.MAPPED_OTHERWISE),
+        (PF_R | PF_X, "r--p", reasons.MAPPED_OTHERWISE),
+        (PF_R | PF_X, "rwxp", reasons.MAPPED_OTHERWISE),
+        (PF_R, "---p", reasons.MAPPED_OTHERWISE),
+        (PF_R, "rw-p", reasons.MAPPED_OTHERWISE),
+        (PF_R, "r--p", None),
+        (PF_R, "r-xp", None),  # READ_IMPLIES_EXEC
+        (0, "---p", None),  # which does not move
+    ],
+)
+def test_what_has_another_protection_stays_where_it_is(
+    flags: int, permissions: str, reason: reasons.Reason | None
+) -> None:
+    origin = Mapping(MIB, 2 * MIB, permissions, 0, "08:01", 5, "/lib/libx.so")
+    assert survey._why_fixed(loaded("/lib/libx.so", flags), origin, [origin]) == reason
+
+
 def test_an_object_without_a_dynamic_section_has_no_text_relocations() -> None:
     origin = Mapping(MIB, 2 * MIB, "r-xp", 0, "08:01", 5, "/lib/libx.so")
     assert survey._why_fixed(loaded("/lib/libx.so"), origin, [origin]) is None

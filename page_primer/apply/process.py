@@ -263,7 +263,7 @@ class Process:
 
     def _put_back(self, key: Key) -> None:
         """Put one object back, with the host's locks on it. Raises OSError when that fails."""
-        self.mlocks.put_back(self.registry.put_back(key))
+        self.mlocks.put_back(self.registry.put_back(key, smaps.read_maps()))
 
     # ------------------------------------------------------------------- locking, measuring ---
 

@@ -14,7 +14,7 @@ from page_primer.apply.swap import Key, Primed, key_of, put_back
 from page_primer.backing.in_place import ALREADY
 from page_primer.backing.pieces import reason_of
 from page_primer.elf.objects import Object, Range, Region
-from page_primer.kernel.smaps import Mapping, overlapping
+from page_primer.kernel.smaps import Mapping, overlapping, read_maps
 from page_primer.kernel.thp import fault_in
 from page_primer.outcome import ObjectReport, Segments
 from page_primer.plan import Move, Plan, Remainder
@@ -177,21 +177,24 @@ class Registry:
         )
         return replace(found, objects=objects)
 
-    def put_back(self, key: Key) -> Object:
+    def put_back(self, key: Key, mappings: Sequence[Mapping]) -> Object:
         """Map an object's own file over what it was moved to. Raises OSError when that fails."""
         primed = self.primed[key]
-        put_back(primed)
+        put_back(primed, mappings)
         self.forget(key)
         return primed.object
 
     def put_back_all(self, loaded: Collection[Key]) -> None:
         """Put back what can be; of the rest the report says why. What was unloaded is forgotten."""
+        mappings: Sequence[Mapping] = ()
+        with suppress(OSError):  # otherwise its bytes must do
+            mappings = read_maps()
         for key, primed in list(self.primed.items()):
             if key not in loaded:
                 self.forget(key)
                 continue
             try:
-                self.put_back(key)
+                self.put_back(key, mappings)
             except ours(OSError) as error:
                 note = f"not put back: {reason_of(error)}"
                 if note not in primed.notes:

@@ -14,10 +14,12 @@ from page_primer.backing.pieces import PROT_BTI, Attempt, Prepared, Refused, rea
 from page_primer.elf.file import PF_X
 from page_primer.elf.objects import Object, Region
 from page_primer.kernel.address_space import map_new
+from page_primer.kernel.smaps import overlapping
 from page_primer.kernel.thp import fault_in, page_size
 from page_primer.options import Options
 from page_primer.plan import Move
 from page_primer.reasons import Reason
+from page_primer.survey import is_protected_as_declared
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
     from page_primer.images.anchors import Anchors
     from page_primer.images.places import Place
+    from page_primer.kernel.smaps import Mapping
 
 Key = tuple[int, bytes]  # base and program headers: one loaded object
 
@@ -221,9 +224,18 @@ def _original_mappings(obj: Object, regions: Iterable[Region]) -> list[tuple[int
     return found
 
 
-def put_back(primed: Primed) -> None:
+def _require_protection(obj: Object, mappings: Sequence[Mapping]) -> None:
+    """Who has made code writable since it was moved, or closed it, would have that undone."""
+    for segment in obj.segments:
+        for mapping in overlapping(mappings, segment.start, segment.file_end):
+            if not segment.writable and not is_protected_as_declared(segment, mapping):
+                raise OSError(errno.EACCES, reasons.MAPPED_OTHERWISE)
+
+
+def put_back(primed: Primed, mappings: Sequence[Mapping]) -> None:
     """Map an object's own file over what it was moved to. Raises OSError when that fails."""
     obj = primed.object
+    _require_protection(obj, mappings)
     with _core.opened(os.open, obj.path, os.O_RDONLY | os.O_CLOEXEC) as fd:
         _require_same_file(obj, fd)
         originals: list[tuple[int, int, int, int | _core.Area, int, int]] = []
