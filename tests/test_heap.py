@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from harness import outside
+from harness import interpreters, outside
 from harness.cgroup import Cgroup
 from harness.gunicorn_server import Gunicorn
 from harness.libraries import build
@@ -339,6 +339,38 @@ def test_pythonmalloc(every_python, allocator, patient):
             assert regions(process) == []
         else:
             assert in_regions(process)[1] >= 20 * MIB
+
+
+@pytest.fixture(scope="module")
+def python_with_mimalloc(tmp_path_factory):
+    environ = {**os.environ, "PYTHONMALLOC": "mimalloc"}
+    for path in interpreters.INTERPRETERS.values():
+        tried = subprocess.run([path, "-c", ""], env=environ, check=False, capture_output=True)
+        if tried.returncode == 0:
+            return interpreters.python_of(tmp_path_factory.mktemp("mimalloc"), path)
+    pytest.skip("no interpreter here has mimalloc (CPython 3.13)")
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+@pytest.mark.parametrize("allocator", ["mimalloc", "mimalloc_debug"])
+def test_mimalloc_is_left_alone(python_with_mimalloc, allocator, ignored):
+    """Its blocks are counted as pymalloc's are. Without an environment it is not in use."""
+    options = ["-E"] if ignored else []
+    with Process(python_with_mimalloc, env={"PYTHONMALLOC": allocator}, options=options) as process:
+        process.run(FILL + CHAIN + "import sys; assert sys.getallocatedblocks() > 300_000")
+        report = process.prime(heap="arenas", **ONLY_HEAP)["heap"]
+        process.run("kept = fill(20)")
+        found = ["pymalloc is not in use" in note for note in report["notes"]]
+        advised = [v for v in outside.smaps(process.pid) if "hg" in v.flags]
+        says = process.run(ADVICE)[1]
+        if ignored:
+            assert (found, "pymalloc is not in use" in says) == ([], False)
+            assert regions(process)
+            assert advised
+        else:
+            assert (found, "pymalloc is not in use" in says) == ([True], True)
+            assert report["use"]["arenas"] == report["collapsed_bytes"] == 0
+            assert advised == regions(process) == []
 
 
 @pytest.mark.slow

@@ -31,6 +31,14 @@ def test_what_stands_in_the_way_of_arenas(monkeypatch: pytest.MonkeyPatch) -> No
     assert arenas.find([]) == []
 
 
+def test_free_threaded_builds_have_no_arenas(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor are those of mimalloc looked for."""
+    assert arenas.find(smaps.read_maps())
+    monkeypatch.setattr("sys.abiflags", "t")
+    assert "pymalloc is not in use" in str(arenas.install(2 * MIB))
+    assert arenas.find(smaps.read_maps()) == []
+
+
 def test_a_heap_that_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     given, huge = Options(heap="auto"), 2 * MIB
     plenty = Memory(1 << 40, 1 << 40, "/proc/meminfo")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 
 from page_primer import _core
@@ -30,13 +31,24 @@ def unavailable(huge: int) -> str | None:
     Args:
         huge: the size of a huge page, bytes.
     """
-    if not sys.getallocatedblocks():  # which counts pymalloc's alone
+    if not _is_pymalloc():
         return "no arenas: pymalloc is not in use (PYTHONMALLOC, or how Python was built)"
     if sys.version_info >= _ADVISES_ITSELF:
         return "arenas: this CPython advises them by itself"
     if huge > LARGEST:
         return f"arenas: huge pages of {huge >> 20} MiB are too large for them"
     return None
+
+
+def _is_pymalloc() -> bool:
+    """Whether small objects are pymalloc's. It is not asked what a program that embeds Python has
+    chosen by itself (PyPreConfig.allocator), of which Python does not tell."""
+    # Blocks of malloc's are not counted; mimalloc's are: that of free-threaded builds ("t"), and
+    # since CPython 3.13 of others where the environment says so.
+    if not sys.getallocatedblocks() or "t" in sys.abiflags:
+        return False
+    chosen = "" if sys.flags.ignore_environment else os.environ.get("PYTHONMALLOC", "")
+    return not chosen.startswith("mimalloc")
 
 
 def install(huge: int) -> str | None:
@@ -47,7 +59,7 @@ def install(huge: int) -> str | None:
     return {
         "active": None,
         "below": "arenas: another allocator was installed over page-primer's",
-        "none": "no arenas: this Python has no arena allocator (mimalloc)",
+        "none": "no arenas: this Python does not let others exchange their allocator",
         "fork": "arenas: forks cannot be watched, or one was under way",
     }[outcome]
 
@@ -55,7 +67,7 @@ def install(huge: int) -> str | None:
 def find(mappings: Sequence[Mapping]) -> list[Mapping]:
     """The mappings that arenas lie in, whoever made them: those that hold some of the small objects
     that there are. An arena holds thousands, so one without any in the sample is unlikely."""
-    if not sys.getallocatedblocks():
+    if not _is_pymalloc():
         return []
     low, high = 0, 0
     found: dict[int, Mapping] = {}

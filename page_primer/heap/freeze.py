@@ -27,7 +27,7 @@ def collect_if_small() -> None:
     What was freed lies between what is in use, and a child that allocates there copies a page for
     a few bytes: so it is called before priming as well, which then fills these places.
     """
-    # Where pymalloc is off none are counted.
+    # None are counted where they are malloc's (PYTHONMALLOC=malloc).
     if gc.isenabled() and sys.getallocatedblocks() < _LARGE:
         gc.collect()
 
