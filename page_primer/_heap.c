@@ -718,7 +718,8 @@ heap_mark(PyObject *module, PyObject *Py_UNUSED(ignored))
         + ((uint64_t)(64 - __builtin_clzll(heap.made | 1)) << 34));
 }
 
-/* Less than malloc's least threshold for mmap(2), 128 KiB. */
+/* Less than malloc's threshold for mmap(2) has been from the start, 128 KiB,
+ * unless the environment says otherwise. */
 #define BLOCK ((size_t)120 << 10)
 
 PyDoc_STRVAR(
@@ -726,22 +727,33 @@ PyDoc_STRVAR(
     "heap_align(huge) -> int\n\n"
     "Move the program break to a multiple of `huge`, the size of a huge page, so that\n"
     "what malloc and forked children add from there on begins a huge page.  What lies\n"
-    "below it malloc has to hand out, less 256 KiB at most; one page in thirty is\n"
-    "touched.  Returns the bytes by which the break was moved; raises OSError where\n"
-    "it cannot be.  No other thread may be in malloc meanwhile.");
+    "below it malloc has to hand out, less 240 KiB at most; one page in thirty is\n"
+    "touched.  Returns the bytes by which the break was moved, 0 where malloc does not\n"
+    "extend it; raises OSError where it cannot be.  No other thread may be in malloc\n"
+    "meanwhile.");
 
-/* A break that others move is provided for in glibc (malloc/malloc.c, sysmalloc:
- * "foreign sbrk"): it goes on from there, and until then gives nothing back that
- * lies below.  So the blocks can be freed after it, and become the new top. */
+/* From the break to the next multiple of a huge page. */
+static size_t
+distance(size_t huge)
+{
+    return -(uintptr_t)sbrk(0) & (huge - 1);
+}
+
+/* Malloc extends [heap] for blocks, as far as it has none that are free, and
+ * no lower threshold for mmap(2) (MALLOC_MMAP_THRESHOLD_).  Only the rest is
+ * skipped, which malloc never has.  A break that others move is provided for in
+ * glibc (malloc/malloc.c, sysmalloc: "foreign sbrk"): it goes on from there, and
+ * until then gives nothing back that lies below.  So the blocks can be freed
+ * after it, and become the new top. */
 static PyObject *
 heap_align(PyObject *module, PyObject *args)
 {
     void *blocks[(4 << 20) / BLOCK];
     const size_t room = sizeof(blocks) / sizeof(*blocks);
     unsigned long long huge;
-    uintptr_t began, goal;
-    size_t count = 0;
-    int failed;
+    uintptr_t began;
+    size_t count = 0, left, moved = 0;
+    int failed = 0;
 
     (void)module;
     if (!PyArg_ParseTuple(args, "K:heap_align", &huge))
@@ -750,21 +762,19 @@ heap_align(PyObject *module, PyObject *args)
         return PyErr_Format(PyExc_ValueError, "not a huge page's size: %llu",
                             huge);
     began = (uintptr_t)sbrk(0);
-    goal = (began + huge - 1) & ~((uintptr_t)huge - 1);
-    /* One block may grow it by itself and by M_TOP_PAD. */
-    while (count < room && goal > (uintptr_t)sbrk(0) + 2 * BLOCK) {
-        blocks[count] = malloc(BLOCK);
-        if (blocks[count] == NULL)
-            break;
+    /* One block may grow it by itself and by M_TOP_PAD, also beyond. */
+    while ((left = distance(huge)) > 2 * BLOCK && count < room
+           && (blocks[count] = malloc(BLOCK)) != NULL)
         count++;
+    if (left <= 2 * BLOCK) {
+        failed = sbrk((intptr_t)left) == (void *)-1;
+        moved = (uintptr_t)sbrk(0) - began;
     }
-    goal = ((uintptr_t)sbrk(0) + huge - 1) & ~((uintptr_t)huge - 1);
-    failed = sbrk((intptr_t)(goal - (uintptr_t)sbrk(0))) == (void *)-1;
     while (count > 0)
         free(blocks[--count]);
     if (failed)
         return PyErr_SetFromErrno(PyExc_OSError);
-    return PyLong_FromUnsignedLongLong(goal - began);
+    return PyLong_FromSize_t(moved);
 }
 
 PyDoc_STRVAR(

@@ -176,6 +176,44 @@ def test_the_heap_ends_where_a_huge_page_does(every_python):
         )
 
 
+LIBC = """
+import ctypes
+from page_primer import _core
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes, libc.sbrk.restype = [ctypes.c_void_p], ctypes.c_void_p
+def move(before_multiple):
+    libc.sbrk(ctypes.c_ssize_t((-libc.sbrk(0) - before_multiple) % (2 << 20)))
+"""
+# Blocks of 124 KiB between others that stay: of what is free there malloc can serve as much.
+FREE = """
+large = [(libc.malloc(124 << 10), libc.malloc(1000))[0] for _ in range(60)]
+for block in large: libc.free(block)
+"""
+
+
+@pytest.mark.parametrize("why", ["enough is free", "blocks are mapped"])
+def test_what_malloc_would_not_have_is_not_skipped(python, why):
+    env = {"MALLOC_MMAP_THRESHOLD_": "65536"} if why == "blocks are mapped" else {}
+    with Process(python, env=env) as process:
+        process.run(LIBC + (FREE if why == "enough is free" else "") + f"move({PMD - 4096})")
+        before = end_of_heap(process)
+        assert before % PMD == 4096
+        assert process.run(f"result = _core.heap_align({PMD})") == 0
+        assert end_of_heap(process) == before
+
+
+def test_a_block_that_extends_the_heap_beyond_a_huge_page_is_followed_by_more(python):
+    """Malloc extends it by 252 KiB for the first one."""
+    with Process(python) as process:
+        process.run(LIBC + f"move({244 << 10})")
+        process.run(f"_core.heap_align({PMD})")
+        end = end_of_heap(process)
+        assert end % PMD == 0
+        process.run("for _ in range(15): libc.malloc(100_000)")
+        assert end_of_heap(process) == end
+
+
 RECORD = (
     "from page_primer import _core\n"
     "calls, align = [], _core.heap_align\n"
@@ -185,9 +223,10 @@ RECORD = (
 
 def test_the_heap_is_not_aligned_for_ever(python):
     with Process(python) as process:
-        process.run(RECORD + "import ctypes")
+        process.run(RECORD + "import ctypes; kept = []")
         for limit in range(1, 12):  # which makes it another call
             process.prime(heap="auto", limit=limit, **ONLY_HEAP)
+            process.run("kept.append([bytes(100_000) for _ in range(30)])")  # what malloc has free
             process.run("ctypes.CDLL(None).sbrk(4096)")
         assert process.run("result = sum(map(bool, calls))") == 8
 
