@@ -512,6 +512,21 @@ in_child(void)
     catch_up();
 }
 
+/* Without the GIL: glibc 2.28 to 2.35 waits for the handlers of a fork, and
+ * another library's may wait for the GIL.  So two threads may come here, and
+ * each fork counts twice then, before it and after it, which does no harm. */
+static int
+watch_forks(void)
+{
+    int failed;
+
+    Py_BEGIN_ALLOW_THREADS
+    failed = pthread_atfork(before_fork, after_fork, in_child);
+    Py_END_ALLOW_THREADS
+    heap.watched = !failed || heap.watched;
+    return failed;
+}
+
 static int
 on_top(void)
 {
@@ -567,11 +582,8 @@ arenas_install(PyObject *module, PyObject *args)
     heap.set = set;
     if (heap.get == NULL || heap.set == NULL)
         return PyUnicode_FromString("none");
-    if (!heap.watched) {
-        if (pthread_atfork(before_fork, after_fork, in_child) != 0)
-            return PyUnicode_FromString("fork");
-        heap.watched = 1;
-    }
+    if (!heap.watched && watch_forks() != 0)
+        return PyUnicode_FromString("fork");
     heap.get(&now);
     pthread_mutex_lock(&heap.mutex);
     if (heap.forks) {

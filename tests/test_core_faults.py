@@ -285,6 +285,35 @@ def test_forks_that_cannot_be_watched(python, tmp_path):
         assert process.run("result = _core.arenas_install(1 << 21)") == "active"
 
 
+def test_threads_that_watch_forks_at_once(python, tmp_path):
+    """glibc 2.28 to 2.35 has them wait for a fork's handlers, which may wait for the GIL: another
+    thread comes as far, meanwhile.  Forks count twice then, and are over all the same."""
+    code = (
+        "arm(b'pthread_atfork that waits for another', 1, 0, 2); got = []\n"
+        "install = lambda: got.append(_core.arenas_install(SIZE))\n"
+        "threads = [threading.Thread(target=install) for _ in range(2)]\n"
+        "for thread in threads: thread.start()\n"
+        "for thread in threads: thread.join()\n"
+        "result = got, fault.fault_fired()"
+    )
+    with Process(python, env={"LD_PRELOAD": build_fault(tmp_path)}) as process:
+        install, rest = ARENAS.split("installed = _core.arenas_install(SIZE)\n")
+        process.run(START + install)
+        got, fired = process.run(code)
+        if got == ["none"] * 2:
+            pytest.skip("this interpreter has no arenas")
+        assert (got, fired) == (["active"] * 2, 2)
+        code = (
+            "late = take(); regions = counts()['regions']\n"
+            "child = os.fork()\n"
+            "give(late)\n"  # at once where no fork is under way
+            "taken = take(), counts()['regions'], counts()['given'] // SIZE\n"
+            "if not child: os._exit(taken[1:] != (regions, 1))\n"
+            "result = taken[1:], regions, os.waitpid(child, 0)[1]; give(taken[0])"
+        )
+        assert process.run(rest + code) == [[1, 1], 1, 0]
+
+
 def test_arenas_are_not_begun_amid_a_fork(python):
     """By a handler of pthread_atfork(3) of another library's."""
     code = (

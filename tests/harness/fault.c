@@ -251,6 +251,9 @@ __register_atfork(void (*before)(void), void (*after)(void),
 {
     if (fails("pthread_atfork", CALLER))
         return number;
+    if (fails("pthread_atfork that waits for another", CALLER))
+        for (int i = 0; i < 10000 && fired < 2; i++)
+            usleep(1000);
     return real_atfork(before, after, child, library);
 }
 
