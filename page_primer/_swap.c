@@ -64,23 +64,28 @@ swap_failed(swap *s, int number, const char *step, uintptr_t start,
 /* Map everything as it was again.  A hole in running code is the one thing
  * that cannot be left behind, so this tries for as long as memory for a
  * mapping may still turn up: the one place that sleeps under the loader's
- * lock, where the alternative is a crash.
+ * lock, where the alternative is a crash.  What cannot be mapped is no reason
+ * to leave out the rest.  Returns the first error, or 0.
  */
 static int
 put_back(swap *s)
 {
+    int first = 0;
+
     for (size_t i = 0; i < s->undo_count; i++) {
         piece *u = &s->undo[i];
         int tries = 0;
         while (mmap((void *)u->target, u->length, u->protection,
                     MAP_PRIVATE | MAP_FIXED, u->fd, u->offset)
-               == MAP_FAILED)
-            if (++tries == 1000)
-                return errno;
-            else
-                usleep(100);
+               == MAP_FAILED) {
+            if (++tries == 1000) {
+                first = first ? first : errno;
+                break;
+            }
+            usleep(100);
+        }
     }
-    return 0;
+    return first;
 }
 
 static int

@@ -164,6 +164,27 @@ def test_putting_back_is_tried_for_long(process, times, outcome):
     assert (fired, there) == ((3, True) if times == 3 else (1001, False))
 
 
+def test_what_cannot_be_put_back_is_no_reason_to_leave_the_rest(process):
+    """Of two pieces the second leaves a hole, and can never be mapped again; the first can."""
+    code = (
+        "at, copy = memory(2), memory(2)\n"
+        "with open(sys.executable, 'rb') as file:\n"
+        "    for area in (at, copy): _core.fill(area, 2 * PAGE, file.fileno(), 0)\n"
+        "    _, base, headers = _core.objects()[2][0]\n"
+        "    first, second = [\n"
+        "        (at + n * PAGE, PAGE, _core.PROT_READ, copy + n * PAGE, file.fileno(), n * PAGE)\n"
+        "        for n in (0, 1)]\n"
+        "    executable = (at, PAGE, _core.PROT_READ | _core.PROT_EXEC, *first[3:])\n"
+        f"    arm(b'mmap with a hole', 2, {ENOMEM}, 1001)\n"
+        "    got = error(_core.swap, base, headers, [first, second], [second, executable])\n"
+        "fired = fault.fault_fired(); mappings()\n"
+        "there = b'%x-%x r-xp' % (at, at + PAGE) in bytes(text)\n"
+        "result = got, fired, there; _core.unmap(at, 2 * PAGE); _core.unmap(copy, 2 * PAGE)"
+    )
+    # The replacement, and a thousand attempts at the second piece.
+    assert process.run(code) == [[ENOMEM, "undo"], 1001, True]
+
+
 def test_what_waits_in_vain_is_told_so(process):
     """A call, for another thread's; and a fork, after which calls go on."""
     process.run(
