@@ -212,10 +212,12 @@ core_clear(PyObject *module)
     return 0;
 }
 
-/* No state but the exception class, and every function is one system call
- * or takes the loader's lock: nothing needs the GIL, or the main interpreter.
- * What is primed is the process's: apply/registry.py keeps that book in the interpreter
- * that primed.
+/* The module has no state but the exception class.  What is the process's is
+ * guarded by mutexes (_alone.c, _heap.c) or atomic (_loader.c), and all else is
+ * one system call or takes the loader's lock: nothing needs the GIL, or the
+ * main interpreter.  (arenas_install() is called with one: builds without it
+ * have no arenas.)  What is primed is the process's, too: apply/registry.py
+ * keeps that book in the interpreter that primed.
  *
  * Numbers and values of slots that the headers for the stable ABI of 3.10 do
  * not have; interpreters before these versions refuse slots they do not know,
