@@ -37,7 +37,7 @@ PROGRAMS = {
     "page-primer-warm": ["page_primer/launcher/warm.c"],
 }
 # What page_primer._core is made of.
-PARTS = "core support objects memory owned populate dump swap heap alone loader"
+PARTS = "core support objects memory descriptor area populate dump swap heap alone loader"
 CORE = [f"page_primer/_{name}.c" for name in PARTS.split()]
 NEEDS = (
     "needs a C compiler, Python's headers and Linux's (Debian: gcc, python3-dev; Alpine: gcc, "

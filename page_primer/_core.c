@@ -149,13 +149,15 @@ core_exec(PyObject *module)
 
     if (PyModule_AddFunctions(module, page_primer_objects_methods) < 0
         || PyModule_AddFunctions(module, page_primer_memory_methods) < 0
-        || PyModule_AddFunctions(module, page_primer_owned_methods) < 0
+        || PyModule_AddFunctions(module, page_primer_descriptor_methods) < 0
+        || PyModule_AddFunctions(module, page_primer_area_methods) < 0
         || PyModule_AddFunctions(module, page_primer_populate_methods) < 0
         || PyModule_AddFunctions(module, page_primer_dump_methods) < 0
         || PyModule_AddFunctions(module, page_primer_swap_methods) < 0
         || PyModule_AddFunctions(module, page_primer_heap_methods) < 0
         || PyModule_AddFunctions(module, page_primer_alone_methods) < 0
-        || add_owned_types(module) < 0)
+        || add_type(module, &descriptor_spec, &state->descriptor) < 0
+        || add_type(module, &area_spec, &state->area) < 0)
         return -1;
     state->error =
         PyErr_NewException("page_primer._core.Error", PyExc_OSError, NULL);

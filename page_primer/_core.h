@@ -14,14 +14,16 @@
 #include <stdint.h>
 
 typedef struct {
-    PyObject *error; /* page_primer._core.Error */
-    PyObject *descriptor, *area; /* types, of _owned.c */
+    PyObject *error;             /* page_primer._core.Error */
+    PyObject *descriptor, *area; /* types */
 } core_state;
 
 #pragma GCC visibility push(hidden)
 
-/* _support.c: errors and arguments. */
+/* _support.c: errors, arguments and types. */
 PyObject *none(void);
+int add_type(PyObject *module, PyType_Spec *spec, PyObject **type);
+void free_object(PyObject *self);
 PyObject *fail(PyObject *module, int number, const char *step,
                uintptr_t start, uintptr_t end);
 int to_uint64(PyObject *value, void *result);
@@ -39,9 +41,13 @@ extern PyMethodDef page_primer_memory_methods[];
 extern PyMethodDef page_primer_populate_methods[];
 int populate(void *address, size_t length);
 
-/* _owned.c: descriptors and address space that somebody owns. */
-extern PyMethodDef page_primer_owned_methods[];
-int add_owned_types(PyObject *module);
+/* _descriptor.c: descriptors that somebody owns. */
+extern PyMethodDef page_primer_descriptor_methods[];
+extern PyType_Spec descriptor_spec;
+
+/* _area.c: address space that somebody owns. */
+extern PyMethodDef page_primer_area_methods[];
+extern PyType_Spec area_spec;
 void area_moved(PyObject *module, PyObject *source, uint64_t length);
 
 /* _dump.c: what core files hold of a mapping. */

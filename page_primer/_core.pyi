@@ -27,7 +27,7 @@ class Error(OSError):
 
 _Piece = tuple[int, int, int, int | Area, int, int]
 
-# _owned.c. It is no int, but has __index__ and fileno(), which os and fcntl ask for.
+# A Descriptor is no int, but has __index__ and fileno(), which os and fcntl ask for.
 @final
 class Descriptor(int):
     def close(self) -> None: ...

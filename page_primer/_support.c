@@ -1,4 +1,4 @@
-/* page_primer._core, for all of its functions: errors and arguments. */
+/* page_primer._core, for all of its functions: errors, arguments, types. */
 
 #include "_core.h"
 
@@ -99,4 +99,28 @@ parse_range(PyObject *args, const char *format, uint64_t *address,
     if (!PyArg_ParseTuple(args, format, to_uint64, address, to_uint64, length))
         return -1;
     return check_range(*address, *length);
+}
+
+/* -------------------------------------------------------------- types --- */
+
+/* Make a type, for the module and its state; 0, or -1 with an exception. */
+int
+add_type(PyObject *module, PyType_Spec *spec, PyObject **type)
+{
+    *type = PyType_FromModuleAndSpec(module, spec, NULL);
+    if (*type == NULL && !PyErr_Occurred()) /* CPython 3.11, out of memory */
+        PyErr_NoMemory();
+    if (*type == NULL)
+        return -1;
+    return PyModule_AddType(module, (PyTypeObject *)*type);
+}
+
+/* The end of an object that PyObject_New() made. */
+void
+free_object(PyObject *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+
+    PyObject_Free(self);
+    Py_DECREF(type);
 }
