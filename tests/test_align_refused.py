@@ -198,15 +198,15 @@ def test_a_file_that_is_cut_short_while_it_is_read(opened: int, tmp_path: Path) 
 
 
 def test_a_file_that_is_changed_or_replaced_meanwhile(opened: int, file: Path) -> None:
-    status = os.fstat(opened)
+    status, old = os.fstat(opened), replace.Old(opened, str(file))
     with replace.beside(str(file)) as new:
         os.pwrite(opened, b"x", 100)
         with pytest.raises(Refused, match="was changed while it was being rewritten"):
-            files.finish(new, str(file), opened, status)
+            files.finish(new, old, status)
         shutil.copy2(file, other := file.with_name("other"))
         os.replace(other, file)
         with pytest.raises(Refused, match="was replaced while it was being rewritten"):
-            files.finish(new, str(file), opened, os.fstat(opened))
+            files.finish(new, old, os.fstat(opened))
     assert os.listdir(file.parent) == [file.name]
 
 

@@ -6,11 +6,12 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import signal
 import sys
 from typing import TYPE_CHECKING, Any, NoReturn, TypedDict, cast
 
-from page_primer.align import aligned, targets
+from page_primer.align import aligned, owners, targets
 from page_primer.align import files as align
 from page_primer.align.files import ALIGNED, CAN_BE, REFUSED, TOO_SMALL, State
 from page_primer.align.original import Refused
@@ -80,6 +81,8 @@ def run(given: argparse.Namespace, show_table: Table) -> int:
     """
     if given.again and (given.paths or given.libraries):
         raise ValueError("align: --again takes the files that were aligned before, no others")
+    if given.python:
+        _check_python(given.python)
     rows: list[Row] = []
     with _ended_by_signals():
         for path, python, named in _files(given):
@@ -94,6 +97,16 @@ def run(given: argparse.Namespace, show_table: Table) -> int:
     elif not given.verb_changes:
         _show(rows, show_table)
     return _status(given, rows)
+
+
+def _check_python(python: str) -> None:
+    """Raise ValueError where asking it would execute, as root, what others write."""
+    try:
+        owners.check_program(shutil.which(python) or python)
+    except Refused as why:
+        raise ValueError(f"--python {python}: {why}") from why
+    except OSError:  # said of it when it is asked
+        pass
 
 
 def _files(given: argparse.Namespace) -> Iterator[tuple[str, str | None, bool]]:
@@ -137,7 +150,9 @@ def _one(given: argparse.Namespace, path: str, python: str | None, *, named: boo
     try:
         if given.undo:
             _undo(state, row, change=not given.dry_run)
-        elif state.state == CAN_BE and not given.dry_run:
+        elif state.state == CAN_BE and given.dry_run:
+            align.check_place(path, executed=True)
+        elif state.state == CAN_BE:
             row["note"] = align.align(path, python=python, merge=not given.no_merge) or ""
             row["state"] = DONE
             _record(path, row, listed=True)
@@ -153,9 +168,11 @@ def _one(given: argparse.Namespace, path: str, python: str | None, *, named: boo
 def _undo(state: State, row: Row, *, change: bool) -> None:
     if state.state == ALIGNED:
         row["state"] = UNDONE if change else "can be undone"
-        if change:
-            align.undo(state.path)
-            _record(state.path, row, listed=False)
+        if not change:
+            align.check_place(state.path)
+            return
+        align.undo(state.path)
+        _record(state.path, row, listed=False)
     elif state.state != REFUSED:
         row["state"] = NOT_ALIGNED
         if change and state.path in aligned.all_listed():

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from page_primer.align import memory, replace, rewrite, trial, verify
+from page_primer.align import memory, owners, replace, rewrite, trial, verify
 from page_primer.align.aligned import aligned_span
 from page_primer.align.layout import Layout, Span, best_span, covered, lay_out
 from page_primer.align.original import Original, Refused, read
@@ -63,6 +63,7 @@ def look(path: str, *, merge: bool = True) -> State:
             original = read(fd)
             state = _state(path, fd, original)
             if state.state == CAN_BE:
+                replace.check_replaceable(fd)
                 _plan(fd, original, merge)
             return state
     except Refused as why:
@@ -119,7 +120,6 @@ def _strictly_covered(loads: list[ProgramHeader], code: list[tuple[int, int]], p
 
 def _plan(fd: int, original: Original, merge: bool) -> tuple[Span, Layout]:
     """Decide, or raise Refused."""
-    replace.check_replaceable(fd)
     if any(name.startswith("libc.musl") for name in original.needed) and not original.interpreter:
         raise Refused(_MUSL)
     pmd = pmd_size()
@@ -145,26 +145,24 @@ def align(path: str, *, python: str | None, merge: bool = True) -> str | None:
         OSError: it was left as it is.
     """
     notes = []
-    with replace.opened(path) as fd:
-        original = read(fd)
-        _, layout = _plan(fd, original, merge)
-        status = os.fstat(fd)
+    with replace.to_replace(path) as old:
+        owners.check_code(old.fd)
+        original = read(old.fd)
+        _, layout = _plan(old.fd, original, merge)
+        status = os.fstat(old.fd)
         if status.st_nlink > 1:
             notes.append(f"its {status.st_nlink - 1} other hard links keep the old file")
-        with replace.beside(path) as new:
-            target = os.open(new, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-            try:
+        with replace.beside(old.path) as new:
+            with new.writable() as target:  # until then it cannot be executed
                 rewrite.write(original, layout, target, pmd_size())
-                _check(fd, target)
-                replace.copy_attributes(fd, target)
+                _check(old.fd, target)
+                replace.copy_attributes(old.fd, target)
                 os.fsync(target)
-            finally:
-                os.close(target)  # what is open for writing cannot be executed
-            if (untried := trial.run(original, path, new, python)) is not None:
+            if (untried := trial.run(original, old.path, new.path, python)) is not None:
                 notes.append(untried)
-            if (small := memory.missing(new)) is not None:
+            if (small := memory.missing(new.path)) is not None:
                 notes.append(small)
-            finish(new, path, fd, status)
+            finish(new, old, status)
     return "; ".join(notes) or None
 
 
@@ -180,14 +178,27 @@ def _check(old: int, new: int) -> None:
     rewrite.restore(new, record)
 
 
-def finish(new: str, path: str, old: int, status: os.stat_result) -> None:
-    now = os.fstat(old)
+def finish(new: replace.New, old: replace.Old, status: os.stat_result) -> None:
+    """Put the new file in the place of the old one, if that is as it was.
+
+    Raises:
+        Refused, OSError: it was left as it is.
+    """
+    now = os.fstat(old.fd)
     if (now.st_size, now.st_mtime_ns, now.st_ctime_ns) != (
         status.st_size, status.st_mtime_ns, status.st_ctime_ns,
     ):  # fmt: skip
         raise Refused("was changed while it was being rewritten")
-    os.utime(new, ns=(status.st_atime_ns, status.st_mtime_ns))
-    replace.put_in_place(new, path, old)
+    os.utime(new.fd, ns=(status.st_atime_ns, status.st_mtime_ns))
+    replace.put_in_place(new, old)
+
+
+def check_place(path: str, *, executed: bool = False) -> None:
+    """Raise what undo(), or align(), of which the trial executes the file, would say of where it
+    lies and of whose it is."""
+    with replace.to_replace(path) as old:
+        if executed:
+            owners.check_code(old.fd)
 
 
 def undo(path: str) -> None:
@@ -197,19 +208,15 @@ def undo(path: str) -> None:
         Refused: the file is not one that align() has written, or was changed since.
         OSError: it was left as it is.
     """
-    with replace.opened(path) as fd:
-        record = rewrite.read_record(fd)
+    with replace.to_replace(path) as old:
+        record = rewrite.read_record(old.fd)
         if record is None:
             raise Refused("was not aligned by page-primer")
-        replace.check_replaceable(fd)
-        status = os.fstat(fd)
-        with replace.beside(path) as new:
-            target = os.open(new, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-            try:
-                rewrite.restore(fd, record, target)
+        status = os.fstat(old.fd)
+        with replace.beside(old.path) as new:
+            with new.writable() as target:
+                rewrite.restore(old.fd, record, target)
                 os.ftruncate(target, record.size)
-                replace.copy_attributes(fd, target)
+                replace.copy_attributes(old.fd, target)
                 os.fsync(target)
-            finally:
-                os.close(target)
-            finish(new, path, fd, status)
+            finish(new, old, status)

@@ -9,8 +9,9 @@ import errno
 import fcntl
 import os
 import stat
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+from page_primer.align import owners
 from page_primer.align.original import Refused
 
 if TYPE_CHECKING:
@@ -33,15 +34,50 @@ _FS_IOC_GETFLAGS, _FS_VERITY_FL = 0x80086601, 0x00100000
 _FS_IMMUTABLE_FL, _FS_APPEND_FL = 0x10, 0x20
 
 
+class Old(NamedTuple):
+    """A file that is to be replaced: open, and its path, in which nothing is a link."""
+
+    fd: int
+    path: str
+
+
+class New(NamedTuple):
+    """The file that will replace it. The descriptor holds its lock, and is for reading, since a
+    program that is open for writing cannot be tried."""
+
+    fd: int
+    path: str
+
+    @contextlib.contextmanager
+    def writable(self) -> Iterator[int]:
+        """A descriptor of this very file for reading and writing: its name might be another's by
+        now (proc(5), /proc/self/fd)."""
+        fd = os.open(f"/proc/self/fd/{self.fd}", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+
 @contextlib.contextmanager
-def opened(path: str) -> Iterator[int]:
-    """A descriptor of a regular file that may be replaced.
+def opened(path: str, directory: int | None = None) -> Iterator[int]:
+    """A descriptor of a regular file, for reading.
+
+    Args:
+        path: of the file itself, no link.
+        directory: an open one that the path is relative to.
 
     Raises:
-        Refused: it must not be.
+        Refused: it is something else.
         OSError: it cannot be opened.
     """
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    try:
+        fd = os.open(path, flags, dir_fd=directory)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise Refused("a symbolic link by now") from error
+        raise
     try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
@@ -49,6 +85,29 @@ def opened(path: str) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
+
+
+@contextlib.contextmanager
+def to_replace(path: str) -> Iterator[Old]:
+    """A file that may be replaced where it lies.
+
+    Args:
+        path: of the file itself, no link.
+
+    Raises:
+        Refused: it must not be.
+        OSError: it cannot be opened.
+    """
+    above, name = os.path.split(path)
+    directory = os.open(above or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with opened(name, directory) as fd:
+            owners.check_place(fd, directory)
+            check_replaceable(fd)
+            # Of the directory that was checked, wherever a link in the given path leads by now.
+            yield Old(fd, os.path.join(os.readlink(f"/proc/self/fd/{directory}"), name))
+    finally:
+        os.close(directory)
 
 
 def check_replaceable(fd: int) -> None:
@@ -70,7 +129,7 @@ def check_replaceable(fd: int) -> None:
 
 
 @contextlib.contextmanager
-def beside(path: str) -> Iterator[str]:
+def beside(path: str) -> Iterator[New]:
     """A new, empty file in another's directory, which is gone afterwards unless it was renamed.
 
     Raises:
@@ -82,7 +141,7 @@ def beside(path: str) -> Iterator[str]:
     new = os.path.join(directory, os.fsdecode(head) + SUFFIX)
     fd = _create(new)
     try:
-        yield new
+        yield New(fd, new)
     finally:
         with contextlib.suppress(OSError):
             if os.path.samestat(os.fstat(fd), os.lstat(new)):
@@ -91,8 +150,7 @@ def beside(path: str) -> Iterator[str]:
 
 
 def _create(new: str) -> int:
-    """Create the file; the descriptor holds its lock, and is for reading, since a program that is
-    open for writing cannot be tried."""
+    """Create the file, and lock it."""
     flags = os.O_RDONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     for _ in range(2):
         try:
@@ -159,18 +217,20 @@ def copy_attributes(old: int, new: int) -> None:
     os.utime(new, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
-def put_in_place(new: str, path: str, old: int) -> None:
-    """Rename the new file over the original, unless that is another by now; both are on disk then.
+def put_in_place(new: New, old: Old) -> None:
+    """Rename the new file over the original, unless one of the names is another file's by now; both
+    are on disk then.
 
     Raises:
-        Refused: the original was replaced or changed in the meantime.
+        Refused: the original was replaced or changed in the meantime, or the new file was.
         OSError: renaming failed.
     """
-    before, now = os.fstat(old), os.stat(path, follow_symlinks=False)
-    if not os.path.samestat(before, now):
+    if not os.path.samestat(os.fstat(old.fd), os.lstat(old.path)):
         raise Refused("was replaced while it was being rewritten")
-    os.replace(new, path)
-    directory = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    if not os.path.samestat(os.fstat(new.fd), os.lstat(new.path)):
+        raise Refused(f"{new.path} was replaced by another file")
+    os.replace(new.path, old.path)
+    directory = os.open(os.path.dirname(old.path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         with contextlib.suppress(OSError):  # some file systems have no fsync of directories
             os.fsync(directory)

@@ -76,7 +76,7 @@ def interpreter(python: str | None) -> Interpreter:
 def _defect(python: str) -> str:
     """What is wrong with a program's file, if that can be said."""
     try:
-        with opened(python) as fd:
+        with opened(os.path.realpath(python)) as fd:
             read(fd)
     except Refused as why:
         return str(why)

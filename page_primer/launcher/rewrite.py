@@ -28,28 +28,23 @@ def rewrite_held(path: str) -> bool:
     """
     if not left_small(path).endswith(_HELD):
         return False
-    path = os.path.realpath(path)
-    with replace.opened(path) as fd:
-        replace.check_replaceable(fd)
-        status = os.fstat(fd)
+    with replace.to_replace(os.path.realpath(path)) as old:
+        status = os.fstat(old.fd)
         if status.st_nlink > 1:
             raise Refused("it has several names")
-        with replace.beside(path) as new:
-            _copy(fd, new, status.st_size)
-            if left_small(new):
+        with replace.beside(old.path) as new:
+            with new.writable() as target:
+                _copy(old.fd, target, status.st_size)
+                replace.copy_attributes(old.fd, target)
+                os.fsync(target)
+            if left_small(new.path):
                 raise Refused("the copy is not on huge pages either")
-            files.finish(new, path, fd, status)
+            files.finish(new, old, status)
     return True
 
 
-def _copy(fd: int, new: str, size: int) -> None:
+def _copy(fd: int, target: int, size: int) -> None:
     """In whole huge pages, each of which the page cache then takes as one."""
     block = files.pmd_size()
-    target = os.open(new, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    try:
-        for at in range(0, size, block):
-            rewrite.write_all(target, os.pread(fd, block, at), at)
-        replace.copy_attributes(fd, target)
-        os.fsync(target)
-    finally:
-        os.close(target)
+    for at in range(0, size, block):
+        rewrite.write_all(target, os.pread(fd, block, at), at)
