@@ -79,7 +79,7 @@ def write(original: Original, layout: Layout, target: int, block: int) -> None:
             if low < high:
                 found = True
                 source = copy.source + low - copy.target
-                _read_into(original.fd, memoryview(data)[low - at : high - at], source)
+                read_into(original.fd, memoryview(data)[low - at : high - at], source)
         for offset, patch in patches:
             low, high = max(at, offset), min(at + size, offset + len(patch))
             if low < high:
@@ -187,6 +187,8 @@ def read_record(fd: int) -> Record | None:
     if magic != _MAGIC or not _COUNTS.size <= length <= size - _TRAILER.size:
         return None
     data = os.pread(fd, length, size - _TRAILER.size - length)
+    if len(data) != length:
+        return None
     count, pieces = _COUNTS.unpack_from(data)
     at = _COUNTS.size + count * _COPY.size
     if count > _MOST_COPIES or at > len(data):
@@ -220,7 +222,7 @@ def original_bytes(fd: int, record: Record, at: int, size: int) -> bytearray:
         low, high = max(at, copy.source), min(at + size, copy.source + copy.size)
         if low < high:
             place = memoryview(data)[low - at : high - at]
-            _read_into(fd, place, copy.target + low - copy.source)
+            read_into(fd, place, copy.target + low - copy.source)
     first = bisect_left(record.pieces, (at - _PIECE_SIZE, b""))
     for offset, piece in islice(record.pieces, first, None):
         if offset >= at + size:
@@ -267,7 +269,12 @@ def write_all(fd: int, data: bytes | bytearray, offset: int) -> None:
         view, offset = view[done:], offset + done
 
 
-def _read_into(fd: int, place: memoryview, offset: int) -> None:
+def read_into(fd: int, place: memoryview, offset: int) -> None:
+    """Read as much as there is room for, in as many calls as that takes.
+
+    Raises:
+        Refused: the file ends before.
+    """
     while place:
         got = os.preadv(fd, [place], offset)
         if not got:
