@@ -64,7 +64,7 @@ def look(path: str, *, merge: bool = True) -> State:
             state = _state(path, fd, original)
             if state.state == CAN_BE:
                 replace.check_replaceable(fd)
-                _plan(fd, original, merge)
+                _plan(path, original, merge)
             return state
     except Refused as why:
         return State(path, REFUSED, str(why))
@@ -118,10 +118,11 @@ def _strictly_covered(loads: list[ProgramHeader], code: list[tuple[int, int]], p
     return total
 
 
-def _plan(fd: int, original: Original, merge: bool) -> tuple[Span, Layout]:
+def _plan(path: str, original: Original, merge: bool) -> tuple[Span, Layout]:
     """Decide, or raise Refused."""
     if any(name.startswith("libc.musl") for name in original.needed) and not original.interpreter:
         raise Refused(_MUSL)
+    trial.check(original, path)
     pmd = pmd_size()
     span = best_span(original, pmd)
     if span is None:
@@ -148,7 +149,7 @@ def align(path: str, *, python: str | None, merge: bool = True) -> str | None:
     with replace.to_replace(path) as old:
         owners.check_code(old.fd)
         original = read(old.fd)
-        _, layout = _plan(old.fd, original, merge)
+        _, layout = _plan(old.path, original, merge)
         status = os.fstat(old.fd)
         if status.st_nlink > 1:
             notes.append(f"its {status.st_nlink - 1} other hard links keep the old file")

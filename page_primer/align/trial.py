@@ -9,6 +9,7 @@ import tempfile
 from typing import TYPE_CHECKING, NamedTuple
 
 from page_primer.align.original import Original, Refused, read
+from page_primer.elf import file as elf
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -60,6 +61,12 @@ class Answer(NamedTuple):
     text: str
 
 
+def check(original: Original, path: str) -> None:
+    """Raise Refused where there is no way to try a file but to run it."""
+    if _is_another_program(original, path):
+        _lister(original)
+
+
 def run(original: Original, path: str, new: str, python: str | None) -> str | None:
     """Try the new file as what it is: an interpreter, its library, a library, another program.
 
@@ -83,8 +90,8 @@ def run(original: Original, path: str, new: str, python: str | None) -> str | No
         attempt = lambda file: _ask(  # noqa: E731
             [file, "-I", "-S", "-c", _IMPORTS, os.path.basename(file)]
         )
-    elif original.is_program and not _LIBRARY.fullmatch(name):
-        attempt = _relocate
+    elif _is_another_program(original, path):
+        attempt = _lister(original)
     elif python is None:
         return "not tried: no interpreter to load it with"
     else:
@@ -122,11 +129,42 @@ def _with_library(file: str, name: str, python: str) -> Answer:
         return _ask(command, {"LD_PRELOAD": link})
 
 
-def _relocate(file: str) -> Answer:
-    """Another program: the kernel and the loader map it and apply its relocations, and do not start
-    it (ld.so(8), LD_TRACE_LOADED_OBJECTS)."""
-    variables = {"LD_TRACE_LOADED_OBJECTS": "1", "LD_WARN": "1", "LD_BIND_NOW": "1"}
-    status, out, err = _output([file], variables)
+def _is_another_program(original: Original, path: str) -> bool:
+    """Whether it is a program, and neither an interpreter nor loaded as a library."""
+    name = os.path.basename(path)
+    return original.is_program and not (_PYTHON.fullmatch(name) or _LIBRARY.fullmatch(name))
+
+
+def _lister(original: Original) -> Callable[[str], Answer]:
+    """How another program is tried: its loader maps it, applies its relocations, says what it has
+    loaded, and does not start it. A loader that knows neither way would."""
+    loader = original.interpreter
+    # The variable is glibc's alone (ld.so(8)): musl runs the program. The name of the file in
+    # PT_INTERP may be a link to another's, as Alpine's gcompat has it.
+    if _soname(loader).startswith("ld-linux"):
+        variables = {"LD_TRACE_LOADED_OBJECTS": "1", "LD_WARN": "1", "LD_BIND_NOW": "1"}
+        return lambda file: _listed([file], variables)
+    if os.path.basename(loader).startswith("ld-musl-"):
+        return lambda file: _listed([loader, "--list", file], {})
+    raise Refused(f"it cannot be tried without being run: {loader} is not glibc's or musl's loader")
+
+
+def _soname(path: str) -> str:
+    """DT_SONAME; empty where there is none, or the file cannot be read."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (OSError, ValueError):
+        return ""
+    try:
+        return next(iter(elf.File(fd).dynamic_strings(elf.DT_SONAME)), "")
+    except (OSError, elf.Malformed):
+        return ""
+    finally:
+        os.close(fd)
+
+
+def _listed(command: Sequence[str], variables: Mapping[str, str]) -> Answer:
+    status, out, err = _output(command, variables)
     # Addresses are random.
     found = sorted(re.sub(r"\(0x[0-9a-f]+\)", "", out).split("\n"))
     return Answer(not status, "\n".join(found)) if not status else Answer(False, _last(err))

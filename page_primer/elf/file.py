@@ -40,7 +40,7 @@ _DYNAMIC_ENTRY = Struct("=qQ")  # d_tag, d_val
 _NOTE = Struct("=III")  # n_namesz, n_descsz, n_type
 
 _IDENT = b"\x7fELF\x02" + (b"\x01" if sys.byteorder == "little" else b"\x02")
-DT_NEEDED, DT_STRTAB = 1, 5
+DT_NEEDED, DT_STRTAB, DT_SONAME = 1, 5, 14
 _DT_NULL, _DT_TEXTREL, _DT_FLAGS, _DF_TEXTREL = 0, 22, 30, 4
 _LONGEST_PATH = 4096
 _LONGEST_NAME = 64  # more than any section has whose name matters here
