@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from harness.outside import PMD
@@ -70,6 +72,63 @@ def test_what_a_killed_process_has_left_is_replaced(tmp_path: Path) -> None:
         assert os.path.samestat(os.fstat(fd), new.stat())
     finally:
         os.close(fd)
+
+
+@pytest.fixture
+def between(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], None]:
+    """Have something done by another, once, before a lock is asked for."""
+
+    def do(act: Callable[[], object]) -> None:
+        rest = [act]
+
+        def flock(fd: int, operation: int) -> None:
+            if rest:
+                rest.pop()()
+            fcntl.flock(fd, operation)
+
+        monkeypatch.setattr(replace, "fcntl", SimpleNamespace(**{**vars(fcntl), "flock": flock}))
+
+    return do
+
+
+def test_a_new_file_that_is_taken_for_stale(
+    between: Callable[[Callable[[], object]], None], tmp_path: Path
+) -> None:
+    """Removed between its creation and its lock: another one is created."""
+    new = tmp_path / "new"
+    between(lambda: replace._remove_stale(str(new)))
+    fd = replace._create(str(new))
+    try:
+        assert os.path.samestat(os.fstat(fd), new.stat())
+    finally:
+        os.close(fd)
+
+
+def test_a_stale_file_that_another_has_replaced(
+    between: Callable[[Callable[[], object]], None], tmp_path: Path
+) -> None:
+    """Found stale by two: the second leaves the file that the first works on."""
+    new, fds = tmp_path / "new", []
+    new.write_bytes(b"left")
+    between(lambda: fds.append(replace._create(str(new))))
+    try:
+        with pytest.raises(Refused, match=f"^{replace.BUSY}$"):
+            replace._create(str(new))
+        assert os.path.samestat(os.fstat(fds[0]), new.stat())
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+def test_a_file_that_was_renamed_into_place_is_not_stale(
+    between: Callable[[Callable[[], object]], None], tmp_path: Path
+) -> None:
+    """Opened while another had its lock, who has finished since."""
+    new, file = tmp_path / "new", tmp_path / "file"
+    new.write_bytes(b"whole")
+    between(lambda: new.rename(file))
+    replace._remove_stale(str(new))
+    assert file.read_bytes() == b"whole"
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 SUFFIX = ".page-primer-new"
 BUSY = "is being rewritten by another process"
 _LONGEST_NAME = 255  # bytes, NAME_MAX
+_TRIES = 3  # to create it, where others remove what they take for stale
 
 # What a file may carry that rests on its content, and what is said of it then.
 _SIGNED = {
@@ -144,7 +145,7 @@ def beside(path: str) -> Iterator[New]:
         yield New(fd, new)
     finally:
         with contextlib.suppress(OSError):
-            if os.path.samestat(os.fstat(fd), os.lstat(new)):
+            if _is_at(fd, new):
                 os.unlink(new)
         os.close(fd)
 
@@ -152,7 +153,7 @@ def beside(path: str) -> Iterator[New]:
 def _create(new: str) -> int:
     """Create the file, and lock it."""
     flags = os.O_RDONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    for _ in range(2):
+    for _ in range(_TRIES):
         try:
             fd = os.open(new, flags, 0o600)
         except FileExistsError:
@@ -164,7 +165,9 @@ def _create(new: str) -> int:
             os.close(fd)
             # Whoever took it for stale removes it.
             raise Refused(BUSY) from error
-        return fd
+        if _is_at(fd, new):
+            return fd
+        os.close(fd)  # somebody took it for stale, and removed it, before it had its lock
     raise Refused(BUSY)
 
 
@@ -182,7 +185,10 @@ def _remove_stale(new: str) -> None:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise Refused(f"{new} is in the way")
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.unlink(new)
+        # Since it was opened another may have removed it, or renamed it into place, and one more be
+        # at work on a file of its own.
+        if _is_at(fd, new):
+            os.unlink(new)
     except BlockingIOError as error:
         raise Refused(BUSY) from error
     finally:
@@ -225,9 +231,9 @@ def put_in_place(new: New, old: Old) -> None:
         Refused: the original was replaced or changed in the meantime, or the new file was.
         OSError: renaming failed.
     """
-    if not os.path.samestat(os.fstat(old.fd), os.lstat(old.path)):
+    if not _is_at(old.fd, old.path):
         raise Refused("was replaced while it was being rewritten")
-    if not os.path.samestat(os.fstat(new.fd), os.lstat(new.path)):
+    if not _is_at(new.fd, new.path):
         raise Refused(f"{new.path} was replaced by another file")
     os.replace(new.path, old.path)
     directory = os.open(os.path.dirname(old.path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -236,6 +242,14 @@ def put_in_place(new: New, old: Old) -> None:
             os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def _is_at(fd: int, path: str) -> bool:
+    """Whether a path is still an open file's."""
+    try:
+        return os.path.samestat(os.fstat(fd), os.lstat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _attributes(fd: int) -> list[str]:
