@@ -26,6 +26,7 @@ from page_primer.align import aligned, rewrite
 from page_primer.align import files as align
 from page_primer.align.files import ALIGNED, CAN_BE
 from page_primer.align.original import Refused
+from page_primer.cli import main as cli
 
 ROOT = os.geteuid() == 0
 needs_root = pytest.mark.root("have other users and file capabilities")
@@ -95,6 +96,33 @@ def test_align_check_undo(file: Path, own_list: Path) -> None:
     assert unchanged(file, before) and own_list.read_text() == ""
     again = command("--undo", file)
     assert again.returncode == 1 and "not aligned by page-primer" in again.stdout
+
+
+@pytest.mark.parametrize("size", [PMD // 2, 2 * PMD, 16 * PMD], ids=["smaller", "larger", "huge"])
+def test_undone_on_a_machine_with_huge_pages_of_another_size(
+    size: int, tmp_path: Path, own_list: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """A disk's image is made on one, and started on another."""
+    source = SOURCE.replace(f".fill {PMD + PMD // 2}", f".fill {5 * PMD}")
+    (tmp_path / "place").mkdir()
+    file = link(tmp_path / "place/libx.so", "-Wl,-z,separate-code", source=source)
+    file.with_suffix(".c").unlink()
+    before = digest(file)
+    assert cli.main(["align", str(file)]) == 0
+    now = digest(file)
+    monkeypatch.setattr(align, "pmd_size", lambda: size)
+    # What is to be had is not laid over what there is, of which one undo would give that back.
+    state = align.look(str(file))
+    if size == 2 * PMD:
+        assert cli.main(["align", str(file)]) == 1
+        assert "for huge pages of another size: undo that first" in capsys.readouterr().err
+        assert state.state == "refused"
+    assert cli.main(["align", "--undo", "--dry-run", str(file)]) == 0
+    assert "can be undone" in capsys.readouterr().out
+    assert digest(file) == now and own_list.read_text() == f"{file}\n"
+    assert cli.main(["align", "--undo", str(file)]) == 0
+    assert unchanged(file, before) and own_list.read_text() == ""
 
 
 def test_a_device_is_no_list(file: Path, own_list: Path) -> None:

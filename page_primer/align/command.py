@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypedDict, cast
 
 from page_primer.align import aligned, owners, targets
 from page_primer.align import files as align
-from page_primer.align.files import ALIGNED, CAN_BE, REFUSED, TOO_SMALL, State
+from page_primer.align.files import CAN_BE, REFUSED, TOO_SMALL, State
 from page_primer.align.original import Refused
 from page_primer.words import mib, percent
 
@@ -166,13 +166,13 @@ def _one(given: argparse.Namespace, path: str, python: str | None, *, named: boo
 
 
 def _undo(state: State, row: Row, *, change: bool) -> None:
-    if state.state == ALIGNED:
-        row["state"] = UNDONE if change else "can be undone"
-        if not change:
+    if align.can_be_undone(state.path):
+        if change:
+            align.undo(state.path)
+            _record(state.path, row, listed=False)
+        else:
             align.check_place(state.path)
-            return
-        align.undo(state.path)
-        _record(state.path, row, listed=False)
+        row["state"], row["reason"] = UNDONE if change else "can be undone", ""
     elif state.state != REFUSED:
         row["state"] = NOT_ALIGNED
         if change and state.path in aligned.all_listed():

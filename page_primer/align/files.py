@@ -22,6 +22,7 @@ TOO_SMALL = "no whole huge page of code"
 REFUSED = "refused"
 
 _MUSL = "musl's loader does not align libraries"
+_ANOTHER_SIZE = "aligned for huge pages of another size: undo that first"
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,8 @@ def _plan(path: str, original: Original, merge: bool) -> tuple[Span, Layout]:
     if any(name.startswith("libc.musl") for name in original.needed) and not original.interpreter:
         raise Refused(_MUSL)
     trial.check(original, path)
+    if rewrite.read_record(original.fd) is not None:
+        raise Refused(_ANOTHER_SIZE)
     pmd = pmd_size()
     span = best_span(original, pmd)
     if span is None:
@@ -200,6 +203,16 @@ def check_place(path: str, *, executed: bool = False) -> None:
     with replace.to_replace(path) as old:
         if executed:
             owners.check_code(old.fd)
+
+
+def can_be_undone(path: str) -> bool:
+    """Whether a file has the record of its original, whatever else it is on this machine: it may
+    have been aligned for huge pages of another size."""
+    try:
+        with replace.opened(path) as fd:
+            return rewrite.read_record(fd) is not None
+    except (Refused, OSError):
+        return False
 
 
 def undo(path: str) -> None:
