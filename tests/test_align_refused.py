@@ -8,18 +8,19 @@ import io
 import os
 import shutil
 import struct
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness.elves import SOURCE, digest, link
+from harness.elves import SOURCE, answers, digest, link
 from harness.outside import PMD
 
 from page_primer.align import files, original, replace, rewrite, trial, verify
 from page_primer.align.layout import best_span, lay_out
 from page_primer.align.original import Refused
-from page_primer.elf.file import HEADER, FileHeader, ProgramHeader, SectionHeader
+from page_primer.elf.file import HEADER, SHT_NOBITS, FileHeader, ProgramHeader, SectionHeader
 
 PT_LOAD, PT_DYNAMIC, PT_NOTE, PT_GNU_STACK = 1, 2, 4, 0x6474E551
 
@@ -132,6 +133,63 @@ def test_headers_that_contradict_each_other(
     with pytest.raises(Refused, match=text):
         files.align(str(file), python=None)
     assert digest(file) == before and os.listdir(file.parent) == [file.name]
+
+
+@pytest.fixture
+def apart(tmp_path: Path) -> Path:
+    """A library whose headers no segment has, so that every offset changes."""
+    script = """
+        PHDRS { text PT_LOAD FLAGS(5); data PT_LOAD FLAGS(6); dynamic PT_DYNAMIC FLAGS(6);
+                stack PT_GNU_STACK FLAGS(6); }
+        SECTIONS {
+            . = 0;
+            .hash : { *(.hash) *(.gnu.hash) } :text
+            .dynsym : { *(.dynsym) } .dynstr : { *(.dynstr) } .rela : { *(.rela*) }
+            .text : { *(.text*) } .rodata : { *(.rodata*) *(.eh_frame*) *(.note*) }
+            . = ALIGN(0x1000);
+            .dynamic : { *(.dynamic) } :data :dynamic
+            .got : { *(.got*) } :data
+            .data : { *(.data*) } .bss : { *(.bss*) }
+        }
+    """
+    (tmp_path / "script").write_text(script)
+    (tmp_path / "apart").mkdir()
+    source = SOURCE.replace("static __thread", "static")
+    options = ["-fuse-ld=bfd", "-nostdlib", f"-Wl,-T,{tmp_path}/script"]
+    file = link(tmp_path / "apart/libx.so", *options, source=source)
+    file.with_suffix(".c").unlink()
+    return file
+
+
+def test_headers_apart(apart: Path) -> None:
+    (load,) = [p for p in Headers(apart).programs if p[:2] == (PT_LOAD, 5)]
+    assert load.p_vaddr == 0 and load.p_offset  # which is not kept for what is in the file
+    expected, before = answers(apart), digest(apart)
+    assert files.align(str(apart), python=sys.executable) is None
+    assert files.look(str(apart)).state == files.ALIGNED and answers(apart) == expected
+    files.undo(str(apart))
+    assert digest(apart) == before
+
+
+@pytest.mark.parametrize("address", [(1 << 64) - 0x1000, (1 << 64) - 1, 1 << 63])
+@pytest.mark.parametrize("kind", ["segment", "section"])
+def test_nothing_at_an_address_beyond_all_files(kind: str, address: int, apart: Path) -> None:
+    """With what is in the file moved up, its offset would not fit into 64 bits, or no file."""
+    headers = Headers(apart)
+    if kind == "segment":
+        headers.other(PT_GNU_STACK, p_vaddr=address)
+    else:
+        number = next(n for n, s in enumerate(headers.sections) if s.sh_type == SHT_NOBITS)
+        headers.sections[number] = headers.sections[number]._replace(sh_addr=address)
+    headers.write()
+    assert files.look(str(apart)).state == files.CAN_BE
+    before = digest(apart)
+    files.align(str(apart), python=None)
+    now = Headers(apart)
+    found = [p.p_offset for p in now.programs] + [s.sh_offset for s in now.sections]
+    assert max(found) < apart.stat().st_size
+    files.undo(str(apart))
+    assert digest(apart) == before
 
 
 # The record in an aligned file, as rewrite.py describes it.

@@ -37,6 +37,7 @@ from page_primer.elf.file import (
 
 # The smallest page: what ends in one can be followed by what begins in the next.
 _PAGE = 4096
+_BEYOND = 1 << 63  # every file's end, as off_t has it
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def lay_out(original: Original, span: Span, pmd: int, *, merge: bool = True) -> 
     offsets = _offsets(original, span, pmd)
     delta = offsets[span.first] - loads[span.first].p_vaddr
     copies = _copies(loads, offsets)
-    places = Places(loads, offsets, delta)
+    places = Places(loads, offsets)
     if not copies:
         raise Refused("none of its segments has anything in the file")
     end = max(copy.target + copy.size for copy in copies)
@@ -192,13 +193,13 @@ def _copies(loads: list[ProgramHeader], offsets: list[int]) -> list[Copy]:
 
 
 class Places:
-    """Where bytes of the original went, asked by address or by offset."""
+    """Where bytes of the original went, asked by address or by offset; `of_loads` is of each
+    PT_LOAD, in their order."""
 
-    def __init__(self, loads: list[ProgramHeader], offsets: list[int], delta: int) -> None:
+    def __init__(self, loads: list[ProgramHeader], offsets: list[int]) -> None:
         self._loads = loads
         self._addresses = [load.p_vaddr for load in loads]
-        self._offsets = offsets
-        self._delta = delta
+        self.of_loads = offsets
         self._by_offset: list[Copy] = []
         self.add(_copies(loads, offsets))
 
@@ -214,7 +215,7 @@ class Places:
         inside = address - load.p_vaddr
         if inside + size > load.p_filesz or offset - load.p_offset != inside:
             return None
-        return self._offsets[index] + inside
+        return self.of_loads[index] + inside
 
     def of_offset(self, offset: int, size: int) -> int | None:
         """The new offset of `size` bytes at an offset of the original."""
@@ -224,11 +225,13 @@ class Places:
         return None
 
     def of_nothing(self, address: int, offset: int) -> int:
-        """The offset to name for what has no bytes in the file (.bss, .tbss)."""
+        """The offset to name for what has no bytes in the file (.bss, .tbss): as before where its
+        address is none of memory's."""
         index = bisect_right(self._addresses, address) - 1
         if not address or index < 0:
             return offset
-        return self._offsets[index] + address - self._loads[index].p_vaddr
+        place = self.of_loads[index] + address - self._loads[index].p_vaddr
+        return place if place < _BEYOND else offset
 
 
 def _unloaded(original: Original, places: Places, end: int) -> tuple[list[Copy], int]:
@@ -278,12 +281,12 @@ def _program_headers(
     first, *rest = loads[span.first : span.last]
     size = loads[span.last - 1].end - first.p_vaddr
     found = []
+    offsets = iter(places.of_loads)
     for program in original.programs:
         if program.p_type != PT_LOAD:
             found.append(_other(program, places))
             continue
-        place = places.of_nothing(program.p_vaddr, program.p_offset)
-        changed = program._replace(p_offset=place)
+        changed = program._replace(p_offset=next(offsets))
         if program == first:
             changed = changed._replace(
                 p_flags=PF_R | PF_X,

@@ -17,7 +17,8 @@ from pathlib import Path
 from harness.fuzz_targets import Target
 
 _WORDS = [0, 1, 2, 3, 5, 7, 8, 0x10, 0x38, 0x40, 0x7F, 0xFF, 0x1000, 0x4000, 0xFFFF, 1 << 31,
-          (1 << 32) - 1, 1 << 40, (1 << 63) - 1, 1 << 63, (1 << 64) - 1]  # fmt: skip
+          (1 << 32) - 1, 1 << 40, (1 << 63) - 1, 1 << 63, (1 << 64) - 0x1000,
+          (1 << 64) - 1]  # fmt: skip
 _TEXT = [b"\n", b" ", b":", b"-", b"/", b"..", b"\\040", b"\\999", b"\xff", "\u2028".encode(),
          b"\x0b", b"\x1c", b"0", b"99999999999999999999", b" (deleted)", b"\nSize:", b"=", b",",
          "\u00b2".encode(), b"\0", b"max", b"VmFlags:", b" kB"]  # fmt: skip
@@ -117,7 +118,8 @@ def _place(data: bytearray, rng: random.Random) -> int:
     if kind < 0.25:
         low, high = 16, 64
     elif kind < 0.65:
-        low, high = 64, 64 + 56 * 12
+        programs = int.from_bytes(data[56:58], "little")
+        low, high = 64, 64 + 56 * min(max(programs, 1), 12)
     elif kind < 0.85 and 0 < sections < len(data):
         low = sections
     low, high = min(low, len(data) - 1), min(high, len(data))

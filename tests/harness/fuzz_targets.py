@@ -52,7 +52,24 @@ _LINKS = {
     "together": ["-Wl,-z,noseparate-code"],
     "large pages": ["-Wl,-z,separate-code,-z,max-page-size=16384"],
     "stripped": ["-s", "-Wl,-z,separate-code"],
+    # No segment has the headers, so that all offsets change.
+    "headers apart": ["-Wl,-z,separate-code", "-Wl,-T,{folder}/script"],
 }
+_SCRIPT = """
+PHDRS { text PT_LOAD FLAGS(5); data PT_LOAD FLAGS(6); dynamic PT_DYNAMIC FLAGS(6);
+        stack PT_GNU_STACK FLAGS(6); }
+SECTIONS {
+    . = 0;
+    .hash : { *(.hash) *(.gnu.hash) } :text
+    .dynsym : { *(.dynsym) } .dynstr : { *(.dynstr) } .rela : { *(.rela*) }
+    .text : { *(.text*) } .rodata : { *(.rodata*) *(.eh_frame*) *(.note*) }
+    . = ALIGN(0x1000);
+    .dynamic : { *(.dynamic) } :data :dynamic
+    .got : { *(.got*) } :data
+    .data : { *(.data*) }
+    .bss : { *(.bss*) }
+}
+"""
 
 
 @functools.cache
@@ -62,8 +79,10 @@ def libraries() -> tuple[bytes, ...]:
         return ()
     found = []
     with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "script").write_text(_SCRIPT)
         for options_ in _LINKS.values():
             target = Path(folder, "small.so")
+            options_ = [option.format(folder=folder) for option in options_]
             command = ["gcc", "-shared", "-nostdlib", "-fPIC", "-O1", *options_, "-xc", "-",
                        "-o", str(target)]  # fmt: skip
             subprocess.run(command, input=_SOURCE, text=True, check=True, capture_output=True)
@@ -288,9 +307,10 @@ def _only_headers_differ(data: bytes) -> bool:
     """Whether a file is one of libraries() but for its ELF and program headers: only such a one is
     loaded, since a loader executes what others say."""
     return any(
-        len(one) == len(data) and one[64 + 56 * 12 :] == data[64 + 56 * 12 :]
+        len(one) == len(data) and one[end:] == data[end:]
         for one in libraries()
-    )  # fmt: skip
+        if (end := 64 + 56 * struct.unpack_from("=H", one, 56)[0])
+    )
 
 
 def _load(path: Path) -> bytes | None:
