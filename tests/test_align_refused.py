@@ -192,6 +192,15 @@ def test_nothing_at_an_address_beyond_all_files(kind: str, address: int, apart: 
     assert digest(apart) == before
 
 
+def test_two_dynamic_sections(file: Path) -> None:
+    """Loaders do not agree which one is it, and a file may have hundreds, to be read each."""
+    headers = Headers(file)
+    number = next(n for n, p in enumerate(headers.programs) if p.p_type == PT_NOTE)
+    headers.programs[number] = next(p for p in headers.programs if p.p_type == PT_DYNAMIC)
+    headers.write()
+    assert files.look(str(file)).reason == "not a usable ELF file: two dynamic sections"
+
+
 # The record in an aligned file, as rewrite.py describes it.
 TRAILER = struct.Struct("=16sQQ32s")
 MAGIC = b"page-primer/1\0\0\0"

@@ -10,7 +10,6 @@ from page_primer.elf import file as elf
 from page_primer.elf.file import (
     DT_NEEDED,
     PN_XNUM,
-    PT_DYNAMIC,
     PT_INTERP,
     PT_LOAD,
     SHF_EXECINSTR,
@@ -132,7 +131,7 @@ def _read(fd: int) -> Original:
     _check_loads(original)
     _check_headers(original)
     _check_sections(original)
-    dynamic = [entry for p in programs if p.p_type == PT_DYNAMIC for entry in file.dynamic(p)]
+    dynamic = file.only_dynamic(programs)
     for tag, value in dynamic:
         if tag == _DT_TEXTREL or (tag == _DT_FLAGS and value & _DF_TEXTREL):
             raise Refused("text relocations")

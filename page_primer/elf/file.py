@@ -219,10 +219,18 @@ class File:
         entries = ((tag, value) for tag, value in _DYNAMIC_ENTRY.iter_unpack(data[:whole]))
         return list(takewhile(lambda entry: entry[0] != _DT_NULL, entries))
 
+    def only_dynamic(self, headers: list[ProgramHeader]) -> list[tuple[int, int]]:
+        """dynamic() of the one PT_DYNAMIC that there may be: of several one would have to know
+        which the loader takes, and reading all has no bound."""
+        found = [header for header in headers if header.p_type == PT_DYNAMIC]
+        if len(found) > 1:
+            raise Malformed("two dynamic sections")
+        return self.dynamic(found[0]) if found else []
+
     def dynamic_strings(self, tag: int) -> list[str]:
         """What the dynamic section names under one tag, such as DT_NEEDED."""
         headers = ProgramHeader.parse_table(self.program_headers())
-        entries = [e for h in headers if h.p_type == PT_DYNAMIC for e in self.dynamic(h)]
+        entries = self.only_dynamic(headers)
         tables = [value for found, value in entries if found == DT_STRTAB]
         names = []
         for found, value in entries:
