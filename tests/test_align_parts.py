@@ -205,6 +205,20 @@ def test_a_file_system_without_attributes() -> None:
         assert replace._attributes(file.fileno()) == []
 
 
+@pytest.mark.parametrize(
+    "said",
+    ["", "3", "null", "{}", "[]", '["a", "b"]', '["a", "/b", "c"]', '["a", 3, []]',
+     "[[], null, []]", '["a", "/b", [3]]', "[1, 2, 3, 4]", "text", "\ufeff[]", "[" * 5000],
+)  # fmt: skip
+def test_what_no_interpreter_says(said: str, tmp_path: Path) -> None:
+    """A script around one that says something more, or another program."""
+    (tmp_path / "said").write_text(said)
+    (python := tmp_path / "python").write_text(f"#!/bin/sh\necho first\ncat {tmp_path}/said\n")
+    python.chmod(0o755)
+    with pytest.raises(ValueError, match="does not answer as a Python interpreter"):
+        targets.interpreter(str(python))
+
+
 def test_libraries_of_a_directory_with_a_link_to_nowhere(tmp_path: Path) -> None:
     (tmp_path / "a.so").symlink_to(tmp_path / "nowhere")
     (tmp_path / "b.so").write_bytes(bytes(100))

@@ -59,9 +59,8 @@ def interpreter(python: str | None) -> Interpreter:
     try:
         done = subprocess.run(command, capture_output=True, timeout=_SECONDS, check=False,
                               env=environment, stdin=subprocess.DEVNULL)  # fmt: skip
-        lines = done.stdout.decode(errors="surrogateescape").splitlines()
-        program, code, places = json.loads(lines[-1])
-    except (OSError, subprocess.TimeoutExpired, ValueError, IndexError) as error:
+        program, code, places = _answer(done.stdout)
+    except (OSError, subprocess.TimeoutExpired, ValueError, RecursionError) as error:
         why = _defect(python)
         raise ValueError(
             f"{python} does not answer as a Python interpreter{f': {why}' if why else ''}"
@@ -71,6 +70,17 @@ def interpreter(python: str | None) -> Interpreter:
     if code.endswith(" (deleted)"):
         raise ValueError(f"{code.removesuffix(' (deleted)')} was replaced just now; try again")
     return Interpreter(python, program, os.path.realpath(code), places)
+
+
+def _answer(output: bytes) -> tuple[str, str | None, list[str]]:
+    """The answer to _QUESTION, which is the last line; ValueError where that is something else."""
+    found = json.loads((output.decode(errors="surrogateescape").splitlines() or [""])[-1])
+    match found:
+        case [str(program), str() | None as code, [*places]] if all(
+            isinstance(place, str) for place in places
+        ):
+            return program, code, places
+    raise ValueError("no answer to what was asked")
 
 
 def _defect(python: str) -> str:
