@@ -115,13 +115,15 @@ def test_root_undoes_nothing_that_a_service_user_can_exchange(file: Path) -> Non
 
 
 @as_root
+@pytest.mark.parametrize("mode", [0o777, 0o300], ids=oct)
 def test_its_owner_aligns_it_where_they_like(
-    library: Path, public: Path, public_python: str
+    mode: int, library: Path, public: Path, public_python: str
 ) -> None:
-    """In a directory that others can write, too: it is theirs."""
+    """In a directory that others can write, too: it is theirs. In one that can be written, but not
+    read, it is not on disk at once, and done."""
     place = public / "own"
     place.mkdir()
-    give(place).chmod(0o777)
+    give(place).chmod(mode)
     file = give(Path(shutil.copy2(library, place / "libx.so")))
     before = digest(file)
     done = align(file, python=public_python, wrapper=become(USER))

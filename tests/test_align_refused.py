@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import resource
 import shutil
 import struct
 import sys
@@ -275,6 +276,24 @@ def test_a_file_that_is_changed_or_replaced_meanwhile(opened: int, file: Path) -
         with pytest.raises(Refused, match="was replaced while it was being rewritten"):
             files.finish(new, old, os.fstat(opened))
     assert os.listdir(file.parent) == [file.name]
+
+
+def test_no_descriptor_is_left_when_it_is_in_place(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To have the directory on disk: a file that is replaced is not one that has failed."""
+    limits, rename = resource.getrlimit(resource.RLIMIT_NOFILE), os.replace
+
+    def last(old: str, new: str) -> None:
+        rename(old, new)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+
+    monkeypatch.setattr(os, "replace", last)
+    try:
+        files.align(str(file), python=None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert files.look(str(file)).state == files.ALIGNED
 
 
 def test_a_record_that_cannot_be_read_back(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -225,7 +225,7 @@ def copy_attributes(old: int, new: int) -> None:
 
 def put_in_place(new: New, old: Old) -> None:
     """Rename the new file over the original, unless one of the names is another file's by now; both
-    are on disk then.
+    are on disk then, where the directory can be asked for it.
 
     Raises:
         Refused: the original was replaced or changed in the meantime, or the new file was.
@@ -236,12 +236,14 @@ def put_in_place(new: New, old: Old) -> None:
     if not _is_at(new.fd, new.path):
         raise Refused(f"{new.path} was replaced by another file")
     os.replace(new.path, old.path)
-    directory = os.open(os.path.dirname(old.path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        with contextlib.suppress(OSError):  # some file systems have no fsync of directories
+    # It is done, whatever follows: a directory that may not be read, no descriptor left, or a file
+    # system without fsync of directories.
+    with contextlib.suppress(OSError):
+        directory = os.open(os.path.dirname(old.path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
             os.fsync(directory)
-    finally:
-        os.close(directory)
+        finally:
+            os.close(directory)
 
 
 def _is_at(fd: int, path: str) -> bool:
