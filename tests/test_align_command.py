@@ -22,7 +22,7 @@ from harness.outside import PMD
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from page_primer.align import aligned, rewrite
+from page_primer.align import aligned, rewrite, targets
 from page_primer.align import files as align
 from page_primer.align.files import ALIGNED, CAN_BE
 from page_primer.align.original import Refused
@@ -235,6 +235,50 @@ def test_libraries(tmp_path: Path, library: Path) -> None:
              if row["path"].startswith(str(site))}  # fmt: skip
     expected = {"package/extension.cpython.so": CAN_BE, "package.libs/libx-1a2b.so.3": CAN_BE}
     assert {path: state for path, state in found.items() if path != "text.so"} == expected
+
+
+def test_libraries_that_links_lead_to(
+    tmp_path: Path, library: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """uv's cache with --link-mode symlink, say: of other environments as well."""
+    home = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", home], check=True)
+    (site,) = home.glob("lib/python3*/site-packages")
+    cache = site.with_name("site-packages-cache")
+    for folder in (cache, site / "package"):
+        folder.mkdir()
+    shared = Path(shutil.copy2(library, cache / "shared.so"))
+    (site / "shared.so").symlink_to(shared)
+    own = Path(shutil.copy2(library, site / "package/own.so"))
+    (site / "link.so").symlink_to(own)
+    options = ["--libraries", "--python", str(home / "bin/python")]
+
+    def states(*more: str) -> dict[str, tuple[str, bool]]:
+        found = {row["path"]: row for row in rows(*more, *options)}
+        return {path: (row["state"], "link leads there" in row["reason"])
+                for path, row in found.items() if path in (str(shared), str(own))}  # fmt: skip
+
+    before = digest(shared)
+    for dry in ("--check", "--dry-run"):
+        assert states(dry) == {str(shared): ("refused", True), str(own): (CAN_BE, False)}
+    # The interpreter itself stays as it is, which others use, too.
+    found = targets.Interpreter(sys.executable, sys.executable, str(own), [str(site)])
+    monkeypatch.setattr(targets, "interpreter", lambda _: found)
+    assert cli.main(["align", "--libraries"]) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith(f"{own}: aligned: ")
+    assert (
+        said.err.startswith(f"{shared}: refused: a link leads there") and digest(shared) == before
+    )
+    assert states("--check") == {str(shared): ("refused", True), str(own): (ALIGNED, False)}
+    assert command(shared).returncode == 0
+    now = digest(shared)
+    assert states("--check")[str(shared)] == (ALIGNED, False)
+    assert states("--undo", "--dry-run")[str(shared)] == ("refused", True)
+    assert states("--undo", "--dry-run")[str(own)] == ("can be undone", False)
+    assert digest(shared) == now and command("--undo", shared).returncode == 0
+    assert digest(shared) == before
 
 
 def test_another_python_is_an_error(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import os
 import shutil
 import signal
 import sys
-from typing import TYPE_CHECKING, Any, NoReturn, TypedDict, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypedDict, cast
 
 from page_primer.align import aligned, owners, targets
 from page_primer.align import files as align
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 NO_LONGER = "no longer aligned"
 NOT_ALIGNED = "not aligned by page-primer"  # nothing to undo
 DONE, UNDONE, FAILED = "aligned now", "undone", "failed"
+_SHARED = "a link leads there, and others may use it (a cache?); name it to have it done"
 
 
 class Row(TypedDict):
@@ -85,9 +86,9 @@ def run(given: argparse.Namespace, show_table: Table) -> int:
         _check_python(given.python)
     rows: list[Row] = []
     with _ended_by_signals():
-        for path, python, named in _files(given):
-            row = _one(given, path, python, named=named)
-            if row["state"] in (TOO_SMALL, NOT_ALIGNED) and not named:
+        for file in _files(given):
+            row = _one(given, file)
+            if row["state"] in (TOO_SMALL, NOT_ALIGNED) and not file.named:
                 continue
             rows.append(row)
             if given.verb_changes and not given.json:
@@ -109,51 +110,68 @@ def _check_python(python: str) -> None:
         pass
 
 
-def _files(given: argparse.Namespace) -> Iterator[tuple[str, str | None, bool]]:
-    """Each file: its path, the interpreter it belongs to, whether it was asked for by name."""
+class File(NamedTuple):
+    """`python` is the interpreter that it belongs to; `named`: it was asked for by name; `shared`:
+    a link leads to it, out of the directories that were searched."""
+
+    path: str
+    python: str | None
+    named: bool
+    shared: bool = False
+
+
+def _files(given: argparse.Namespace) -> Iterator[File]:
+    """Each file that the command line means."""
     given.verb_changes = not (given.check or given.dry_run)
     if given.again:
         for path in aligned.all_listed():
             if os.path.exists(path):
-                yield path, given.python or sys.executable, True
+                yield File(path, given.python or sys.executable, named=True)
         return
     if given.paths and not given.libraries:
         for path in given.paths:
-            yield os.path.realpath(path), given.python or sys.executable, True
+            yield File(os.path.realpath(path), given.python or sys.executable, named=True)
         return
     yield from _of_interpreter(given)
 
 
-def _of_interpreter(given: argparse.Namespace) -> Iterator[tuple[str, str | None, bool]]:
+def _of_interpreter(given: argparse.Namespace) -> Iterator[File]:
     """_files() of an interpreter, with what else was named or is in the list."""
     found = targets.interpreter(given.python)
     once = dict.fromkeys([found.code, *map(os.path.realpath, given.paths)])
     for path in once:
-        yield path, found.program if path == found.code else found.python, True
+        yield File(path, found.program if path == found.code else found.python, named=True)
     if given.libraries:
         for path in targets.libraries(found.places, align.pmd_size()):
             if path not in once:
-                yield path, found.python, False
+                shared = not targets.is_below(path, found.places)
+                yield File(path, found.python, named=False, shared=shared)
     elif given.check:
         for path in aligned.all_listed():
             if path not in once and os.path.exists(path):
-                yield path, found.python, True
+                yield File(path, found.python, named=True)
 
 
-def _one(given: argparse.Namespace, path: str, python: str | None, *, named: bool) -> Row:
+def _one(given: argparse.Namespace, file: File) -> Row:
+    path = file.path
     state = align.look(path, merge=not given.no_merge)
-    row = cast(Row, {**state.as_dict(), "note": "", "named": named})
+    row = cast(Row, {**state.as_dict(), "note": "", "named": file.named})
+    if given.check and state.state in (CAN_BE, REFUSED) and path in aligned.all_listed():
+        row["state"] = NO_LONGER
+        return row
+    to_do = align.can_be_undone(path) if given.undo else state.state == CAN_BE
+    if file.shared and to_do:
+        row["state"], row["reason"] = REFUSED, _SHARED
+        return row
     if given.check:
-        if state.state in (CAN_BE, REFUSED) and path in aligned.all_listed():
-            row["state"] = NO_LONGER
         return row
     try:
         if given.undo:
             _undo(state, row, change=not given.dry_run)
-        elif state.state == CAN_BE and given.dry_run:
+        elif to_do and given.dry_run:
             align.check_place(path, executed=True)
-        elif state.state == CAN_BE:
-            row["note"] = align.align(path, python=python, merge=not given.no_merge) or ""
+        elif to_do:
+            row["note"] = align.align(path, python=file.python, merge=not given.no_merge) or ""
             row["state"] = DONE
             _record(path, row, listed=True)
     except Refused as why:

@@ -96,7 +96,8 @@ def _defect(python: str) -> str:
 
 
 def libraries(places: list[str], smallest: int) -> Iterator[str]:
-    """The shared objects below some directories that are large enough, each file once.
+    """The shared objects below some directories that are large enough, each file once, and those
+    that links there lead to.
 
     Args:
         places: directories.
@@ -118,3 +119,10 @@ def libraries(places: list[str], smallest: int) -> Iterator[str]:
                 if status.st_size >= smallest and key not in seen:
                     seen.add(key)
                     yield path
+
+
+def is_below(path: str, places: list[str]) -> bool:
+    """Whether a file lies in one of the directories or below, by real paths: a link in them may
+    lead to one that others have links to as well, as an installer's cache."""
+    real = [os.path.join(os.path.realpath(place), "") for place in places]
+    return os.path.realpath(path).startswith(tuple(real))
