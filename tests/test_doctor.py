@@ -842,7 +842,7 @@ def test_alignment() -> None:
     assert "it has 1 huge page of" in judge_file(small).found
     other = judge_file(replace(UNALIGNED, path="/usr/lib/embedded.so"))
     assert other.fix == "page-primer align /usr/lib/embedded.so"
-    others = replace(UNALIGNED, needs_root=True)
+    others = replace(UNALIGNED, by="root")
     assert judge_file(others).fix == "page-primer align  # as root"
     again = judge_file(replace(others, listed=True))
     assert again.fix == "page-primer align --again  # as root"
@@ -880,6 +880,22 @@ def test_alignment_by_kernel_and_c_library() -> None:
     assert (musl.status, musl.fix) == ("info", None)
     assert "musl's loader does not align" in musl.found
     assert alignment._libc(["/usr/bin/python3", "/lib/ld-musl-x86_64.so.1"])[0] == "musl"
+
+
+@needs_root
+def test_who_may_align_a_file(tmp_path: Path) -> None:
+    (path := tmp_path / "libpython3.so").write_bytes(b"")
+    assert alignment._by(str(path)) == alignment._by(str(tmp_path / "missing")) == ""
+    os.chown(path, 4002, 4002)
+    assert alignment._by(str(path)) == "its owner"
+    found = judge_file(replace(UNALIGNED, by="its owner"))
+    assert found.fix == "page-primer align  # as its owner"
+    os.chown(path, 0, 0)
+    os.setresuid(4002, 4002, 0)
+    try:
+        assert alignment._by("/bin/sh") == "root"
+    finally:
+        os.setresuid(0, 0, 0)
 
 
 def test_alignment_of_this_interpreter(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ class Alignment:
     program: bool = False  # mapped by the kernel rather than by the loader
     libc: str = ""  # "glibc", "musl"
     version: tuple[int, int] = (0, 0)  # of glibc
-    needs_root: bool = False  # to replace it
+    by: str = ""  # who may replace it, if that is not who asks: "root", "its owner"
 
 
 def read(path: str, loaded: list[str], *, huge: bool, program: bool, merge: bool) -> Alignment:
@@ -49,11 +49,21 @@ def read(path: str, loaded: list[str], *, huge: bool, program: bool, merge: bool
     state = files.look(path, merge=merge)
     libc, version = _libc(loaded)
     share = state.after / state.code if state.code else 0.0
-    needs_root = os.geteuid() != 0 and not os.access(os.path.dirname(path), os.W_OK)
     return Alignment(
         path, state.state, state.reason, state.chunks, share, listed(path), huge, program,
-        libc, version, needs_root,
+        libc, version, _by(path),
     )  # fmt: skip
+
+
+def _by(path: str) -> str:
+    try:
+        owner = os.stat(path).st_uid
+    except OSError:
+        return ""
+    if owner not in (0, os.geteuid()):
+        return "its owner"  # root executes nobody else's code, and so does not align it
+    writable = os.geteuid() == 0 or os.access(os.path.dirname(path), os.W_OK)
+    return "" if writable else "root"
 
 
 def _libc(loaded: list[str]) -> tuple[str, tuple[int, int]]:
@@ -87,7 +97,7 @@ def judge_alignment(found: Alignment, kernel: tuple[int, int], pmd: int, share: 
     if found.listed:
         why = f" ({found.reason})" if found.reason else ""
         text = f"{name} is no longer aligned: an upgrade has replaced it{why}"
-        fix = f"page-primer align --again{_as_root(found)}"
+        fix = f"page-primer align --again{_as(found)}"
         return _check(WARNING, text, fix, code="no-longer-aligned")
     if found.state != files.CAN_BE:
         text = f"{name} cannot be aligned: {found.reason or found.state}"
@@ -99,7 +109,7 @@ def judge_alignment(found: Alignment, kernel: tuple[int, int], pmd: int, share: 
         return _check(INFO, text, code="musl")
     text += ", in every process and without a copy"
     status = INFO if found.share - share < _MUCH else WARNING
-    fix = _align(found.path) + _as_root(found)
+    fix = _align(found.path) + _as(found)
     return _check(status, text + _hints(found, kernel), fix, code="not-aligned")
 
 
@@ -131,8 +141,8 @@ def _hints(found: Alignment, kernel: tuple[int, int]) -> str:
     return "".join(f"; {hint}" for hint in hints)
 
 
-def _as_root(found: Alignment) -> str:
-    return "  # as root" if found.needs_root else ""
+def _as(found: Alignment) -> str:
+    return f"  # as {found.by}" if found.by else ""
 
 
 def _align(path: str) -> str:
