@@ -333,12 +333,12 @@ def _regions(span: Sequence[Segment], start: int, pmd: int, merge: bool) -> list
     """Cut [start, end of span) into ranges of one protection each, merging what chunks need."""
     end = span[-1].end
     code = [Range(s.start, s.end) for s in span if s.code]
-    first, last = -(-start // pmd) * pmd, end // pmd * pmd
     cuts = {start, end} | {s.start for s in span if start < s.start}
-    if merge and first < last:
-        cuts |= set(range(first, last + 1, pmd))
-        chunks = [Range(chunk, chunk + pmd) for chunk in range(first, last, pmd)]
-        code += [chunk for chunk in chunks if any(chunk.overlaps(part) for part in code)]
+    if merge:
+        whole = Range(start, end).huge(pmd)
+        rounded = [Range(s.start // pmd * pmd, -(-s.end // pmd) * pmd) for s in code]
+        code += [chunks.clip(whole) for chunks in rounded if chunks.overlaps(whole)]
+        cuts |= {edge for part in code for edge in part if start < edge < end}
     regions: list[Region] = []
     for low, high in pairwise(sorted(cuts)):
         flags = PF_R | PF_X if _inside(Range(low, high), code) else PF_R

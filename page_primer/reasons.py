@@ -74,6 +74,7 @@ TEXT_RELOCATIONS = Reason("text relocations")
 EXECUTE_ONLY = Reason("execute-only code")
 SEALED = Reason("sealed")
 REMAPPED = Reason("already remapped")
+OUT_OF_PROPORTION = Reason("more addresses than its file has bytes")
 MAPPED_OTHERWISE = Reason("not mapped as its program headers say")
 
 # A move was tried; the object's notes have the attempts.

@@ -8,7 +8,14 @@ from page_primer import _core, family, reasons
 from page_primer._lean import Record, ours, replace
 from page_primer.elf import file as elf
 from page_primer.elf.file import PF_R, ProgramHeader
-from page_primer.elf.objects import Object, Range, Segment, Source, segments_of
+from page_primer.elf.objects import (
+    Object,
+    Range,
+    Segment,
+    Source,
+    is_out_of_proportion,
+    segments_of,
+)
 from page_primer.kernel import memory
 from page_primer.kernel.address_space import map_new, places_on
 from page_primer.kernel.memory import Memory
@@ -178,6 +185,8 @@ def _inspect(
         return None, reasons.FILE_UNREADABLE
     if not _is_mapped_at(source, origin):
         return None, reasons.FILE_GONE
+    if is_out_of_proportion(found.span_bytes, source.size):  # before anything asks of each chunk
+        return source, reasons.OUT_OF_PROPORTION
     return source, _why_fixed(found, origin, here)
 
 

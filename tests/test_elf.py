@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from elftools.elf.elffile import ELFFile
-from harness import outside
+from harness import fuzz_loop, outside
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +15,7 @@ from page_primer import _core
 from page_primer.elf import file as elf
 from page_primer.elf.objects import Object, Region, Source, segments_of
 from page_primer.images import layout as image
+from page_primer.images import store
 
 FILES = sorted({outside.interpreter_file(os.getpid()), _core.__file__, os.path.realpath("/bin/sh")})
 SMALL = open(_core.__file__, "rb").read()
@@ -74,6 +75,58 @@ def write_image(directory, data):
 
 def test_a_sound_file_is_laid_out(tmp_path):
     assert write_image(tmp_path, SMALL) > len(SMALL) // 2
+
+
+FAR = 1 << 62
+
+
+def far_layout(tmp_path):
+    """Of an object whose data are far away from its code."""
+    path = tmp_path / "object.so"
+    path.write_bytes(SMALL)
+    rows = [(elf.PF_R | elf.PF_X, 0, 0), (elf.PF_R | elf.PF_W, 0x5000, FAR)]
+    headers = b"".join(
+        elf.ProgramHeader(elf.PT_LOAD, flags, offset, vaddr, vaddr, 0x5000, 0x5000, 4096).pack()
+        for flags, offset, vaddr in rows
+    )
+    base = 0x7F0000000000
+    source = Source.of(str(path), os.stat(path))
+    obj = Object("object.so", str(path), base, headers, segments_of(headers, base, outside.PAGE),
+                 source=source)  # fmt: skip
+    region = Region(obj.start, obj.segments[0].end, elf.PF_R | elf.PF_X)
+    return image.lay_out(obj, [region], 1 << 16)
+
+
+def test_what_an_image_has_is_bounded_by_its_file(tmp_path):
+    layout = far_layout(tmp_path)
+    with fuzz_loop.within(20):
+        found = list(image.content(layout))
+    start = layout.offset(layout.object.start)
+    assert found == [
+        (start, [(0, 0x5000)]),
+        (start + FAR, [(0x5000, 0x5000)]),
+    ]
+
+
+@pytest.mark.images
+def test_an_image_out_of_proportion_is_refused(tmp_path):
+    """Before anything is written, or room is made for it in a store, of which it says that the
+    limit is too low."""
+    layout = far_layout(tmp_path)
+    opened = store.Store(str(tmp_path / "images"), limit=1 << 20)
+    with opened, pytest.raises(image.CannotLayOut, match="segments too far apart"):
+        opened.get(layout)
+    with open(layout.object.path, "rb") as original, open(tmp_path / "image", "wb") as target:
+        with pytest.raises(image.CannotLayOut, match="segments too far apart"):
+            layout.write(original.fileno(), target.fileno())
+        assert os.fstat(target.fileno()).st_size == 0
+
+
+def test_a_segment_has_no_more_bytes_than_addresses():
+    """As the kernel has it, which refuses other programs."""
+    header = elf.ProgramHeader(elf.PT_LOAD, elf.PF_R, 0, 0, 0, 1 << 50, 0x1234, 4096)
+    (segment,) = segments_of(header.pack(), 0x10000, outside.PAGE)
+    assert (segment.start, segment.end, segment.file_end) == (0x10000, 0x12000, 0x12000)
 
 
 @pytest.mark.parametrize("size", [0, 16, 63, 64, 4096, len(SMALL) - 1])

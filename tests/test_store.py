@@ -222,13 +222,13 @@ def test_a_writer_killed_half_way_is_no_obstacle(python, images):
     require_one_address(python)
     code = textwrap.dedent(f"""
         import os, signal, page_primer, page_primer.images.layout as image
-        copy, calls = image._copy, []
+        copy, calls = image.copy, []
         def half(*arguments):
             if calls:
                 os.kill(os.getpid(), signal.SIGKILL)
             calls.append(copy(*arguments))
             return calls[0]
-        image._copy = half
+        image.copy = half
         page_primer.prime(image_dir={str(images)!r})
     """)
     done = subprocess.run([python, "-c", code])

@@ -18,6 +18,7 @@ from page_primer.elf.file import (
     ProgramHeader,
     SectionHeader,
 )
+from page_primer.elf.objects import is_out_of_proportion
 
 # Every wheel and interpreter seen has fewer than twenty; what they cost is linear in them.
 _MOST_PROGRAM_HEADERS = 512
@@ -26,9 +27,6 @@ _LARGEST_ALIGNMENT = 1 << 30
 _MACHINES = {"x86_64": 62, "aarch64": 183}
 _DT_TEXTREL, _DT_FLAGS, _DF_TEXTREL = 22, 30, 4
 _DT_FLAGS_1, _DF_1_PIE = 0x6FFFFFFB, 0x08000000
-# No linker leaves more between segments than the largest page of its machine, so a file whose
-# addresses reach further than this does not come from one; what is written is bounded by it.
-_FARTHEST_FACTOR, _FARTHEST = 4, 64 << 20
 
 
 class Refused(Exception):
@@ -161,7 +159,7 @@ def _check_loads(original: Original) -> None:
             raise Refused("segments overlap, or are out of order")
     # What is read-only will be in the file whole.
     last = max(load.file_end if load.writable else load.end for load in loads)
-    if last - loads[0].p_vaddr > _FARTHEST_FACTOR * original.size + _FARTHEST:
+    if is_out_of_proportion(last - loads[0].p_vaddr, original.size):
         raise Refused("segments too far apart")
 
 

@@ -87,7 +87,7 @@ def try_image(place: Place, move: Move, pmd: int) -> Trial | None:
             attempts = image_backing.from_store(directory, layout)
             best = _best("image", place.path, itertools.islice(attempts, 1))
             return replace(best, there=True) if best.works else None
-    except (Unusable, OSError):
+    except (Unusable, image.CannotLayOut, OSError):
         return None  # try_directory() says why
 
 

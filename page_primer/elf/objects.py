@@ -14,6 +14,16 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+# No linker leaves more between segments than the largest page of its machine, so a file whose
+# addresses reach further than this does not come from one; what is done for it is bounded by it.
+_FARTHEST_FACTOR, _FARTHEST = 4, 64 << 20
+
+
+def is_out_of_proportion(extent: int, file_size: int) -> bool:
+    """Whether so many bytes of addresses are more than a linker makes of so many of a file."""
+    return extent > _FARTHEST_FACTOR * file_size + _FARTHEST
+
+
 class Range(Record):
     """Addresses from `start` up to, not including, `end`. Unpacks as (start, end)."""
 
@@ -165,6 +175,11 @@ class Object(Record):
         code = [segment for segment in self.segments if segment.code]
         return sum(part.length for segment in code for part in segment.measured)
 
+    @property
+    def span_bytes(self) -> int:
+        """Bytes of addresses in its read-only PT_LOADs."""
+        return sum(s.end - s.start for s in self.segments if not s.writable)
+
     def spans(self) -> list[tuple[Segment, ...]]:
         """The runs of PT_LOADs without PF_W that are contiguous in memory. One that may be neither
         read nor executed is a run of its own: it must not become readable."""
@@ -194,13 +209,15 @@ def segments_of(headers: bytes, base: int, page: int) -> tuple[Segment, ...]:
         if header.p_type != PT_LOAD or not header.p_memsz:
             continue
         whole = Range(base + header.p_vaddr, base + header.end)
-        start = whole.start & -page
+        start, end = whole.start & -page, (whole.end + page - 1) & -page
+        # The kernel refuses a file with more bytes of a segment than addresses for them.
+        file_end = min(end, (base + header.file_end + page - 1) & -page)
         code = inner if header.executable else []
         segments.append(
             Segment(
                 start=start,
-                end=(whole.end + page - 1) & -page,
-                file_end=(base + header.file_end + page - 1) & -page if header.p_filesz else start,
+                end=end,
+                file_end=file_end if header.p_filesz else start,
                 offset=header.p_offset & -page,
                 flags=header.p_flags,
                 address=whole.start,

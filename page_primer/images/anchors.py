@@ -26,6 +26,7 @@ from page_primer.elf.file import PF_R, PT_LOAD, ProgramHeader
 from page_primer.elf.objects import Object
 from page_primer.images import layout as image
 from page_primer.images import names
+from page_primer.images.copying import write_all
 from page_primer.images.layout import CannotLayOut, Layout
 from page_primer.images.room import NO_LIMIT
 from page_primer.images.trust import Unusable
@@ -61,7 +62,7 @@ class Anchor(Layout):
     def write(self, original: int, target: int, room: int = NO_LIMIT) -> int:  # noqa: ARG002  # Layout's
         parts = self._parts(original)
         check_file_size(max(offset + len(data) for offset, data in parts))
-        return sum(image.write_all(target, data, offset) for offset, data in parts)
+        return sum(write_all(target, data, offset) for offset, data in parts)
 
     def is_in(self, target: int) -> bool:
         """Whether a file is what write() writes."""

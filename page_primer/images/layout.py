@@ -27,10 +27,10 @@ import os
 from page_primer._lean import Record, replace
 from page_primer.elf import file as elf
 from page_primer.elf.file import PF_R, PF_X, PROGRAM_HEADER, PT_LOAD, ProgramHeader, SectionHeader
-from page_primer.elf.objects import Object, Region
+from page_primer.elf.objects import Object, Region, is_out_of_proportion
 from page_primer.images import names
+from page_primer.images.copying import copy, write_all
 from page_primer.images.room import NO_LIMIT, for_debug_information
-from page_primer.kernel.address_space import Window
 from page_primer.kernel.limits import check_file_size
 from page_primer.kernel.thp import page_size
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-    Part = tuple[int | None, int]  # an offset in the original, or None for zeroes, and a size
+    from page_primer.images.copying import Part
 
 _KEPT_SECTIONS = (".gnu_debuglink", ".gnu_debugaltlink", ".gnu_debugdata", ".note.stapsdt")
 _TOOLS_KINDS = (elf.SHT_DYNSYM, elf.SHT_DYNAMIC, elf.SHT_NOTE, *elf.SHT_GNU_VERSIONS)
@@ -94,6 +94,14 @@ class Layout(Record):
     def content_end(self) -> int:
         return max(self.offset(segment.file_end) for segment in self.object.segments)
 
+    def check_extent(self) -> None:
+        """Raise CannotLayOut where the image would be out of proportion to the file, since
+        segments are far apart, or longer than what the file holds of them."""
+        source = self.object.source
+        assert source is not None, "only objects with a file are planned"
+        if is_out_of_proportion(self.content_end - 2 * self.pmd, source.size):
+            raise CannotLayOut("segments too far apart")
+
     def build_id_note(self, file: elf.File) -> int:
         """The offset of the image's own build-id note."""
         return elf.HEADER.size + len(_program_headers(self, file)) * PROGRAM_HEADER.size
@@ -136,11 +144,11 @@ class Layout(Record):
         end, copies, table, head = self._plan(original, for_debug_information(target, room))
         written = 0
         for offset, parts in content(self):
-            written += _copy(original, parts, target, offset)
+            written += copy(original, parts, target, offset)
         for source, offset, size in copies:
             for done in range(0, size, _COPY_BLOCK):
                 part = source + done, min(_COPY_BLOCK, size - done)
-                written += _copy(original, [part], target, offset + done)
+                written += copy(original, [part], target, offset + done)
         for offset, data in ((end, table), (0, head)):
             written += write_all(target, data, offset)
         # Chunks that stay on the original are holes, and nothing may follow the last one.
@@ -152,6 +160,7 @@ class Layout(Record):
         self, original: int, room: int
     ) -> tuple[int, list[tuple[int, int, int]], bytes, bytes]:
         """What _sections() says, and the image's beginning."""
+        self.check_extent()
         if len(self.object.headers) > _HEADER_ROOM:  # each may have notes to be read
             raise CannotLayOut("too many program headers")
         try:
@@ -189,37 +198,6 @@ def _build_ids(layout: Layout, file: elf.File) -> list[int]:
     return [h.p_offset for h in headers if h.p_type == elf.PT_NOTE and file.build_id(h)]
 
 
-def _copy(original: int, parts: Sequence[Part], target: int, offset: int) -> int:
-    """Copy parts of one file to one place in another, in one call: a file system that has large
-    folios makes one of each aligned block that is written whole (ext4 since Linux 6.16, xfs)."""
-    windows: list[Window] = []
-    buffers: list[bytes | memoryview] = []
-    try:
-        for source, size in parts:
-            if source is None:
-                buffers.append(bytes(size))
-            else:
-                windows.append(Window(original, source, size, page_size()))
-                buffers.append(windows[-1].view)
-        size = sum(map(len, buffers))
-        if os.pwritev(target, buffers, offset) < size:  # a signal, or little room: one by one
-            at = offset
-            for buffer in buffers:
-                at += write_all(target, buffer, at)
-        return size
-    finally:
-        for window in windows:
-            window.close()
-
-
-def write_all(fd: int, data: bytes | memoryview, offset: int) -> int:
-    """Write all of `data`; returns its size."""
-    done = 0
-    while done < len(data):
-        done += os.pwrite(fd, data[done:], offset + done)
-    return done
-
-
 def content(layout: Layout) -> Iterator[tuple[int, list[Part]]]:
     """The loadable part in blocks of one huge page: where a block goes, and what it consists of."""
     pmd = layout.pmd
@@ -227,14 +205,14 @@ def content(layout: Layout) -> Iterator[tuple[int, list[Part]]]:
         (layout.offset(s.start), layout.offset(s.file_end), s.offset)
         for s in layout.object.segments
     ]
-    for block in range(layout.pad // pmd * pmd, layout.content_end, pmd):
+    for block in _blocks(segments, pmd):
+        if not layout.holds(block, block + pmd):
+            continue
         inside = [
             (max(start, block), min(end, block + pmd), start, offset)
             for start, end, offset in segments
             if start < block + pmd and block < end
         ]
-        if not inside or not layout.holds(block, block + pmd):
-            continue
         at = inside[0][0]
         parts: list[Part] = []
         for start, end, segment, offset in inside:
@@ -243,6 +221,16 @@ def content(layout: Layout) -> Iterator[tuple[int, list[Part]]]:
             parts.append((offset + start - segment, end - start))
             at = end
         yield inside[0][0], parts
+
+
+def _blocks(segments: Sequence[tuple[int, int, int]], pmd: int) -> Iterator[int]:
+    """The blocks that segments have bytes in, in ascending order; never those between, of which
+    there are as many as whoever wrote the file chose."""
+    following = 0
+    for start, end, _ in segments:
+        for block in range(max(following, start // pmd * pmd), end, pmd):
+            yield block
+            following = block + pmd
 
 
 def _sections(

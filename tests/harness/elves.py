@@ -19,16 +19,22 @@ from elftools.elf.elffile import ELFFile
 
 from harness.outside import PMD
 
-# Code of a little more than one huge page, and read-only data before and behind it.
-SOURCE = f"""
+
+def source(filling: int) -> str:
+    """A library with so many bytes of code, of which filling() executes all, and read-only data
+    before and behind it."""
+    return f"""
 const int table[1024] = {{[0] = 5, [1] = 7}};
 static int counter = 3;
 int blank[4096];
 static __thread int local = 4;
 int *where(void) {{ return &counter; }}
 int answer(int n) {{ blank[n] += table[n]; return table[n] + counter++ + local++ + blank[n]; }}
-__asm__(".text\\n.globl filling\\nfilling:\\n.fill {PMD + PMD // 2}, 1, 0x90\\nret\\n");
+__asm__(".text\\n.globl filling\\nfilling:\\n.fill {filling}, 1, 0x90\\nret\\n");
 """
+
+
+SOURCE = source(PMD + PMD // 2)  # a little more than one huge page
 
 PROTECTED = {
     "x86_64": ["-fcf-protection=full", "-Wl,-z,ibt,-z,shstk"],

@@ -22,12 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from page_primer import _core, options, plan, processes, survey
+from page_primer import _core, options, plan, processes, reasons, survey
+from page_primer._lean import replace
 from page_primer.align import aligned, files, layout, original, rewrite, verify
 from page_primer.align.original import Refused
 from page_primer.elf import file as elf
 from page_primer.elf.file import PF_R, PF_X
-from page_primer.elf.objects import Object, Region, Source, segments_of
+from page_primer.elf.objects import Object, Region, Source, is_out_of_proportion, segments_of
 from page_primer.heap import chunks
 from page_primer.images import layout as image
 from page_primer.kernel import memory, mounts, smaps
@@ -37,6 +38,7 @@ from page_primer.kernel.smaps import Mapping
 PAGE = 4096
 PMD = 1 << 14  # huge pages of 16 KiB, so that files can be small
 BASE = 0x7F0000000000
+_FILE_SIZE = 1 << 16  # bytes, of what program headers are made up for
 FOLDER = Path(__file__).parents[1] / "corpus"
 
 # Linked without a C library: a few KiB, and yet a library that can be loaded and called.
@@ -150,24 +152,49 @@ def elf_file(data: bytes) -> bool:
 
 
 def program_headers(data: bytes) -> bool:
-    """Segments of a program header table, and a plan for them."""
+    """Segments of a program header table, a plan for them, and what an image of them consists of,
+    however far apart they are."""
     segments = segments_of(data[: len(data) // 56 * 56], BASE, PAGE)
     aligned.aligned_span(data[: len(data) // 56 * 56], PMD)
     if not segments:
         return False
     for low, high in itertools.pairwise(segments):
         assert low.start <= high.start and low.end <= high.start, "segments overlap"
-    source = Source("/lib/x.so", 1, 2, 3, 4, 5)
+    source = Source("/lib/x.so", 1, 2, _FILE_SIZE, 4, 5)
     obj = Object("x", "/lib/x.so", BASE, data, segments, interpreter=True, source=source)
-    if obj.end - obj.start > 1 << 28:  # larger than any library, and slow
-        return False
+    if is_out_of_proportion(obj.span_bytes, source.size):  # as the survey has it
+        obj = replace(obj, problem=reasons.OUT_OF_PROPORTION)
     for merge in (True, False):
         found = survey.Survey((obj,), PMD, False, 1, (1, 0))
         planned = plan.make(found, options.Options(merge=merge))
+        assert not (obj.problem and planned.moves), "an object with a problem is moved"
         for move in planned.moves:
             for regions in (move.image, move.memory, move.signed):
                 check_regions(obj, regions)
+            check_content(image.lay_out(obj, move.image, PMD))
     return bool(planned.moves)
+
+
+def check_content(laid_out: image.Layout) -> None:
+    """What an image consists of is all that segments have of the file, in blocks of which none is
+    there twice; or it is refused, as too large."""
+    try:
+        laid_out.check_extent()
+    except image.CannotLayOut:
+        # Of what is read-only it would be as many blocks as these have, and no more.
+        laid_out = replace(laid_out, object=_without_data(laid_out.object))
+    last, size = 0, 0
+    for offset, parts in image.content(laid_out):
+        end = offset + sum(length for _, length in parts)
+        assert offset // PMD == (end - 1) // PMD, "more than a block"
+        assert last <= offset // PMD, "a block is there twice"
+        last = offset // PMD + 1
+        size += sum(length for at, length in parts if at is not None)
+    assert size == sum(s.file_end - s.start for s in laid_out.object.segments)
+
+
+def _without_data(obj: Object) -> Object:
+    return replace(obj, segments=tuple(s for s in obj.segments if not s.writable))
 
 
 def check_regions(obj: Object, regions: tuple[Region, ...]) -> None:
