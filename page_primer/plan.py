@@ -184,7 +184,7 @@ def explain(obj: Object, regions: Sequence[Region], pmd: int) -> list[Remainder]
                 elif edges and reachable.contains(part):
                     reason = reasons.COLD
                 last = left[-1] if left else None
-                if last and (last.end, last.kind, last.reason) == (low, segment.kind, reason):
+                if last and (last.end, last.reason) == (low, reason) and segment.start < low:
                     low = left.pop().start
                 left.append(Remainder(obj, low, high, segment.kind, reason))
     left += [

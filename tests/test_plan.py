@@ -538,6 +538,8 @@ def check_regions(made, regions, merge):
 
 
 def check_partition(made, regions, left):
+    for part in left:  # or the report gives none of them the reason
+        assert any(s.start <= part.start and part.end <= s.end for s in made.segments)
     pieces = [tuple(r.huge(PMD)) for r in regions] + [(part.start, part.end) for part in left]
     pieces = sorted(piece for piece in pieces if piece[0] < piece[1])
     merged = []
