@@ -268,12 +268,44 @@ def test_without_anchors_profilers_keep_the_head(static, images, why):
         images.unlink(missing_ok=True)
 
 
-def test_memfd_names_the_object_and_is_sealed(python):
+# The descriptors of what is mapped over code, of which prime() keeps none.
+KEEP_DESCRIPTORS = """
+import errno, fcntl, os
+from page_primer import _core
+swap, kept = _core.swap, {}
+def keeping(base, headers, pieces, originals):
+    for *_, fd, _ in pieces:
+        if fd >= 0:
+            kept.setdefault(os.fstat(fd).st_ino, os.dup(fd))
+    return swap(base, headers, pieces, originals)
+_core.swap = keeping
+
+def outcome(call, *arguments):
+    try:
+        return call(*arguments)
+    except OSError as error:
+        return errno.errorcode[error.errno]
+"""
+
+
+def test_memfd_is_sealed(python):
+    """Nobody who gets hold of it (a debugger, a process that inherited it) changes its content."""
     with Process(python) as process:
+        process.run(KEEP_DESCRIPTORS)
         process.prime(backing="memfd", keep_profilers=False)
         vmas = [v for v in outside.smaps(process.pid) if v.path.startswith("/memfd:")]
         assert vmas
         assert {v.perms for v in vmas} <= {"r-xp", "r--p"}
+        get, add, all_of_them = 1034, 1033, 0x1 | 0x2 | 0x4 | 0x8  # linux/fcntl.h
+        seals = process.run(f"result = {{i: fcntl.fcntl(fd, {get}) for i, fd in kept.items()}}")
+        assert set(map(int, seals)) == {v.inode for v in vmas}
+        assert {found & all_of_them for found in seals.values()} == {all_of_them}
+        changes = process.run(
+            "calls = (os.pwrite, b'x', 0), (os.ftruncate, 1), (os.ftruncate, 1 << 30), "
+            f"(fcntl.fcntl, {add}, 0)\n"
+            "result = [outcome(call, fd, *rest) for fd in kept.values() for call, *rest in calls]"
+        )
+        assert set(changes) == {"EPERM"}
 
 
 def test_second_call_does_nothing_and_a_new_library_is_handled(python, images):

@@ -14,7 +14,7 @@ from harness.gunicorn_server import Gunicorn
 from harness.interpreters import KINDS, python_of
 from harness.kernel import require_huge_files
 from harness.marks import needs_root
-from harness.placement import require_one_address
+from harness.placement import has_one_address, require_one_address
 from harness.privileges import has_images
 from harness.process import Process, interpreter
 from harness.service import NOBODY, OTHER, USER, become, capable, public, public_python
@@ -27,7 +27,8 @@ from page_primer.options import Options
 
 __all__ = ["public", "public_python"]
 
-MEMORY = ("memfd", "anonymous", None)
+MEMORY = ("memfd", "anonymous")
+SECURE = "it runs in secure-execution mode"
 CAP_NET_ADMIN = 12
 
 
@@ -36,6 +37,13 @@ def mapped(pid: int, directory: Path) -> list[str]:
     code."""
     paths = [vma.path for vma in outside.smaps(pid) if vma.path.startswith(f"{directory}/")]
     return [path for path in paths if "-anchor/" not in path]
+
+
+def require_memory(pid: int, core: dict) -> None:
+    """The interpreter was moved, and to memory; where it can be: to its own, a huge page that
+    profilers need does not go."""
+    text = outside.text_of(pid, core["path"])
+    assert core["backing"] in (MEMORY if text.attainable > text.head else (*MEMORY, None)), core
 
 
 # --------------------------------------------------------------------------------- whose word it is
@@ -148,21 +156,32 @@ def test_a_process_that_may_change_back(public_python, group, user):
 @needs_root
 def test_a_program_that_gives_more_than_its_user_has(public, public_python):
     """Set-group-ID: secure-execution mode (AT_SECURE), without a capability."""
+    program = set_group_id(public, public_python)
+    with Process(program, wrapper=become(USER)) as process:
+        assert told(process, public_python) == [USER, SECURE, [0]]
+
+
+def set_group_id(public: Path, python: str) -> str:
+    """A copy of an interpreter that gives whoever runs it another group, and the kernel says so."""
     program = public / "program"
-    shutil.copy(os.path.realpath(public_python), program)
+    shutil.copy(os.path.realpath(python), program)
     os.chown(program, 0, OTHER)
     program.chmod(0o2755)
-    said = subprocess.run(
-        [*become(USER), program, "-c",
-         f"import os, sys; sys.path[:] = {path_of(public_python)!r}\n"
-         "from page_primer.kernel import credentials\n"
-         "c = credentials.read()\n"
-         "print(os.getegid(), c.user, c.privilege, sorted(c.trusted), sep=';')"],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    if said.returncode or not said.stdout.startswith(f"{OTHER};"):
+    command = [*become(USER), str(program), "-c", "import os; print(os.getegid())"]
+    said = subprocess.run(command, capture_output=True, text=True)
+    if said.stdout != f"{OTHER}\n":
         pytest.skip(f"a set-group-ID program does not run here: {said.stderr[-200:]}")
-    assert said.stdout == f"{OTHER};{USER};it runs in secure-execution mode;[0]\n"
+    return str(program)
+
+
+def told(process: Process, python: str) -> list:
+    """What a process that has an interpreter's modules says of its credentials."""
+    return process.run(
+        f"import sys; sys.path[:] = {path_of(python)!r}\n"
+        "from page_primer.kernel import credentials\n"
+        "c = credentials.read()\n"
+        "result = [c.user, c.privilege, sorted(c.trusted)]"
+    )
 
 
 def path_of(python: str) -> list[str]:
@@ -267,7 +286,7 @@ def test_an_images_folder_that_others_can_write_to_is_not_used(python, images):
     where.parent.chmod(0o777)
     with Process(python) as process:
         core = interpreter(process.prime(image_dir=str(images)))
-        assert core["backing"] in MEMORY
+        require_memory(process.pid, core)
         assert not mapped(process.pid, images)
 
 
@@ -413,16 +432,55 @@ def test_capabilities(public, public_python):
             assert f"CapEff:\t{1 << CAP_NET_ADMIN:016x}" in effective
             report = victim.prime(image_dir=str(store))
             core = interpreter(report)
-            assert core["backing"] in MEMORY
+            require_memory(victim.pid, core)
             assert any("it has capabilities" in note for note in core["notes"]), core["notes"]
-            theirs = [vma for vma in outside.smaps(victim.pid) if "x" in vma.perms and vma.inode]
-            for vma in theirs:
-                if os.path.exists(vma.path):
-                    assert os.stat(vma.path).st_uid != USER, vma
+            executes_nothing_of(USER, victim.pid)
         # By default as well, where nothing is root's but what root built.
         with Process(public_python, wrapper=capable(USER), env={"HOME": str(public)}) as victim:
             core = interpreter(victim.prime())
-            assert core["backing"] in MEMORY or os.stat(core["where"]).st_uid == 0
+            if core["backing"] == "image":
+                assert os.stat(core["where"]).st_uid == 0
+            else:
+                require_memory(victim.pid, core)
+            executes_nothing_of(USER, victim.pid)
+
+
+def executes_nothing_of(user: int, pid: int) -> None:
+    """No file of a user's is mapped executable."""
+    code = [vma for vma in outside.smaps(pid) if "x" in vma.perms and os.path.exists(vma.path)]
+    assert code
+    for vma in code:
+        assert os.stat(vma.path).st_uid != user, vma
+
+
+@needs_root
+def test_secure_execution(public, public_python):
+    """A program that gives its user another group must not execute what that user can write: not
+    from a store that the environment names either. What root wrote it uses."""
+    program, store = set_group_id(public, public_python), public / "images"
+    store.mkdir()
+    os.chown(store, USER, USER)
+    # Who has the group anyway runs it as any program.
+    member = ["setpriv", f"--reuid={USER}", f"--regid={OTHER}", "--clear-groups"]
+    with Process(program, wrapper=member) as writer:
+        assert told(writer, public_python) == [USER, None, [0, USER]]
+        where = interpreter(writer.prime(image_dir=str(store)))["where"]
+        assert where.startswith(f"{store}/")
+        env = {"PAGE_PRIMER_IMAGE_DIR": str(store)}
+        with Process(program, wrapper=become(USER), env=env) as victim:
+            assert told(victim, public_python) == [USER, SECURE, [0]]
+            core = interpreter(victim.prime())
+            require_memory(victim.pid, core)
+            assert any(SECURE in note for note in core["notes"]), core["notes"]
+            executes_nothing_of(USER, victim.pid)
+    roots = public / "root's"
+    with Process(program) as root, Process(program, wrapper=become(USER)) as process:
+        assert told(root, public_python)[0] == 0
+        assert told(process, public_python) == [USER, SECURE, [0]]
+        where = interpreter(root.prime(image_dir=str(roots)))["where"]
+        core = interpreter(process.prime(image_dir=str(roots)))
+        if has_one_address(program):
+            assert (core["backing"], core["where"]) == ("image", where)
 
 
 @needs_root
@@ -445,7 +503,7 @@ def test_nobodys_own_files_are_not_trusted(public, public_python):
     os.chown(store, NOBODY, NOBODY)
     with Process(public_python, wrapper=become(NOBODY)) as process:
         core = interpreter(process.prime(image_dir=str(store)))
-        assert core["backing"] in MEMORY
+        require_memory(process.pid, core)
         assert any("may be anybody" in note or "anybody's name" in note for note in core["notes"])
     assert not list(store.iterdir())
 
@@ -473,7 +531,7 @@ def test_nobodys_code_is_in_memory_files(public, nobody, named):
         # Of the default directories there is the one that root may have filled.
         if text.attainable and (named or not os.path.isdir(places.SYSTEM)):
             assert text.huge in (text.attainable, text.attainable - text.head)
-            assert core["backing"] in (MEMORY[:2] if text.huge else MEMORY)
+            assert (core["backing"] in MEMORY) == (text.huge > 0)
             why = trust.UNTRUSTED if named else f"user {NOBODY} may be anybody"
             assert any(why in note for note in core["notes"]), core["notes"]
         assert process.run("import decimal; result = str(decimal.Decimal(1) / 4)") == "0.25"
@@ -673,7 +731,7 @@ def test_one_bit_in_a_store_that_cannot_be_written_to(python, images):
         pytest.skip("mounting is not allowed here")
     with Process(python, wrapper=wrapper) as process:
         core = interpreter(process.prime(image_dir=str(images)))
-        assert core["backing"] in MEMORY
+        require_memory(process.pid, core)
         assert not mapped(process.pid, images)
 
 
