@@ -919,49 +919,103 @@ def test_daemon_that_closes_its_descriptors(python, images):
         assert process.run(textwrap.dedent(source) % str(images)) is True
 
 
-SUB_INTERPRETER = """
+SUB_INTERPRETERS = """
 import sys
 sys.path[:0] = {path!r}
-import page_primer
-first = page_primer.prime(image_dir={images!r})
 try:
     import _interpreters as interpreters
 except ImportError:
     import _xxsubinterpreters as interpreters
-if {isolated}:
+
+def create():
+    if {isolated}:
+        try:
+            return interpreters.create("isolated")  # 3.13
+        except TypeError:
+            return interpreters.create(isolated=True)
     try:
-        other = interpreters.create("isolated")  # 3.13
+        return interpreters.create("legacy")
     except TypeError:
-        other = interpreters.create(isolated=True)
-else:
-    try:
-        other = interpreters.create("legacy")
-    except TypeError:
-        other = interpreters.create(isolated=False)
-try:
-    code = '''
-import sys
-sys.path[:0] = {path!r}
-import page_primer
-report = page_primer.prime(image_dir={images!r})
-assert report.reason is None and not report.moved, report
-assert report.interpreter.code_huge_bytes == %d, report
-''' % first.interpreter.code_huge_bytes
-    problem = interpreters.run_string(other, code)
+        return interpreters.create(isolated=False)
+
+def run(other, code, **values):
+    names = "".join(f"{{name}} = {{value!r}}\\n" for name, value in values.items())
+    head = "import sys; sys.path[:0] = {path!r}; import page_primer; options = {options!r}\\n"
+    problem = interpreters.run_string(other, head + names + code)
     assert problem is None, problem
-finally:
-    interpreters.destroy(other)
+
+def moved():  # mappings of images, or of memory files
+    with open("/proc/self/maps") as maps:
+        return [line for line in maps if {images!r} in line or "/memfd:" in line]
+
+options = {options!r}
+other = create()
+"""
+
+PRIMED_AFTER = """
+import page_primer
+huge = page_primer.prime(**options).interpreter.code_huge_bytes
+before = moved()
+run(other, '''
+report = page_primer.prime(**options)
+assert report.reason is None and not report.moved, report
+assert report.interpreter.code_huge_bytes == huge, report
+report = page_primer.restore()
+assert report.reason is None and report.interpreter.code_huge_bytes == huge, report
+''', huge=huge)
+assert moved() == before != []
+interpreters.destroy(other)
+page_primer.restore()
+assert moved() == []
+print("fine")
+"""
+
+PRIMED_FIRST = """
+PRIME = '''
+report = page_primer.prime(**options)
+assert report.reason is None and report.interpreter.path in report.moved, report
+assert report.interpreter.code_huge_bytes > 0, report
+'''
+run(other, PRIME)
+before = moved()
+assert before
+import page_primer
+report = page_primer.prime(**options)
+assert report.reason is None and not report.moved, report
+assert report.interpreter.code_huge_bytes > 0, report
+# What another one has moved it does not put back, and that one does.
+page_primer.restore()
+assert moved() == before
+run(other, "report = page_primer.restore(); assert report.reason is None, report")
+assert moved() == []
+# Then it is anybody's again: the main one's; and that of one which ends without restore().
+report = page_primer.prime(**options)
+assert report.interpreter.path in report.moved, report
+page_primer.restore()
+assert moved() == []
+run(other, PRIME)
+before = moved()
+interpreters.destroy(other)
+assert moved() == before != []
+report = page_primer.restore()
+assert report.reason is None and report.interpreter.code_huge_bytes > 0, report
+import json, decimal
+assert json.loads(json.dumps([1.5])) == [1.5] and decimal.Decimal(1) / 4
 print("fine")
 """
 
 
 @pytest.mark.parametrize("isolated", [False, True], ids=["legacy", "own GIL"])
-def test_sub_interpreter(every_python, images, isolated):
-    """The moves are the process's: another interpreter finds them done. With a GIL of its own (3.12
-    and newer) it loads the core too."""
+@pytest.mark.parametrize("source", [PRIMED_AFTER, PRIMED_FIRST], ids=["after", "first"])
+def test_sub_interpreter(every_python, images, isolated, source):
+    """The moves are the process's: another interpreter finds them done, and whose they are can put
+    them back. With a GIL of its own (3.12 and newer) it loads the core too."""
     packages = Path(page_primer.__file__).parents[1]
-    source = SUB_INTERPRETER.format(path=[str(packages)], images=str(images), isolated=isolated)
-    done = subprocess.run([every_python, "-c", source], capture_output=True, text=True)
+    options = {"image_dir": str(images), "keep_profilers": False}
+    head = SUB_INTERPRETERS.format(
+        path=[str(packages)], images=f"{images}/", isolated=isolated, options=options
+    )
+    done = subprocess.run([every_python, "-c", head + source], capture_output=True, text=True)
     assert done.stdout == "fine\n", done.stderr
 
 
