@@ -139,3 +139,14 @@ def test_perf_is_judged_by_what_it_can_know():
     ]  # fmt: skip
     script = "\n".join(line.format(pid, pid, at, ino, path) for pid, at, ino, path in mapped)
     assert perf.of_several_files(script) == {libc}
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"), [("debug", "Py_DEBUG"), ("free-threaded", "ThreadSanitizer at /nowhere")]
+)
+def test_a_sanitizer_that_is_not_here_is_not_clean(tmp_path, kind, why):
+    command = [sys.executable, ROOT / "tools/sanitize", "--python-thread", "/nowhere", kind]
+    env = {**os.environ, "PATH": str(tmp_path)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 1, done
+    assert re.fullmatch(rf"{kind}: NOT RUN, .*{why}.*\nNOT RUN: {kind}\n", done.stdout), done
