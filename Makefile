@@ -23,6 +23,7 @@
 # make environments    hostile ones, each tried (root); writes docs/environments.md (GUEST=7.2: and a
 #              kernel that is set to give no huge pages, in qemu)
 # make sanitize    the C core under sanitizers, and 10,000 cycles of prime() and restore()
+# make packages    only what make test and make sanitize install with apt-get (root)
 # make fuzz    what reads others' files and text, fuzzed (FUZZ="--seconds 600 align")
 # make tools-matrix   every tool on every interpreter and backing; writes docs/tools.md
 #              (MATRIX='--shape "CPython 3.11*"': a part of it)
@@ -41,7 +42,7 @@ PARALLEL := $(BIN)/pytest --numprocesses $(shell expr 2 "*" $$(nproc)) --maxproc
     --dist loadfile
 SOURCES := pyproject.toml setup.py $(wildcard page_primer/*.[ch] page_primer/launcher/*.[ch])
 
-.PHONY: demo demo-celery test test-fast coverage bookworm trixie sid lint wheel wheel-check wheel-debian changelog docs bench bench-pressure environments drawing sanitize fuzz tools-matrix kernels clean
+.PHONY: demo demo-celery test test-fast coverage bookworm trixie sid lint wheel wheel-check wheel-debian changelog docs bench bench-pressure environments drawing sanitize fuzz packages tools-matrix kernels clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/gunicorn/demo.py
@@ -51,10 +52,7 @@ demo-celery: $(VENV)/.demo-celery
 	$(BIN)/python examples/celery/demo.py
 
 test: $(VENV)/.test
-	tools/system-packages gdb:gdb ps:procps setpriv:util-linux readelf:binutils \
-	    redis-server:redis-server perf:linux-perf valgrind:valgrind nsenter:util-linux $(PIE) \
-	    ld.lld:lld ld.gold:binutils-gold mold:mold musl-gcc:musl-tools eu-addr2line:elfutils \
-	    fakeroot:fakeroot chattr:e2fsprogs h2load:nghttp2-client vmtouch:vmtouch git:git
+	tools/system-packages $(TEST_PACKAGES)
 	$(PARALLEL) $(TESTS)
 
 test-fast: $(VENV)/.test
@@ -138,7 +136,7 @@ environments: $(VENV)/.test
 	$(BIN)/python tools/environments $(if $(GUEST),--guest $(GUEST))
 
 sanitize: $(VENV)/.test
-	tools/system-packages gcc:build-essential setarch:util-linux python3-dbg:python3-dbg
+	tools/system-packages $(SANITIZE_PACKAGES)
 	$(BIN)/python tools/sanitize
 
 fuzz: $(VENV)/.test
@@ -150,6 +148,14 @@ fuzz: $(VENV)/.test
 DEBIAN = $(notdir $(realpath /usr/bin/python3))
 ARCHIVE = $(DEBIAN:python%=config-%)-$(shell uname -m)-linux-gnu/lib$(DEBIAN)-pic.a
 PIE = $(if $(DEBIAN),/usr/lib/$(DEBIAN)/$(ARCHIVE):lib$(DEBIAN)-dev)
+
+TEST_PACKAGES = gdb:gdb ps:procps setpriv:util-linux readelf:binutils \
+    redis-server:redis-server perf:linux-perf valgrind:valgrind nsenter:util-linux $(PIE) \
+    ld.lld:lld ld.gold:binutils-gold mold:mold musl-gcc:musl-tools eu-addr2line:elfutils \
+    fakeroot:fakeroot chattr:e2fsprogs h2load:nghttp2-client vmtouch:vmtouch git:git
+SANITIZE_PACKAGES = gcc:build-essential setarch:util-linux python3-dbg:python3-dbg
+packages:
+	tools/system-packages $(TEST_PACKAGES) $(SANITIZE_PACKAGES)
 
 tools-matrix: $(VENV)/.test
 	tools/system-packages gdb:gdb perf:linux-perf valgrind:valgrind nsenter:util-linux \
