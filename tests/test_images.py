@@ -1,5 +1,6 @@
 """What images take, and when they go."""
 
+import importlib.util
 import json
 import os
 import resource
@@ -13,8 +14,9 @@ from pathlib import Path
 
 import pytest
 from harness import outside
-from harness.container import container
+from harness.container import OVERLAID, container
 from harness.container_runs import restart
+from harness.gunicorn_server import CONF, Gunicorn, require_no_failure
 from harness.interpreters import is_shared
 from harness.kernel import filesystem
 from harness.layouts import laid_out
@@ -429,6 +431,90 @@ def test_small_shm(tmp_path):
         assert size < 32 * MIB
     lefts = [left for *_, left in seen]
     assert lefts[2] <= lefts[0] + MIB
+
+
+ARRAYS = """
+import os, sys
+from multiprocessing import shared_memory
+sys.modules["pyarrow"] = None  # pandas takes it, of 46 MiB, where it is there
+import numpy, pandas
+def app(environ, start_response):
+    memory = shared_memory.SharedMemory(create=True, size=32 << 20)
+    memory.buf[:] = bytes(32 << 20)
+    memory.close()
+    memory.unlink()
+    start_response("200 OK", [])
+    return [str(os.getpid()).encode()]
+"""
+WORKERS = 4
+MOST = 5 * MIB  # a worker
+
+
+@pytest.mark.slow
+@needs_root
+def test_what_a_worker_takes_in_a_container():
+    """The case small-shm as it is, with gunicorn: each worker has its shared memory, and priming
+    takes five mebibytes of memory a worker at most."""
+    pytest.importorskip("pandas")
+    place = Path(tempfile.mkdtemp(prefix="page-primer-test-", dir="/srv"))
+    place.chmod(0o755)
+    try:
+        plain, primed = (
+            memory_of_a_server(place / name, conf)
+            for name, conf in (("plain", None), ("primed", CONF))
+        )
+    finally:
+        shutil.rmtree(place)
+    most = MOST
+    if numpy_is_overlaid():  # then it is at random addresses, too: a huge page more or less
+        most += 2 * outside.PMD
+    assert 0 < primed - plain <= WORKERS * most, (plain, primed)
+
+
+def numpy_is_overlaid():
+    return Path(importlib.util.find_spec("numpy").origin).parts[1] in OVERLAID
+
+
+def memory_of_a_server(directory, conf):
+    """Bytes that a server takes of the machine, whose image it may be alone to map."""
+    directory.mkdir()
+    directory.chmod(0o777)
+    (directory / "upper").mkdir()
+    env = {"HOME": "/var/tmp/home", "XDG_CACHE_HOME": "", "OPENBLAS_NUM_THREADS": "1"}
+    wrapper = [
+        "prlimit", f"--memlock={8 * MIB}:{8 * MIB}", *container(directory / "upper"),
+        "sh", "-c", 'mkdir "$HOME" && exec "$@"', "sh",
+    ]  # fmt: skip
+    with Gunicorn(
+        sys.executable, directory, "--workers", str(WORKERS), conf=conf, app=ARRAYS, env=env,
+        wrapper=wrapper,
+    ) as server:  # fmt: skip
+        server.wait_for_workers(WORKERS)
+        server.wait_until_each_answered()
+        require_no_failure(server)
+        family = [server.master, *server.workers]
+        if conf:
+            for pid in family:
+                assert any("/.cache/page-primer/" in vma.path for vma in outside.smaps(pid))
+        return taken_by(family)
+
+
+def taken_by(family):
+    """Bytes of memory that processes which share some of it take together. Of a file it is what one
+    of them has most of, since PSS is less where others of the machine map the file."""
+    own, files = 0, {}
+    for pid in family:
+        rollup = Path(f"/proc/{pid}/smaps_rollup").read_text().split("\n")[1:-1]
+        shares = {line.partition(":")[0]: int(line.split()[1]) << 10 for line in rollup}
+        own += shares["Pss_Anon"] + shares["Pss_Shmem"]
+        here = {}
+        for vma in outside.smaps(pid):
+            if vma.inode and not vma.path.startswith(("/memfd:", "/dev/")):
+                size = (vma.kb["Rss"] - vma.kb["Anonymous"]) << 10
+                here[vma.device, vma.inode] = here.get((vma.device, vma.inode), 0) + size
+        for file, size in here.items():
+            files[file] = max(files.get(file, 0), size)
+    return own + sum(files.values())
 
 
 @needs_root
