@@ -275,7 +275,7 @@ from page_primer import _core
 swap, kept = _core.swap, {}
 def keeping(base, headers, pieces, originals):
     for *_, fd, _ in pieces:
-        if fd >= 0:
+        if fd != -1:  # a Descriptor, which is no number
             kept.setdefault(os.fstat(fd).st_ino, os.dup(fd))
     return swap(base, headers, pieces, originals)
 _core.swap = keeping
