@@ -1,11 +1,12 @@
-"""A seccomp filter that refuses each system call that prime() and restore() make, one at a time."""
+"""A seccomp filter that refuses each system call that prime(), status() and restore() make, one at
+a time."""
 
 import errno
 import sys
 
 import pytest
 from harness.privileges import has_images
-from harness.system_calls import calls_in_use, check, refuse, variants
+from harness.system_calls import VARIANTS, calls_in_use, check, refuse, variants
 
 
 @pytest.fixture(scope="module")
@@ -16,31 +17,40 @@ def calls(tmp_path_factory):
 
 
 def test_the_calls_in_use_are_known(calls):
-    assert {"mmap", "madvise", "munmap", "openat", "mlock", "prctl"} <= set(calls)
+    assert {"mmap", "madvise", "munmap", "openat", "mlock", "prctl", "fallocate"} <= set(calls)
+    if has_images():
+        assert {"fchmod", "fdatasync", "flock", "mkdirat", "pwrite64", "renameat"} <= set(calls)
 
 
 @pytest.fixture(scope="module")
 def outcomes(calls, tmp_path_factory):
-    """outcomes(backing, late): with EPERM, as filters answer, and with ENOSYS, as older kernels and
-    sandboxes do; each tried once."""
+    """outcomes(variant, late, errors): with EPERM, as filters answer, and with ENOSYS, as older
+    kernels and sandboxes do; each tried once."""
     seen = {}
 
-    def attempt(backing, late):
-        if (backing, late) not in seen:
-            options = variants(tmp_path_factory.mktemp(backing))[backing]
-            errors = [errno.EPERM, errno.ENOSYS]
-            seen[backing, late] = refuse(sys.executable, calls, options, errors=errors, late=late)
-        return seen[backing, late]
+    def attempt(variant, late, errors=(errno.EPERM, errno.ENOSYS)):
+        if (variant, late) not in seen:
+            options = variants(tmp_path_factory.mktemp("refused"))[variant]
+            seen[variant, late] = refuse(sys.executable, calls, options, errors=errors, late=late)
+        return seen[variant, late]
 
     return attempt
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("late", [False, True], ids=["before", "while primed"])
-@pytest.mark.parametrize("backing", ["auto", "image", "memfd", "anonymous"])
+@pytest.mark.parametrize("backing", VARIANTS[:4])
 def test_each_call_refused_to_each_backing(outcomes, backing, late):
     """In a sandbox from the start, or one that a primed process enters."""
     check(outcomes(backing, late))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("late", [False, True], ids=["before", "while primed"])
+@pytest.mark.parametrize("variant", VARIANTS[4:])
+def test_each_call_refused_with_all_options(outcomes, variant, late):
+    """Where the heap, a perf map, anchors or the kernel's pool of huge pages are asked for."""
+    check(outcomes(variant, late, [errno.ENOSYS if late else errno.EPERM]))
 
 
 @pytest.mark.slow

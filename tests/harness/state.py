@@ -31,6 +31,11 @@ def file_mappings(pid: int) -> list[tuple[int, int, str, int, str]]:
     ]
 
 
+# How often what is tried is repeated between two looks at a process: a mapping, descriptor or lock
+# that stays after each call is then more than what assert_nothing_left() lets an interpreter have.
+CYCLES = 5
+
+
 class State(NamedTuple):
     """What a process holds, seen from outside."""
 
@@ -54,13 +59,26 @@ def state(pid: int) -> State:
     return State(file_mappings(pid), len(spans), size, locked, sorted(names))
 
 
-def assert_nothing_left(before: State, after: State, slack: int = 3) -> None:
-    """Descriptors, locks and file mappings are the same; a few mappings may be the interpreter's
-    own memory."""
-    assert after.descriptors == before.descriptors
-    assert after.locked == before.locked, "locks"
-    assert [m for m in before.files if m not in after.files] == [], "not put back"
+def left(before: State, after: State, slack: int = 3) -> dict[str, str]:
+    """What a process has kept, by kind. Descriptors, locks and file mappings should be the same; a
+    few mappings may be the interpreter's own memory. To be of use against what stays after each
+    call, there are CYCLES of them between the two."""
+    found = {}
+    if after.descriptors != before.descriptors:
+        found["descriptors"] = f"{before.descriptors}, then {after.descriptors}"
+    if after.locked != before.locked:
+        found["locks"] = f"{before.locked} KiB, then {after.locked}"
     more = [m for m in after.files if m not in before.files]
-    assert [m for m in more if "page-primer" in m[4] or "/images/" in m[4]] == [], "left mapped"
-    assert after.mappings <= before.mappings + slack
-    assert after.size <= before.size + (8 << 20)
+    gone = [m for m in before.files if m not in after.files]
+    if gone or any("page-primer" in m[4] or "/images/" in m[4] for m in more):
+        found["mappings"] = f"not put back: {gone}; left mapped: {more}"
+    elif after.mappings > before.mappings + slack:
+        found["mappings"] = f"{before.mappings}, then {after.mappings}"
+    elif after.size > before.size + (8 << 20):
+        found["mappings"] = f"{before.size} bytes, then {after.size}"
+    return found
+
+
+def assert_nothing_left(before: State, after: State, slack: int = 3) -> None:
+    found = left(before, after, slack)
+    assert not found, found
