@@ -603,6 +603,34 @@ def test_a_file_in_a_directory_that_is_closed_to_others(public):
     assert mode_for(public / "closed" / "below" / "original", public / "image") == 0o500
 
 
+# What it takes to look: a descriptor for each of two directories, and fgetxattr.
+CANNOT_LOOK = {
+    "one descriptor": "resource.setrlimit(resource.RLIMIT_NOFILE, (os.dup(image) + 2, 4096))",
+    "no access list": "refuse({'x86_64': 193, 'aarch64': 10}[os.uname().machine], errno.EPERM)",
+}
+
+
+@pytest.mark.parametrize("harm", CANNOT_LOOK.values(), ids=CANNOT_LOOK)
+def test_what_cannot_be_looked_at_may_keep_others_away(public, python, harm):
+    (public / "original").touch()
+    (public / "original").chmod(0o755)
+    script = (
+        "import errno, os, resource, sys\n"
+        "from harness.refused import refuse\n"
+        "from page_primer.images import trust\n"
+        "original = os.open(sys.argv[1], os.O_RDONLY)\n"
+        "image = os.open(sys.argv[2], os.O_RDWR | os.O_CREAT)\n"
+        "print(oct(trust.mode_for(original, image)))\n"
+        f"{harm}\n"
+        "print(oct(trust.mode_for(original, image)))\n"
+    )
+    command = [python, "-c", script, public / "original", public / "image"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    if "no seccomp filter" in done.stderr:
+        pytest.skip("no seccomp filter can be put up here")
+    assert done.stdout.split() == ["0o555", "0o500"], done.stderr
+
+
 @needs_root
 @pytest.mark.parametrize(("options", "mode"), [("", 0o500), (",allow_other", 0o555)])
 def test_a_file_in_a_file_system_that_is_closed_to_others(mountpoint, public_python, options, mode):

@@ -11,6 +11,7 @@ user's word. So it must be mounted by root or this process's own user, too.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 _ABOVE = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _DEEPEST = 200  # directories above a store
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+_NO_LIST = errno.ENODATA, errno.EOPNOTSUPP
 _ACCESS_LIST = "system.posix_acl_access"
 UNTRUSTED = "its own user is not to be trusted"
 BUILD = "page-primer build"  # as root: it fills a store that everybody can trust
@@ -145,10 +147,14 @@ def mode_for(original: int, image: int) -> int:
 
 def _is_reached_by_others(fd: int) -> bool:
     """Whether the mode is all that keeps other users from a file: no list says more (acl(5)), and
-    none of the directories above it does, nor a file system that is its user's alone."""
-    with suppress(OSError):
+    none of the directories above it does, nor a file system that is its user's alone. What cannot
+    be looked at may."""
+    try:
         os.getxattr(fd, _ACCESS_LIST)
         return False
+    except ours(OSError) as error:
+        if error.errno not in _NO_LIST:
+            return False
     try:
         where = os.path.dirname(os.readlink(f"/proc/self/fd/{fd}"))
         at = _core.opened(os.open, where, _ABOVE)
@@ -168,6 +174,8 @@ def _is_reached_by_others(fd: int) -> bool:
             at = _go_up(at)
             if _identity(os.fstat(at)) == _identity(status):
                 return True
+        return False
+    except ours(OSError):
         return False
     finally:
         at.close()
