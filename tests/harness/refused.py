@@ -93,11 +93,10 @@ class Channel:
 
 
 def subject(channel, number, error, options, late):
-    """In the child."""
+    """In the child. Late, it has a store of its own for what comes after the filter."""
     names = {}
     if late:
-        page_primer.prime(**options)
-        options = {**options, "image_dir": f"{options['image_dir']}/later"}
+        page_primer.prime(**{**options, "image_dir": f"{options['image_dir']}-before"})
     refuse(number, error)
     if not late:
         page_primer.prime(**options)
@@ -138,8 +137,10 @@ def look(channel, child, name):
     }  # fmt: skip
 
 
-def remove(folder):
-    """A directory of a child's; without shutil, which brings shared libraries."""
+def remove(folder, child):
+    """What a child has written; without shutil, which brings shared libraries."""
+    with suppress(FileNotFoundError):
+        os.unlink(f"/tmp/perf-{child}.map")
     for path, folders, files in os.walk(folder, topdown=False):
         links = [one for one in folders if os.path.islink(f"{path}/{one}")]
         for one in files + links:
@@ -149,8 +150,9 @@ def remove(folder):
 
 def attempt(name, number, error, options, late):
     channel = Channel()
-    store = f"{options['image_dir']}/{name}-{error}"
-    options = {**options, "image_dir": store}
+    folder = f"{options['image_dir']}/{name}-{error}"
+    os.makedirs(folder)
+    options = {**options, "image_dir": f"{folder}/images"}
     child = os.fork()
     if child == 0:
         status = 1
@@ -173,16 +175,15 @@ def attempt(name, number, error, options, late):
     _, status = os.waitpid(child, 0)
     if status and not outcome["problem"]:
         outcome["problem"] = f"it ended with status {status:#x}"
-    remove(store)
-    with suppress(FileNotFoundError):
-        os.unlink(f"/tmp/perf-{child}.map")
+    remove(folder, child)
     return outcome
 
 
 def import_all(options):
     """Import what a child imports in one of these: of what each child does it is half."""
     names, there = os.pipe()
-    store = f"{options['image_dir']}/none"
+    store = f"{options['image_dir']}/imports"
+    os.makedirs(os.path.dirname(store), exist_ok=True)
     if os.fork() == 0:
         try:
             page_primer.prime(**{**options, "image_dir": store})
@@ -194,10 +195,7 @@ def import_all(options):
     os.close(there)
     with open(names) as file:
         found = file.read().split()
-    child, _ = os.wait()
-    remove(store)
-    with suppress(FileNotFoundError):
-        os.unlink(f"/tmp/perf-{child}.map")
+    remove(store, os.wait()[0])
     assert "page_primer.apply.process" in found, found
     for name in found:
         importlib.import_module(name)
@@ -215,12 +213,14 @@ def attempts(given, calls):
 def main():
     given = json.load(sys.stdin)
     exec(EXERCISE, {})
+    os.umask(0o022)  # a store below what others can write to is not trusted
     calls = given["calls"]
+    order = list(calls)
     imports = [] if given["late"] else [name for name in calls if name in IMPORTS_CALL]
     outcomes = attempts(given, {name: calls.pop(name) for name in imports})
     import_all(given["options"])
     outcomes += attempts(given, calls)
-    json.dump(outcomes, sys.stdout)
+    json.dump(sorted(outcomes, key=lambda one: order.index(one["name"])), sys.stdout)
 
 
 if __name__ == "__main__":
