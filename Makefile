@@ -21,7 +21,7 @@
 # make bench-pressure    the last but one at length, and for Celery; its picture in docs/ (root)
 # make drawing     docs/address-space.svg, of PYTHON
 # make environments    hostile ones, each tried (root); writes docs/environments.md (GUEST=7.2: and a
-#              kernel that is set to give no huge pages, in qemu)
+#              kernel that is set to give no huge pages, in qemu, of which it else keeps the rows)
 # make sanitize    the C core under sanitizers, and 10,000 cycles of prime() and restore()
 # make packages    only what make test and make sanitize install with apt-get (root)
 # make fuzz    what reads others' files and text, fuzzed (FUZZ="--seconds 600 align")
@@ -133,7 +133,7 @@ bench-pressure: $(VENV)/.test
 
 environments: $(VENV)/.test
 	tools/system-packages gcc:build-essential unshare:util-linux
-	$(BIN)/python tools/environments $(if $(GUEST),--guest $(GUEST))
+	$(BIN)/python tools/environments --slow $(if $(GUEST),--guest $(GUEST))
 
 sanitize: $(VENV)/.test
 	tools/system-packages $(SANITIZE_PACKAGES)

@@ -17,7 +17,8 @@ from typing import Any
 from harness import outside
 from harness.privileges import has_images
 from harness.process import Failed, Process, interpreter
-from harness.state import EXERCISE, assert_nothing_left, state
+from harness.refused import LEFT_ANYWAY
+from harness.state import CYCLES, EXERCISE, assert_nothing_left, state
 from page_primer import reasons
 
 MIB = 1 << 20
@@ -47,8 +48,11 @@ class Made:
 @dataclass(frozen=True)
 class Environment:
     """`make` puts it up around a process; `before` is executed there first, `during` in prime()'s
-    place, which it is part of. `says` is what the report must have, `outcome` what may come of it:
-    one of the three words above, or several."""
+    place, which it is part of. `says` is what the report must have; without it any reason will do,
+    and none where all that can be is on huge pages. `outcome` is what may come of it: one of the
+    three words above, or several.
+
+    What `before` leaves in `unavailable` is why the environment cannot be made."""
 
     name: str
     how: str
@@ -59,6 +63,7 @@ class Environment:
     during: str = PRIME
     # restore() may do its part where prime() cannot: it needs less, and memory was freed.
     undoes: bool = False
+    cycles: int = CYCLES  # of `during` and restore(): fewer where `during` has many itself
     slow: bool = False
     hours: bool = False  # for tools/environments alone, by name
 
@@ -95,7 +100,10 @@ def _observe(environment: Environment, made: Made, process: Process) -> Row:
     pid = leaf(process._process.pid)
     process.run(EXERCISE)
     process.run("import ctypes, os, page_primer")
-    process.run(f"options = {made.options!r}\n{environment.before}")
+    options = f"options, unavailable = {made.options!r}, None"
+    unavailable = process.run(f"{options}\n{environment.before}\nresult = unavailable")
+    if unavailable:
+        raise Unavailable(unavailable)
     report, text = process.run(
         f"{environment.during}\nresult = report.as_dict(), str(report) + repr(report.as_dict())"
     )
@@ -107,9 +115,10 @@ def _observe(environment: Environment, made: Made, process: Process) -> Row:
     else:
         assert bool(put_back) == bool(report["reason"]), (report, put_back)
     assert process.run(EXERCISE) == "1.41421356", "it answers when put back"
-    # What a first call imports and allocates stays: what is compared is another.
+    # What a first call imports and allocates stays: what is compared are others.
     before = state(pid)
-    process.run(f"{environment.during}\npage_primer.restore()\nresult = None")
+    for _ in range(environment.cycles):
+        process.run(f"{environment.during}\npage_primer.restore()\nresult = None")
     assert process.run(EXERCISE) == "1.41421356"
     assert_nothing_left(before, state(pid))
     return Row(outcome, reason)
@@ -119,14 +128,14 @@ def _outcome(
     environment: Environment, made: Made, pid: int, report: dict[str, Any], text: str
 ) -> tuple[str, str]:
     core = interpreter(report) if report["objects"] else None
-    huge = 0
+    huge, whole = 0, False
     if core is not None:
         with suppress(OSError, StopIteration):  # it was upgraded, and is not at its path
             text_section = outside.text_of(pid, core["path"])
             if not text_section.attainable:  # the loader has put it where no huge page fits
                 assert not core["code_huge_bytes"]
                 return f"{NOT}: no whole huge page at this address", ""
-            huge = text_section.huge
+            huge, whole = text_section.huge, text_section.is_huge
             assert bool(huge) == bool(core["code_huge_bytes"]), (huge, core)
         huge = huge or core["code_huge_bytes"]
     wanted = made.options.get("backing", "image")
@@ -139,12 +148,34 @@ def _outcome(
         if outcome == OTHERWISE and (says or OTHERWISE not in environment.outcome):
             says = f"{says}|{NOT_TRUSTED}" if says else NOT_TRUSTED
     assert outcome in allowed, (outcome, text)
-    found = re.search(says, text)
-    assert found, (says, text)
-    reason = found[0] if says else ""
+    if says:
+        found = re.search(says, text)
+        assert found, (says, text)
+        reason = found[0]
+    else:
+        reason = "; ".join(_reasons(report, core))
+        assert reason or (whole and outcome == PRIMED), (outcome, text)
+        # That some of it is kept for profilers is not why another backing was taken.
+        assert outcome != OTHERWISE or (core is not None and core["notes"]), text
     if outcome != NOT and core is not None:
         return f"{outcome}: {core['backing']}", reason
     return outcome, reason
+
+
+def _reasons(report: dict[str, Any], core: dict[str, Any] | None) -> list[str]:
+    """Why something was not done, or otherwise: all of it, the interpreter's code, or locks."""
+    found = [": ".join(filter(None, (report["reason"], report["detail"])))]
+    if core is not None:
+        found += [note.rpartition("/")[2] for note in core["notes"]]  # a path is of this very run
+        found += [
+            reason
+            for segment in core["segments"]
+            for reason in segment["left"]
+            if reason not in LEFT_ANYWAY
+        ]
+    if report["lock_refusal"]:
+        found.append(f"not locked: {report['lock_refusal']}")
+    return list(dict.fromkeys(filter(None, found)))
 
 
 def leaf(pid: int) -> int:

@@ -16,7 +16,9 @@ from harness.kernel_log import watch
 from harness.privileges import has_images, locks_fit
 from harness.state import file_mappings as file_mappings
 
-PMD = int(open("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size").read())
+# Where there are no such pages, what they would be with pages of 4 KiB.
+_SIZE = "/sys/kernel/mm/transparent_hugepage/hpage_pmd_size"
+PMD = int(open(_SIZE).read()) if os.path.exists(_SIZE) else 2 << 20
 PAGE = 4096
 HEAD = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (....) ([0-9a-f]+) (\S+) (\d+)\s*(.*)")
 
