@@ -5,6 +5,7 @@ import errno
 import sys
 
 import pytest
+from harness.interpreters import KINDS, python_of
 from harness.privileges import has_images
 from harness.system_calls import VARIANTS, calls_in_use, check, refuse, variants
 
@@ -17,7 +18,7 @@ def calls(tmp_path_factory):
 
 
 def test_the_calls_in_use_are_known(calls):
-    assert {"mmap", "madvise", "munmap", "openat", "mlock", "prctl", "fallocate"} <= set(calls)
+    assert {"mmap", "madvise", "munmap", "openat", "mlock", "prctl"} <= set(calls)
     if has_images():
         assert {"fchmod", "fdatasync", "flock", "mkdirat", "pwrite64", "renameat"} <= set(calls)
 
@@ -51,6 +52,17 @@ def test_each_call_refused_to_each_backing(outcomes, backing, late):
 def test_each_call_refused_with_all_options(outcomes, variant, late):
     """Where the heap, a perf map, anchors or the kernel's pool of huge pages are asked for."""
     check(outcomes(variant, late, [errno.ENOSYS if late else errno.EPERM]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("late", [False, True], ids=["before", "while primed"])
+def test_each_call_refused_to_a_program(tmp_path, late):
+    """One without a libpython: where it is linked for one address it has anchors, too."""
+    if "static" not in KINDS:
+        pytest.skip("no static interpreter here")
+    python = python_of(tmp_path, KINDS["static"])
+    used, options = calls_in_use(tmp_path, python), variants(tmp_path)["anonymous, all else"]
+    check(refuse(python, used, options, errors=[errno.EPERM if late else errno.ENOSYS], late=late))
 
 
 @pytest.mark.slow
