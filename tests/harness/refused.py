@@ -137,10 +137,11 @@ def look(channel, child, name):
     }  # fmt: skip
 
 
-def remove(folder, child):
+def remove(folder, *pids):
     """What a child has written; without shutil, which brings shared libraries."""
-    with suppress(FileNotFoundError):
-        os.unlink(f"/tmp/perf-{child}.map")
+    for pid in pids:
+        with suppress(FileNotFoundError):
+            os.unlink(f"/tmp/perf-{pid}.map")
     for path, folders, files in os.walk(folder, topdown=False):
         links = [one for one in folders if os.path.islink(f"{path}/{one}")]
         for one in files + links:
@@ -175,7 +176,7 @@ def attempt(name, number, error, options, late):
     _, status = os.waitpid(child, 0)
     if status and not outcome["problem"]:
         outcome["problem"] = f"it ended with status {status:#x}"
-    remove(folder, child)
+    remove(folder, child, -error)  # which is its number where getpid is refused
     return outcome
 
 
