@@ -158,9 +158,9 @@ def _is_reached_by_others(fd: int) -> bool:
     try:
         where = os.path.dirname(os.readlink(f"/proc/self/fd/{fd}"))
         at = _core.opened(os.open, where, _ABOVE)
+        devices = {os.stat("/").st_dev}
     except ours(OSError):
         return False
-    devices = {os.stat("/").st_dev}
     try:
         for _ in range(_DEEPEST):
             status = os.fstat(at)
