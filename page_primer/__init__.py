@@ -15,7 +15,7 @@ import sys
 from _thread import get_ident
 
 from page_primer import reasons
-from page_primer._lean import asdict, is_ours
+from page_primer._lean import asdict, is_ours, let_go
 from page_primer._loading import Loading, is_cut_off, threads
 from page_primer.options import Options, unknown_variables
 from page_primer.reasons import Reason, Refusal
@@ -137,7 +137,8 @@ def status(*, measure: bool = False) -> dict[str, Any]:
         if not is_ours(error):
             raise
         refused, shown = _refusal(error), _process.shown if _process else None
-        primed = shown is not None and shown.reason is None
+        objects = shown.objects if shown else ()
+        primed = any(obj.backing or obj.locked_bytes for obj in objects)
         return {
             "pid": os.getpid(), "primed": primed, "reason": refused.reason, "detail": refused.detail
         }  # fmt: skip
@@ -202,7 +203,11 @@ def _alone(action: Callable[[Process], Report]) -> Report:
     def otherwise(is_mine: bool) -> Report:
         return _nothing_done(reasons.IN_SIGNAL_HANDLER if is_mine else reasons.ANOTHER_CALL)
 
-    return _core.alone(lambda: action(process), otherwise)
+    try:
+        return _core.alone(lambda: action(process), otherwise)
+    except BaseException as error:
+        let_go(error)
+        raise
 
 
 _process: Process | None = None  # once what a call needs is imported

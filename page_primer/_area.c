@@ -16,11 +16,21 @@ typedef struct {
 static int
 unmap_once(area *self)
 {
-    if (self->low < self->high
-        && munmap((void *)(uintptr_t)self->low, self->high - self->low) < 0)
-        return -1;
+    uint64_t low = self->low;
+    int number = 0;
+
+    if (low >= self->high)
+        return 0;
     self->low = self->high;
-    return 0;
+    Py_BEGIN_ALLOW_THREADS
+    if (munmap((void *)(uintptr_t)low, self->high - low) < 0)
+        number = errno;
+    Py_END_ALLOW_THREADS
+    if (number == 0)
+        return 0;
+    self->low = low;
+    errno = number;
+    return -1;
 }
 
 static void

@@ -214,7 +214,7 @@ core_clear(PyObject *module)
     return 0;
 }
 
-/* The module has no state but the exception class.  What is the process's is
+/* The module has no state but its classes.  What is the process's is
  * guarded by mutexes (_alone.c, _heap.c) or atomic (_loader.c), and all else is
  * one system call or takes the loader's lock: nothing needs the GIL, or the
  * main interpreter.  (arenas_install() is called with one: builds without it

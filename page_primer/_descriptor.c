@@ -16,6 +16,7 @@
 
 typedef struct {
     PyObject_HEAD int fd; /* or -1: closed */
+    bool kept;            /* beyond the object */
     bool known;           /* what it is: these two */
     dev_t device;
     ino_t inode;
@@ -26,24 +27,28 @@ static int
 close_once(descriptor *self)
 {
     struct stat now;
-    int fd = self->fd;
+    int fd = self->fd, number = 0;
 
     self->fd = -1;
     if (fd < 0)
         return 0;
     /* A server that daemonizes closes whatever is open, and may have opened
      * something of its own under the number. */
-    if (self->known
-        && (fstat(fd, &now) < 0 || now.st_dev != self->device
-            || now.st_ino != self->inode))
-        return 0;
-    return close(fd);
+    Py_BEGIN_ALLOW_THREADS
+    if (!self->known
+        || (fstat(fd, &now) == 0 && now.st_dev == self->device
+            && now.st_ino == self->inode))
+        number = close(fd) < 0 ? errno : 0;
+    Py_END_ALLOW_THREADS
+    errno = number;
+    return number ? -1 : 0;
 }
 
 static void
 descriptor_dealloc(PyObject *self)
 {
-    (void)close_once((descriptor *)self);
+    if (!((descriptor *)self)->kept)
+        (void)close_once((descriptor *)self);
     free_object(self);
 }
 
@@ -52,6 +57,13 @@ descriptor_close(PyObject *self, PyObject *Py_UNUSED(ignored))
 {
     if (close_once((descriptor *)self) < 0)
         return PyErr_SetFromErrno(PyExc_OSError);
+    return none();
+}
+
+static PyObject *
+descriptor_keep(PyObject *self, PyObject *Py_UNUSED(ignored))
+{
+    ((descriptor *)self)->kept = true;
     return none();
 }
 
@@ -90,6 +102,9 @@ static PyMethodDef descriptor_methods[] = {
     {"close", descriptor_close, METH_NOARGS,
      "close() -> None\n\nclose(2), unless that is done, or the number is "
      "another file's by now."},
+    {"keep", descriptor_keep, METH_NOARGS,
+     "keep() -> None\n\nClose it by close() only, from now on: the interpreter "
+     "may end before the process."},
     {"fileno", descriptor_fileno, METH_NOARGS,
      "fileno() -> int\n\nThe number; -1 once it is closed."},
     {"__enter__", descriptor_enter, METH_NOARGS, NULL},
@@ -142,12 +157,17 @@ core_opened(PyObject *module, PyObject *args, PyObject *named)
         (PyTypeObject *)state->descriptor); /* before there is a file */
     if (self != NULL) {
         self->fd = -1;
+        self->kept = false;
         number = PyObject_Call(function, rest, named);
     }
     Py_DECREF(rest);
     if (number != NULL) {
-        self->fd = (int)PyLong_AsLong(number);
+        long fd = PyLong_AsLong(number);
         Py_DECREF(number);
+        if (fd == (int)fd && fd >= 0)
+            self->fd = (int)fd;
+        else if (!PyErr_Occurred())
+            PyErr_SetString(PyExc_ValueError, "not a descriptor");
     }
     if (PyErr_Occurred()) {
         Py_XDECREF((PyObject *)self);

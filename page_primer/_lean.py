@@ -215,6 +215,17 @@ def is_ours(error: BaseException) -> bool:
     return ours or ((asked or refused) and not isinstance(error, TimeoutError))
 
 
+def let_go(error: BaseException) -> None:
+    """Have an exception hold nothing that this package's functions had in their hands: whoever
+    catches it may keep it for long, with its frames."""
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename.startswith(_HERE):
+            with suppress(RuntimeError):  # one that is still executed
+                trace.tb_frame.clear()
+        trace = trace.tb_next
+
+
 _NEW_LOCALS = 2  # inspect.CO_NEWLOCALS
 _FUNCTION: Any = type(is_ours)
 _METHOD: Any = type(suppress().__enter__)

@@ -88,6 +88,37 @@ put_back(swap *s)
     return first;
 }
 
+/* Whether the replacement is what is in memory, byte for byte.  Both sides are
+ * faulted in first (as the caller has done already, so that this does not wait
+ * for a disk): an unreadable page is an error here and not a signal.  A file
+ * that is cut short from here on is a SIGBUS: for the object's own file that is
+ * so at any time, and whoever may write to an image may send us signals.  A
+ * page that is made unreadable from here on is a SIGSEGV, as for whoever
+ * executes it.
+ */
+static bool
+is_same(swap *s)
+{
+    for (size_t i = 0; i < s->count; i++) {
+        piece *p = &s->pieces[i];
+        ssize_t at;
+        if (populate((void *)p->target, p->length) < 0
+            || populate((void *)p->source, p->length) < 0) {
+            swap_failed(s, errno, "populate", p->target,
+                        p->target + p->length);
+            return false;
+        }
+        at = difference((const char *)p->target, (const char *)p->source,
+                        p->length);
+        if (at >= 0) {
+            swap_failed(s, EILSEQ, "compare", p->target + at,
+                        p->target + p->length);
+            return false;
+        }
+    }
+    return true;
+}
+
 static int
 swap_object(struct dl_phdr_info *info, size_t size, void *data)
 {
@@ -101,30 +132,9 @@ swap_object(struct dl_phdr_info *info, size_t size, void *data)
         return 0;
     s->found = 1;
 
-    /* 2. The replacement is what is in memory, byte for byte.  Both sides
-     * are faulted in first (as the caller has done already, so that this
-     * does not wait for a disk): an unreadable page is an error here and not
-     * a signal.  A file that is cut short from here on is a SIGBUS: for the
-     * object's own file that is so at any time, and whoever may write to an
-     * image may send us signals.  A page that is made unreadable from here on
-     * is a SIGSEGV, as for whoever executes it. */
-    for (size_t i = 0; i < s->count; i++) {
-        piece *p = &s->pieces[i];
-        ssize_t at;
-        if (populate((void *)p->target, p->length) < 0
-            || populate((void *)p->source, p->length) < 0) {
-            swap_failed(s, errno, "populate", p->target,
-                        p->target + p->length);
-            return 1;
-        }
-        at = difference((const char *)p->target, (const char *)p->source,
-                        p->length);
-        if (at >= 0) {
-            swap_failed(s, EILSEQ, "compare", p->target + at,
-                        p->target + p->length);
-            return 1;
-        }
-    }
+    /* 2. The replacement is what it is to replace. */
+    if (!is_same(s))
+        return 1;
 
     /* 3. Replace, one system call a piece: the kernel holds the address
      * space's lock from taking the old mapping out to putting the new one

@@ -107,7 +107,10 @@ def _bench() -> Schema:
 
 SCHEMAS: dict[str, tuple[str, Callable[[], Schema]]] = {
     "report": ("What page_primer.prime() did for a process", _report),
-    "health": ("What page_primer.status() says of its own process", lambda: _of(health.Status)),
+    "health": (
+        "What page_primer.status() says of its own process, where it can",
+        lambda: _of(health.Status),
+    ),
     "status": ("What `page-primer status --json` says, a process each", _status),
     "doctor": ("What `page-primer doctor --json` found", _doctor),
     "images": (

@@ -176,11 +176,26 @@ def test_a_descriptor_that_became_somebody_elses_stays_open(tmp_path):
         os.close(one)
 
 
+def test_a_descriptor_that_is_kept_outlives_its_object(tmp_path):
+    file = _core.opened(os.open, tmp_path, os.O_RDONLY)
+    number = file.fileno()
+    file.keep()
+    file = None
+    os.close(number)
+    file = _core.opened(os.open, tmp_path, os.O_RDONLY)
+    file.keep()
+    file.close()
+    assert file.fileno() == -1
+
+
 def test_what_is_opened_is_a_descriptor():
     with pytest.raises(TypeError, match="takes a function"):
         _core.opened()  # type: ignore[call-arg]
     with pytest.raises(TypeError):
         _core.opened(str)  # type: ignore[arg-type]
+    for wrong in (-1, 1 << 32, 1 << 40):  # the low 32 bits of these are standard input's number
+        with pytest.raises(ValueError, match="not a descriptor"):
+            _core.opened(int, wrong)
     with pytest.raises(FileNotFoundError, match="/nowhere"):
         _core.opened(os.open, "/nowhere", os.O_RDONLY)
 

@@ -160,3 +160,5 @@ def test_a_package_that_is_gone_under_a_running_server(python, images, tmp_path)
         assert found.keys() == {"pid", "primed", "reason", "detail"}
         assert (found["pid"], found["primed"]) == (pid, True)
         assert (found["reason"], "health" in found["detail"]) == ("not available here", True)
+        process.run("page_primer.restore()")
+        assert not process.run("result = page_primer.status()")["primed"]

@@ -44,7 +44,7 @@ INTERRUPT = """
         began = time.time()
         once()
         took = min(took, time.time() - began)
-    before, raised, reasons = state(), 0, set()
+    before, raised, reasons, kept = state(), 0, set(), []
     for _ in range(300):
         try:
             try:
@@ -57,8 +57,9 @@ INTERRUPT = """
             finally:
                 armed = False
                 signal.setitimer(signal.ITIMER_REAL, 0)
-        except tuple(kinds):
+        except tuple(kinds) as error:
             raised += 1
+            kept.append(error)  # as what has failed a job is, with its frames
         page_primer.restore()
     result = raised, sorted(map(str, reasons)), before, state()
 """
@@ -126,9 +127,12 @@ AT_EACH_CALL = """
             if not late:
                 arrive()
             made = function(*args, **named)
-            if late:
-                arrive()
-            return made
+            try:
+                if late:
+                    arrive()
+                return made
+            finally:
+                made = None  # what this frame holds is not page_primer's to let go of
         return call
     calls = {{
         os: ["stat", "open", "readlink", "listdir", "scandir", "statvfs", "read"],
@@ -139,7 +143,7 @@ AT_EACH_CALL = """
     for module, names in calls.items():
         for name in names:
             setattr(module, name, interrupted(getattr(module, name), module is _core))
-    swallowed, at = [], 1
+    swallowed, caught, at = [], [], 1
     while True:
         left = at
         try:
@@ -147,6 +151,7 @@ AT_EACH_CALL = """
         except OSError as error:
             if str(error) != sent:
                 raise
+            caught.append(error)
         else:
             if left <= 0:
                 swallowed.append(where)
@@ -278,6 +283,7 @@ def test_what_another_thread_raises_here_reaches_the_host(python, images):
         page_primer.prime(**options)
         page_primer.restore()
         class JobTimeout(Exception): pass
+        failed = []
         main, reasons, got = threading.get_ident(), set(), 0
         ready = threading.Event()
         def send():
@@ -296,8 +302,9 @@ def test_what_another_thread_raises_here_reaches_the_host(python, images):
                 while time.monotonic() < end:
                     reasons.add(page_primer.prime(**options).reason)
                     reasons.add(page_primer.restore().reason)
-            except JobTimeout:
+            except JobTimeout as error:
                 got += 1
+                failed.append(error)
         last = page_primer.prime(**options).reason
         page_primer.restore()
         result = got, sorted(map(str, reasons)), last, more(before, held())

@@ -997,6 +997,10 @@ run(other, PRIME)
 before = moved()
 interpreters.destroy(other)
 assert moved() == before != []
+import os
+held = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")
+        if os.path.lexists(f"/proc/self/fd/{fd}")]
+assert any(path.endswith("/.users") for path in held) or "/memfd:" in before[0], held
 report = page_primer.restore()
 assert report.reason is None and report.interpreter.code_huge_bytes > 0, report
 import json, decimal

@@ -12,7 +12,7 @@ from page_primer._loading import Loading
 from page_primer.apply import core_files
 from page_primer.backing.pieces import PROT_BTI, Attempt, Prepared, Refused, reason_of
 from page_primer.elf.file import PF_X
-from page_primer.elf.objects import Object, Region
+from page_primer.elf.objects import Object, Region, Segment
 from page_primer.kernel.address_space import map_new
 from page_primer.kernel.smaps import overlapping
 from page_primer.kernel.thp import fault_in, page_size
@@ -23,7 +23,7 @@ from page_primer.survey import is_protected_as_declared
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from page_primer.images.anchors import Anchors
     from page_primer.images.places import Place
@@ -121,6 +121,7 @@ def _carry_out(
         regions, key = tuple(p.region for p in prepared.pieces), key_of(move.object)
         here = os.getpid(), _core.forks()
         registry[key] = Primed(move.object, regions, prepared, tuple(notes), anchors, here)
+        prepared.begin()
         try:
             _swap_in(move.object, prepared, begun)
         except BaseException as error:
@@ -209,14 +210,11 @@ def _require_same_file(obj: Object, fd: int) -> None:
         raise OSError(errno.ESTALE, reasons.FILE_GONE)
 
 
-def _original_mappings(obj: Object, regions: Iterable[Region]) -> list[tuple[int, int, int, int]]:
+def _original_mappings(obj: Object, regions: Sequence[Region]) -> list[tuple[int, int, int, int]]:
     """(start, end, protection, file offset) of the loader's mappings that regions replace a part
     of. Whole ones: the kernel does not merge mappings of a file that was opened twice."""
     found = []
-    for segment in obj.segments:
-        hit = any(r.start < segment.file_end and segment.start < r.end for r in regions)
-        if segment.writable or not hit:
-            continue
+    for segment in _hit(obj, regions):
         protection = _core.PROT_READ
         if segment.flags & PF_X:
             protection |= _core.PROT_EXEC | (PROT_BTI if obj.bti else 0)
@@ -224,18 +222,28 @@ def _original_mappings(obj: Object, regions: Iterable[Region]) -> list[tuple[int
     return found
 
 
-def _require_protection(obj: Object, mappings: Sequence[Mapping]) -> None:
-    """Who has made code writable since it was moved, or closed it, would have that undone."""
+def _hit(obj: Object, regions: Sequence[Region]) -> Iterator[Segment]:
+    """The segments of which regions are a part."""
     for segment in obj.segments:
+        hit = any(r.start < segment.file_end and segment.start < r.end for r in regions)
+        if hit and not segment.writable:
+            yield segment
+
+
+def _require_protection(
+    obj: Object, regions: Sequence[Region], mappings: Sequence[Mapping]
+) -> None:
+    """Who has made code writable since it was moved, or closed it, would have that undone."""
+    for segment in _hit(obj, regions):
         for mapping in overlapping(mappings, segment.start, segment.file_end):
-            if not segment.writable and not is_protected_as_declared(segment, mapping):
+            if not is_protected_as_declared(segment, mapping):
                 raise OSError(errno.EACCES, reasons.MAPPED_OTHERWISE)
 
 
 def put_back(primed: Primed, mappings: Sequence[Mapping]) -> None:
     """Map an object's own file over what it was moved to. Raises OSError when that fails."""
     obj = primed.object
-    _require_protection(obj, mappings)
+    _require_protection(obj, primed.regions, mappings)
     with _core.opened(os.open, obj.path, os.O_RDONLY | os.O_CLOEXEC) as fd:
         _require_same_file(obj, fd)
         originals: list[tuple[int, int, int, int | _core.Area, int, int]] = []

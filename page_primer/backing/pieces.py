@@ -78,11 +78,16 @@ class Prepared(Record):
         if self.image is not None:
             self.image.close()
 
+    def begin(self) -> None:
+        """From now on it may be in use."""
+        if self.image is not None:
+            self.image.keep()
+
     def settle(self) -> None:
         """It is where it was to be: give up what was needed on the way."""
         self.unmap()
         if self.image is not None:
-            self.image.keep()
+            self.image.close_file()
 
     def unmap(self) -> None:
         """Unmap what was mapped for comparison, and was not moved."""

@@ -162,13 +162,14 @@ class Anchors:
         file = self._file(lay_out(self._object, which, address))
         # First of all: what a signal handler interrupts is taken down as well.
         self._mapped[which] = address, file
+        file.keep()
         try:
             _core.map(address, page_size(), _core.PROT_READ, _core.MAP_PRIVATE, file.fd, 0)
         except ours(OSError):
             del self._mapped[which]
             file.close()
             raise
-        file.keep()
+        file.close_file()
 
     def _file(self, layout: Anchor) -> Image:
         """The file, in the first directory that takes it: it needs no huge pages."""

@@ -6,6 +6,7 @@ Nothing is touched that is not an image of ours by its name, nor what somebody u
 from __future__ import annotations
 
 import os
+from _operator import index  # operator takes a millisecond to import
 
 from page_primer import _core
 from page_primer._lean import Record, ours, suppress
@@ -42,7 +43,7 @@ def read(store: int) -> list[Entry]:
     """The images and anchors in an open store."""
     found = []
     with suppress(OSError):
-        for name in filter(names.is_name, os.listdir(store)):
+        for name in filter(names.is_name, os.listdir(index(store))):
             with suppress(OSError):
                 found.append(_entry(store, name))
     return found
@@ -52,7 +53,7 @@ def _entry(store: int, name: str) -> Entry:
     with _core.opened(os.open, name, DIRECTORY, dir_fd=store) as folder:
         origin = os.readlink(ORIGIN, dir_fd=folder)
         size, used = 0, os.fstat(folder).st_mtime
-        for entry in os.listdir(folder):
+        for entry in os.listdir(index(folder)):
             with suppress(OSError):
                 status = os.stat(entry, dir_fd=folder, follow_symlinks=False)
                 size += status.st_blocks * _BLOCK
@@ -93,7 +94,7 @@ def _remove_unnamed(store: int) -> None:
     """What is left of a writer that ended before it had named the origin: nothing else finds it.
     One that lives, and whose folder it is, makes it again."""
     with suppress(OSError):
-        for name in filter(names.is_name, os.listdir(store)):
+        for name in filter(names.is_name, os.listdir(index(store))):
             with suppress(OSError):
                 os.rmdir(name, dir_fd=store)
             try:
@@ -145,7 +146,7 @@ def remove(store: int, name: str) -> bool:
         image_name = ""
         with suppress(FileNotFoundError):  # nobody could name it: the disk was full
             image_name = os.path.basename(os.readlink(ORIGIN, dir_fd=folder))
-        for entry in os.listdir(folder):
+        for entry in os.listdir(index(folder)):
             if entry in (image_name, locks.WRITER, locks.USERS) or entry.startswith(DRAFT):
                 os.unlink(entry, dir_fd=folder)
         # Last: without it the folder is taken for one that has no image.

@@ -18,6 +18,7 @@ import errno
 import os
 import stat
 import time
+from _operator import index
 from _weakref import ref  # weakref takes a millisecond to import
 from itertools import count
 
@@ -52,8 +53,7 @@ class Image(Record):
 
     def close(self) -> None:
         """Give the image up."""
-        with suppress(OSError):
-            self.fd.close()
+        self.close_file()
         _kept.pop(self.path, None)
         if self.lock is not None:
             with suppress(OSError):
@@ -63,12 +63,18 @@ class Image(Record):
                 with suppress(OSError, Unusable), Store(store, make=False) as opened:
                     opened.remove(name)
 
-    def keep(self) -> None:
-        """It is mapped: the file need not stay open. One of a random load phase goes with its last
-        user, so at the latest when this process ends."""
+    def close_file(self) -> None:
+        """The file need not stay open once it is mapped."""
         with suppress(OSError):
             self.fd.close()
-        if self.lock is not None and names.is_transient(self.path.rsplit("/", 2)[1]):
+
+    def keep(self) -> None:
+        """It is in use for as long as this process is, if it is not closed: also when this
+        interpreter ends before. One of a random load phase goes with its last user."""
+        if self.lock is None:
+            return
+        self.lock.keep()
+        if names.is_transient(self.path.rsplit("/", 2)[1]):
             if not _kept:
                 atexit.unregister(_close_all)
                 atexit.register(_close_all)
@@ -256,7 +262,7 @@ class Store:
             whole = stat.S_ISREG(status.st_mode) and status.st_size >= wanted.content_end
             if trust.is_trusted(status, self._owners) and whole:
                 with suppress(OSError):
-                    os.utime(fd)  # the time of last use, for pruning
+                    os.utime(fd.fileno())  # the time of last use, for pruning
                 return Image(f"{self.path}/{wanted.name}/{name}", fd, lock, written)
         return None
 
@@ -300,7 +306,7 @@ def _name_origin(folder: int, path: str) -> None:
 
 def _remove_drafts(folder: int) -> None:
     """What writers left that were killed. One that wrote to it a minute ago may yet be there."""
-    for name in os.listdir(folder):
+    for name in os.listdir(index(folder)):
         if name.startswith(DRAFT):
             with suppress(OSError):
                 if os.stat(name, dir_fd=folder).st_mtime < time.time() - _DEAD:

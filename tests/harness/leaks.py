@@ -96,6 +96,7 @@ def opened() -> None:
     with _core.opened(os.open, sys.executable, flags=os.O_RDONLY) as file:
         os.pread(file, 4, 0)
         assert f"{file}" == str(file.fileno())
+        file.keep()
     file.close()
     refused(_core.opened)
     refused(_core.opened, os.open, "/nowhere", os.O_RDONLY)
