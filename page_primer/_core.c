@@ -20,6 +20,7 @@
 #include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/syscall.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 /* Numbers that the C library's headers may be too old to have. */
@@ -132,12 +133,35 @@ core_credentials(PyObject *module, PyObject *Py_UNUSED(ignored))
                          PyBool_FromLong(one));
 }
 
+PyDoc_STRVAR(
+    filesystem_doc,
+    "filesystem(fd) -> int\n\n"
+    "The kind of file system that an open file is on, the f_type of fstatfs(2).");
+
+static PyObject *
+core_filesystem(PyObject *module, PyObject *args)
+{
+    struct statfs found;
+    int fd, number = 0;
+
+    if (!PyArg_ParseTuple(args, "i:filesystem", &fd))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    if (fstatfs(fd, &found) < 0)
+        number = errno;
+    Py_END_ALLOW_THREADS
+    if (number)
+        return fail(module, number, "fstatfs", 0, 0);
+    return PyLong_FromUnsignedLong((unsigned long)found.f_type);
+}
+
 /* -------------------------------------------------------------- module --- */
 
 static PyMethodDef core_methods[] = {
     {"thp_disabled", core_thp_disabled, METH_NOARGS, thp_disabled_doc},
     {"mdwe", core_mdwe, METH_NOARGS, mdwe_doc},
     {"limit", core_limit, METH_VARARGS, limit_doc},
+    {"filesystem", core_filesystem, METH_VARARGS, filesystem_doc},
     {"credentials", core_credentials, METH_NOARGS, credentials_doc},
     {NULL, NULL, 0, NULL},
 };

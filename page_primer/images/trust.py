@@ -6,7 +6,7 @@ it holds (`..`), so no name can lead elsewhere between a check and what follows 
 
 From the root of a mounted file system that leads past the directory it is mounted on, and with FUSE
 any user may mount one on a directory of theirs: owners and modes, and what is read, are then that
-user's word. So it must be mounted by root or this process's own user, too.
+user's word. So such a one must be mounted by root or this process's own user, too.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ _DEEPEST = 200  # directories above a store
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _NO_LIST = errno.ENODATA, errno.EOPNOTSUPP
 _ACCESS_LIST = "system.posix_acl_access"
+_FUSE = 0x65735546  # FUSE_SUPER_MAGIC (linux/magic.h)
 UNTRUSTED = "its own user is not to be trusted"
 BUILD = "page-primer build"  # as root: it fills a store that everybody can trust
+_ELSEWHERE = "PAGE_PRIMER_IMAGE_DIR=/a/directory/on/another/file/system"
 
 
 class Unusable(Exception):
@@ -88,13 +90,25 @@ def _go_up(fd: _core.Descriptor) -> _core.Descriptor:
 
 def _check_mount(fd: int, who: credentials.Credentials, above: bool) -> None:
     """Refuse a file system of FUSE that a user mounted whom this process does not trust."""
+    if not _is_fuse(fd):
+        return
     mount = mounts.of(fd)
     it = f"{_path(fd)} above it" if above else "it"
     if mount is None:
-        raise Unusable(f"perhaps not ours alone: who mounted {it} cannot be found out")
+        why = f"perhaps not ours alone: who mounted {it} cannot be found out"
+        raise Unusable(why, _ELSEWHERE)
     for user in _mounted_by(mount):
         if user not in who.trusted:
-            raise Unusable(f"not ours alone: user {user} mounted {it} ({mount.filesystem})")
+            why = f"not ours alone: user {user} mounted {it} ({mount.filesystem})"
+            raise Unusable(why, _ELSEWHERE)
+
+
+def _is_fuse(fd: int) -> bool:
+    """Whether an open file is on a file system of FUSE: others give no user's word. One whose
+    server, or a sandbox, refuses to answer may be."""
+    with suppress(OSError):
+        return _core.filesystem(fd) == _FUSE
+    return True
 
 
 def _mounted_by(mount: mounts.Mount) -> list[int]:
@@ -167,8 +181,7 @@ def _is_reached_by_others(fd: int) -> bool:
             if not status.st_mode & stat.S_IXOTH:
                 return False
             if status.st_dev not in devices:
-                mount = mounts.of(at)
-                if mount is None or (_mounted_by(mount) and "allow_other" not in mount.options):
+                if _is_fuse(at) and not _lets_others_in(at):
                     return False
                 devices.add(status.st_dev)
             at = _go_up(at)
@@ -179,6 +192,11 @@ def _is_reached_by_others(fd: int) -> bool:
         return False
     finally:
         at.close()
+
+
+def _lets_others_in(fd: int) -> bool:
+    mount = mounts.of(fd)
+    return mount is not None and (not _mounted_by(mount) or "allow_other" in mount.options)
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:

@@ -60,20 +60,18 @@ def read() -> list[Mount]:
 
 
 def of(fd: int) -> Mount | None:
-    """The mount of an open file; None where the kernel does not tell, as of one that was detached
-    or belongs to another mount namespace.
+    """The mount of an open file; None where the kernel does not tell, as of one that was detached,
+    belongs to another mount namespace, or is above this process's root.
 
-    From proc(5): the id of a mount is the first field of mountinfo, its st_dev the third. Files may
-    have another st_dev than their mount, as in subvolumes of btrfs; then fdinfo has the id.
+    From proc(5): the third field of mountinfo is the st_dev of the mount's files. (But for
+    subvolumes of btrfs and some overlays, whose files have numbers of their own: None.)
     """
     device = os.fstat(fd).st_dev
     device_name = f"{os.major(device)}:{os.minor(device)}"
-    lines = [line.split(" ", 3) for line in _text("/proc/self/mountinfo").split("\n")]
-    found = [line for line in lines if line[2:3] == [device_name]]
-    if not found:
-        _, _, number = _text(f"/proc/self/fdinfo/{fd}").partition("mnt_id:")
-        found = [line for line in lines if line[:1] == number.split()[:1]]
-    return next(parse(" ".join(found[0])), None) if found else None
+    for line in _text("/proc/self/mountinfo").split("\n"):
+        if line.split(" ", 3)[2:3] == [device_name]:
+            return next(parse(line), None)
+    return None
 
 
 def _text(path: str) -> str:

@@ -249,6 +249,12 @@ def after_fork() -> None:
 
 
 @case
+def filesystem() -> None:
+    _core.filesystem(_file)
+    refused(_core.filesystem, -1)
+
+
+@case
 def credentials() -> None:
     _core.credentials()
 
