@@ -347,6 +347,30 @@ def test_a_store_in_what_root_or_its_own_user_mounted(mountpoint, public_python,
 
 
 @needs_root
+@pytest.mark.parametrize("mounter", [0, USER, OTHER])
+def test_who_mounted_a_store_by_another_namespaces_numbers(mountpoint, public_python, mounter):
+    """One who is USER outside is called OTHER inside: the mount has the number from outside."""
+    if subprocess.run(["unshare", "--user", "true"], capture_output=True).returncode:
+        pytest.skip("user namespaces are not permitted here")
+    given = f"user_id={mounter},group_id={mounter},allow_other"
+    with Process(public_python, wrapper=fuse.mounted(mountpoint, given, USER)) as process:
+        process.run("import ctypes, os; assert ctypes.CDLL(None).unshare(0x10000000) == 0")
+        for name in ("uid_map", "gid_map"):
+            Path(f"/proc/{process.pid}/{name}").write_text(f"0 0 1\n{OTHER} {USER} 1\n")
+        process.run(
+            f"os.setresgid({OTHER}, {OTHER}, {OTHER}); os.setresuid({OTHER}, {OTHER}, {OTHER})\n"
+            "assert ctypes.CDLL(None).prctl(4, 1, 0, 0, 0) == 0\n"
+            "from page_primer.kernel import credentials\n"
+            f"assert credentials.read().trusted == {{0, {OTHER}}}\n"
+            f"assert os.stat('{mountpoint}/images').st_uid == {OTHER}"
+        )
+        said = process.run(OPENED.format(f"{mountpoint}/images"))
+    who = f"user {mounter} of this user namespace or one above it"
+    why = f"not ours alone: {who} mounted it (fuse)"
+    assert said == ([why, trust._ELSEWHERE] if mounter else None)
+
+
+@needs_root
 def test_root_uses_no_store_that_a_user_mounted(mountpoint, public_python):
     with Process(public_python, wrapper=fuse.mounted(mountpoint, OTHERS, 0)) as process:
         said = process.run(OPENED.format(f"{mountpoint}/images"))

@@ -97,9 +97,13 @@ def _check_mount(fd: int, who: credentials.Credentials, above: bool) -> None:
     if mount is None:
         why = f"perhaps not ours alone: who mounted {it} cannot be found out"
         raise Unusable(why, _ELSEWHERE)
+    # Whose number it is, this namespace's or one's above it, is not told: as root each may do with
+    # this process what it likes.
+    known = credentials.has_all_ids()
     for user in _mounted_by(mount):
-        if user not in who.trusted:
-            why = f"not ours alone: user {user} mounted {it} ({mount.filesystem})"
+        if user not in who.trusted or not (known or user == credentials.ROOT):
+            where = "" if known else " of this user namespace or one above it"
+            why = f"not ours alone: user {user}{where} mounted {it} ({mount.filesystem})"
             raise Unusable(why, _ELSEWHERE)
 
 

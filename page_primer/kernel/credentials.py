@@ -7,6 +7,7 @@ from page_primer._lean import Record, ours, suppress
 
 ROOT = 0
 _OVERFLOW_UID = 65534  # where /proc does not tell
+_ALL = 0, 0, 0xFFFFFFFF  # the last id is none
 _names: dict[int, bool] = {}  # whether an id names one user alone, as far as it was asked
 
 
@@ -59,11 +60,23 @@ def _is_one_user(user: int) -> bool:
         overflow = _OVERFLOW_UID
         with suppress(ValueError):
             overflow = int(_text("/proc/sys/kernel/overflowuid"))
-        rows = [line.split() for line in _text("/proc/self/uid_map").splitlines()]
-        inside = [(int(row[0]), int(row[2])) for row in rows if len(row) == 3]
-        mapped = any(first <= user < first + count for first, count in inside)
+        rows = _uid_map()
+        mapped = any(first <= user < first + count for first, _, count in rows)
         _names[user] = user != overflow and (mapped or not rows)
     return _names[user]
+
+
+def has_all_ids() -> bool:
+    """Whether a user has the same id here and in each user namespace above this one: it is the
+    initial one, or maps every id to itself, which none below another mapping can."""
+    return _uid_map() in ([], [_ALL])
+
+
+def _uid_map() -> list[tuple[int, ...]]:
+    """Of each range the first id here, the first in the namespace above, and how many; none where
+    the kernel has no such namespaces."""
+    rows = [line.split() for line in _text("/proc/self/uid_map").splitlines()]
+    return [tuple(map(int, row)) for row in rows if len(row) == 3]
 
 
 def _text(path: str) -> str:
