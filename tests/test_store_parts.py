@@ -65,6 +65,28 @@ def test_locks_where_there_are_none(folder: int, monkeypatch: pytest.MonkeyPatch
     assert fd and not mine
 
 
+def test_locks_as_nfs_has_them(folder: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It makes locks of ranges of them, of which an exclusive one needs a file that is open for
+    writing (flock(2))."""
+    real = fcntl.flock
+
+    def flock(fd: int, operation: int) -> None:
+        access = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
+        if operation & fcntl.LOCK_EX and access == os.O_RDONLY:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        real(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    user = locks.share(folder)
+    assert user and locks.is_used(folder)
+    user.close()
+    assert not locks.is_used(folder)
+    writer, mine = locks.for_writing(folder)
+    assert writer and mine
+    writer.close()
+    assert len(locks.exclude(folder)) == 2
+
+
 def test_a_lock_is_not_in_a_standard_streams_place(tmp_path: Path) -> None:
     code = (
         "import os, sys; os.close(0)\n"

@@ -81,8 +81,9 @@ def exclude(folder: int) -> list[_core.Descriptor]:
 
 
 def is_used(folder: int) -> bool:
-    """Whether somebody holds the users' lock; False where that cannot be found out."""
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+    """Whether somebody holds the users' lock; False where that cannot be found out, as in a store
+    that cannot be written to: on NFS an exclusive lock needs a file that is open for writing."""
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
     with suppress(OSError), _core.opened(os.open, USERS, flags, dir_fd=folder) as fd:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
