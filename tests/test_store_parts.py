@@ -53,6 +53,16 @@ def test_a_lock_that_somebody_has(folder: int, monkeypatch: pytest.MonkeyPatch) 
     assert len(held) == 2
 
 
+def test_a_lock_that_somebody_has_for_a_moment(
+    folder: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who asks whether an image is used keeps no user out."""
+    held = locks.exclude(folder)
+    monkeypatch.setattr(locks, "_WAIT_FOR_ASKER", 60.0)
+    monkeypatch.setattr(time, "sleep", lambda _: held.clear())
+    assert locks.share(folder)
+
+
 def test_locks_where_there_are_none(folder: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file system without flock(2), as some that are mounted over a network."""
 

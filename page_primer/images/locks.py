@@ -19,6 +19,7 @@ from page_primer._lean import ours, suppress
 USERS, WRITER = ".users", ".writer"
 _NEW = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 _WAIT_FOR_WRITER = 3.0  # seconds; on a busy disk a first image takes that long
+_WAIT_FOR_ASKER = 0.05  # seconds: who asks whether the image is used has the lock for microseconds
 
 
 def share(folder: int) -> _core.Descriptor | None:
@@ -36,12 +37,12 @@ def share(folder: int) -> _core.Descriptor | None:
     if fd.fileno() <= 2:  # a standard stream was closed: not in that one's place, for so long
         fd = _core.opened(fcntl.fcntl, fd, fcntl.F_DUPFD_CLOEXEC, 3)
     try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        locked = _lock(fd, fcntl.LOCK_SH, _WAIT_FOR_ASKER)
         there = os.fstat(fd).st_nlink > 0
-    except ours(BlockingIOError) as error:
-        raise FileNotFoundError(errno.ENOENT, "being pruned") from error
     except ours(OSError):
         return None
+    if not locked:
+        raise FileNotFoundError(errno.ENOENT, "being pruned")
     if not there:
         raise FileNotFoundError(errno.ENOENT, "pruned")
     return fd
@@ -54,20 +55,26 @@ def for_writing(folder: int) -> tuple[_core.Descriptor | None, bool]:
     Returns:
         The descriptor, None where locks are unavailable, and whether it holds the lock.
     """
-    end = time.monotonic() + _WAIT_FOR_WRITER
     try:
         fd = _core.opened(os.open, WRITER, _NEW, 0o600, dir_fd=folder)
     except ours(OSError):
         return None, False
-    while time.monotonic() < end:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return fd, True
-        except ours(BlockingIOError):
-            time.sleep(0.002)
-        except ours(OSError):
-            break
+    with suppress(OSError):
+        return fd, _lock(fd, fcntl.LOCK_EX, _WAIT_FOR_WRITER)
     return fd, False
+
+
+def _lock(fd: int, kind: int, seconds: float) -> bool:
+    """Take a lock as soon as others let it be taken; returns False after that many seconds."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(fd, kind | fcntl.LOCK_NB)
+            return True
+        except ours(BlockingIOError):
+            if time.monotonic() >= end:
+                return False
+        time.sleep(0.002)
 
 
 def exclude(folder: int) -> list[_core.Descriptor]:
@@ -81,8 +88,9 @@ def exclude(folder: int) -> list[_core.Descriptor]:
 
 
 def is_used(folder: int) -> bool:
-    """Whether somebody holds the users' lock; False where that cannot be found out, as in a store
-    that cannot be written to: on NFS an exclusive lock needs a file that is open for writing."""
+    """Whether somebody holds the users' lock, be it to ask the same; False where that cannot be
+    found out, as in a store that cannot be written to: on NFS an exclusive lock needs a file that
+    is open for writing."""
     flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
     with suppress(OSError), _core.opened(os.open, USERS, flags, dir_fd=folder) as fd:
         try:
