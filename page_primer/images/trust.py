@@ -108,8 +108,8 @@ def _check_mount(fd: int, who: credentials.Credentials, above: bool) -> None:
 
 
 def _is_fuse(fd: int) -> bool:
-    """Whether an open file is on a file system of FUSE: others give no user's word. One whose
-    server, or a sandbox, refuses to answer may be."""
+    """Whether an open file is on a file system of FUSE: to mount another takes root, or what root
+    lets users mount (docs/security.md). Where its server or a sandbox refuses to say it may be."""
     with suppress(OSError):
         return _core.filesystem(fd) == _FUSE
     return True
