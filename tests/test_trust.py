@@ -29,6 +29,7 @@ __all__ = ["public", "public_python"]
 
 MEMORY = ("memfd", "anonymous")
 SECURE = "it runs in secure-execution mode"
+MAY_CHANGE = "it may change to another user or group"
 CAP_NET_ADMIN = 12
 
 
@@ -105,9 +106,37 @@ def test_a_process_that_is_not_dumpable(public_python):
         assert found == ["it is not dumpable", [0]]
 
 
+# How servers and daemons become a user, and what is then said of them.
+DROPPED = {
+    "gunicorn and uWSGI": (
+        f"os.setgid({USER}); os.setgroups([{OTHER}]); os.setuid({USER})",
+        "it is not dumpable",
+    ),
+    "for a while": (f"os.setegid({USER}); os.seteuid({USER})", "it has capabilities"),
+    "for a while, without capabilities": (
+        f"os.setresgid({USER}, {USER}, {USER}); os.setresuid({OTHER}, {OTHER}, {USER})\n"
+        f"os.seteuid({USER})",
+        MAY_CHANGE,
+    ),
+}
+
+
+@needs_root
+@pytest.mark.parametrize("how", DROPPED)
+def test_a_process_that_has_become_a_user(public_python, how):
+    source, privilege = DROPPED[how]
+    with Process(public_python) as process:
+        process.run(f"import os\n{source}")
+        found = process.run(
+            "from page_primer.kernel import credentials\n"
+            "c = credentials.read(); result = [c.user, c.privilege, sorted(c.trusted)]"
+        )
+    assert found == [USER, privilege, [0]]
+
+
 SAVED = f"""
 import ctypes, os
-os.setgroups([])
+os.setgroups([%s])
 os.setresgid({USER}, {USER}, %s)
 os.setresuid({USER}, {USER}, %s)
 assert ctypes.CDLL(None).prctl(4, 1, 0, 0, 0) == 0
@@ -134,13 +163,15 @@ def restricted() -> bool:
 
 @needs_root
 @pytest.mark.parametrize(
-    ("group", "user"), [(USER, USER), (OTHER, USER), (USER, OTHER)], ids=["none", "group", "user"]
+    ("more", "group", "user"),
+    [("", USER, USER), (OTHER, USER, USER), ("", OTHER, USER), ("", USER, OTHER)],
+    ids=["none", "supplementary groups", "group", "user"],
 )
-def test_a_process_that_may_change_back(public_python, group, user):
+def test_a_process_that_may_change_back(public_python, more, group, user):
     """It is dumpable, has no capabilities and runs in no special mode, and yet its memory is closed
-    to others of its user."""
+    to others of its user; not for supplementary groups."""
     with Process(public_python) as process, Process(public_python) as other:
-        process.run(SAVED % (group, user))
+        process.run(SAVED % (more, group, user))
         other.run(MEMORY_OF)
         same = group == user == USER
         if not same or not restricted():
@@ -149,8 +180,7 @@ def test_a_process_that_may_change_back(public_python, group, user):
             "from page_primer.kernel import credentials\n"
             "c = credentials.read(); result = [c.user, c.privilege, sorted(c.trusted)]"
         )
-    more = "it may change to another user or group"
-    assert found == ([USER, None, [0, USER]] if same else [USER, more, [0]])
+    assert found == ([USER, None, [0, USER]] if same else [USER, MAY_CHANGE, [0]])
 
 
 @needs_root
