@@ -158,6 +158,47 @@ def test_root_asks_no_python_that_a_service_user_can_exchange(tmp_path: Path) ->
     assert ran.exists()
 
 
+@as_root
+def test_root_asks_no_python_by_way_of_what_a_service_user_can_exchange(tmp_path: Path) -> None:
+    """A link in the middle, a directory, and what `..` is taken of: each by itself."""
+    (root := tmp_path / "root").mkdir()
+    (app := tmp_path / "app").mkdir()
+    (root / "bin").mkdir()
+    (python := root / "bin" / "python").write_text(f"#!/bin/sh\necho ran >{tmp_path / 'ran'}\n")
+    python.chmod(0o755)
+    (root / "twice").symlink_to(app / "python")
+    (app / "python").symlink_to(python)
+    (root / "current").symlink_to(app / "venv")
+    (app / "venv").symlink_to("../root")
+    (app / "deep").mkdir()
+    ways = ["root/twice", "root/current/bin/python", "app/venv/bin/python", "app/python",
+            "app/deep/../../root/bin/python"]  # fmt: skip
+    give(app)
+    for way in ways:
+        for start in (f"{tmp_path}/", "./"):
+            done = subprocess.run(
+                [sys.executable, "-m", "page_primer", "align", "--python", start + way],
+                cwd=tmp_path, capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+            assert f"{app}/" in done.stderr and "leads there, and others could" in done.stderr
+            assert not (tmp_path / "ran").exists()
+    give(app, 0)
+    for way in ways:
+        align("--python", tmp_path / way)
+        (tmp_path / "ran").unlink()
+
+
+@as_root
+def test_root_asks_no_python_that_is_not_there(tmp_path: Path) -> None:
+    (loop := tmp_path / "loop").symlink_to("loop")
+    reasons = {tmp_path / "missing": "No such file or directory", loop: "too many links"}
+    for path, why in reasons.items():
+        done = align("--python", path)
+        assert done.returncode == 2 and f"--python {path}: {why}" in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
 @pytest.fixture
 def held(file: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file that page-primer-warm would say of that others map it in small pages."""

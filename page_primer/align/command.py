@@ -106,8 +106,8 @@ def _check_python(python: str) -> None:
         owners.check_program(shutil.which(python) or python)
     except Refused as why:
         raise ValueError(f"--python {python}: {why}") from why
-    except OSError:  # said of it when it is asked
-        pass
+    except OSError as error:  # it is not asked: it might be there by then
+        raise ValueError(f"--python {python}: {error.strerror}") from error
 
 
 class File(NamedTuple):

@@ -8,7 +8,6 @@ trial has to be root's own, or the user's.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pwd
 import shlex
@@ -21,6 +20,9 @@ from page_primer.kernel import credentials
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+_PLACE = os.O_PATH | os.O_CLOEXEC
+_MOST_LINKS = 40  # on one way, as in the kernel (path_resolution(7))
 
 
 def check_place(file: int, directory: int) -> None:
@@ -54,30 +56,60 @@ def check_code(file: int) -> None:
 
 
 def check_program(path: str) -> None:
-    """Raise Refused where root would execute a program that others write, or could exchange; or a
-    link that names it.
+    """Raise Refused where root would execute a program that others write, or could exchange: it, or
+    a directory or link on the way to it.
 
     Raises:
         OSError: it is not there.
     """
     if credentials.read().user != credentials.ROOT:
         return
-    link, target = os.path.abspath(path), os.path.realpath(path)
-    for name in dict.fromkeys((link, target)):
-        with _opened(name, os.O_NOFOLLOW) as file:
-            with _opened(os.path.dirname(name), os.O_DIRECTORY) as directory:
-                check_place(file, directory)
-            if name == target:
-                check_code(file)
+    for file, directory, is_last in _way(path):
+        try:
+            check_place(file, directory)
+        except Refused as why:
+            if is_last:
+                raise
+            raise Refused(f"{_path(file)} leads there, and {why}") from why
+        if is_last:
+            check_code(file)
 
 
-@contextlib.contextmanager
-def _opened(path: str, flags: int) -> Iterator[int]:
-    fd = os.open(path, flags | os.O_PATH | os.O_CLOEXEC)
+def _way(path: str) -> Iterator[tuple[int, int, bool]]:
+    """What a path leads through, directories and links, and last what it names: each open, with the
+    directory that it is in, and whether it is the last."""
+    left, links = _names(path), 0
+    directory = os.open("/" if path.startswith("/") else ".", os.O_DIRECTORY | _PLACE)
     try:
-        yield fd
+        while left:
+            file = os.open(left.pop(), os.O_NOFOLLOW | _PLACE, dir_fd=directory)
+            try:
+                is_link = stat.S_ISLNK(os.fstat(file).st_mode)
+                yield file, directory, not left and not is_link
+                if not is_link:
+                    os.dup2(file, directory, inheritable=False)
+                    continue
+                links += 1
+                if links > _MOST_LINKS:
+                    raise Refused("too many links lead there")
+                target = os.readlink("", dir_fd=file)
+            finally:
+                os.close(file)
+            left += _names(target)
+            if target.startswith("/"):
+                os.close(directory)
+                directory = os.open("/", os.O_DIRECTORY | _PLACE)
     finally:
-        os.close(fd)
+        os.close(directory)
+
+
+def _names(path: str) -> list[str]:
+    """The parts of a path, the first one last."""
+    return [name for name in reversed(path.split("/")) if name not in ("", ".")]
+
+
+def _path(fd: int) -> str:
+    return os.readlink(f"/proc/self/fd/{fd}")
 
 
 def _is_own(who: credentials.Credentials, status: os.stat_result) -> bool:
