@@ -454,7 +454,7 @@ def test_directories_that_do_not_take_it(kind: str, file: Path) -> None:
             if not os.stat(directory).st_mode & 1:
                 os.chmod(directory, 0o755)
         done = command(file, wrapper=wrapper)
-        assert done.returncode == 1 and "Permission denied; do it as a user who" in done.stderr
+        assert done.returncode == 1 and "Permission denied; run this as root" in done.stderr
     else:
         size = file.stat().st_size * 3 // 2
         mount = f"mount -t tmpfs -o size={size} tmpfs {place}; cp -p {place}/../copy {file};"

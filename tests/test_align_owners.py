@@ -15,8 +15,9 @@ import pytest
 from harness.elves import digest, link
 from harness.service import USER, become, public, public_python
 
-from page_primer.align import files, replace
+from page_primer.align import files, replace, targets
 from page_primer.align.original import Refused
+from page_primer.cli import main as cli
 from page_primer.launcher import rewrite
 
 __all__ = ["public", "public_python"]
@@ -71,7 +72,94 @@ def test_root_aligns_nothing_that_a_service_user_can_exchange(file: Path) -> Non
     refused(file, f"others could exchange it: {place}; {OWNER}")
     assert align("--check", file).returncode == 1  # it can be aligned, by somebody else
     give(file, 0)  # as by root's pip in that user's environment
-    refused(file, f"others could exchange it: {place}; a file of root's belongs where root alone")
+    refused(file, f"others could exchange it: {place}; {both_ways(file.parent)}")
+
+
+def both_ways(directory: Path) -> str:
+    """With a file of root's below a service user's directory."""
+    return (f"`chown 0 {directory}`, then `page-primer ...` as root; or `chown -R "
+            f"{USER}:{USER} {directory}`, then `sudo -u '#{USER}' page-primer ...`")  # fmt: skip
+
+
+@as_root
+@pytest.mark.parametrize("owner", [0, USER], ids=["root", "user"])
+@pytest.mark.parametrize("between", [False, True], ids=["beside", "below"])
+def test_a_file_of_root_below_a_directory_of_a_service_user(
+    between: bool, owner: int, library: Path, public: Path, public_python: str
+) -> None:
+    """As by root's `uv sync` in it: root and that user are told the same, both of which help."""
+    give(public)
+    place = public / "lib" if between else public
+    place.mkdir(exist_ok=True)
+    file = Path(shutil.copy2(library, place / "libx.so"))
+    before = digest(file)
+    told = align(file), align(file, python=public_python, wrapper=become(USER))
+    assert "No module named" not in told[1].stderr
+    reason = "failed: Permission denied" if between else "refused: its owner cannot be kept"
+    assert told[1].stderr == f"{file}: {reason}; {both_ways(public)}\n"
+    assert told[0].stderr.endswith(f"; {both_ways(public)}\n") and digest(file) == before
+    subprocess.run(["chown", *["-R"] * bool(owner), f"{owner}:{owner}", public], check=True)
+    done = align(file, python=public_python, wrapper=become(owner) if owner else None)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert files.look(str(file)).state == files.ALIGNED and file.stat().st_uid == owner
+
+
+@as_root
+def test_a_file_of_a_service_user_in_a_directory_of_root(
+    library: Path, public: Path, public_python: str
+) -> None:
+    file = give(Path(shutil.copy2(library, public / "libx.so")))
+    done = align(file, python=public_python, wrapper=become(USER))
+    assert done.stderr == (f"{file}: failed: Permission denied; its directory must be its owner's, "
+                           "too, or the file root's\n")  # fmt: skip
+
+
+@as_root
+def test_a_file_of_root_where_others_may_not_write(
+    library: Path, public: Path, public_python: str
+) -> None:
+    file = Path(shutil.copy2(library, public / "libx.so"))
+    done = align(file, python=public_python, wrapper=become(USER))
+    assert done.stderr == f"{file}: failed: Permission denied; run this as root\n"
+
+
+@as_root
+def test_a_group_that_its_owner_is_not_in(library: Path, public: Path, public_python: str) -> None:
+    give(public)
+    file = Path(shutil.copy2(library, public / "libx.so"))
+    os.chown(file, USER, 0)
+    done = align(file, python=public_python, wrapper=become(USER))
+    assert done.stderr == (f"{file}: refused: its group 0 cannot be kept: run this as a member of "
+                           "it\n")  # fmt: skip
+    file.unlink()
+
+
+@as_root
+def test_libraries_that_others_could_exchange_are_counted(
+    library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """What was found, not named: no failure, and said once more at the end."""
+    monkeypatch.setenv("PAGE_PRIMER_ALIGNED", "/dev/null")
+    places = []
+    for name in ("own", "theirs", "written"):
+        (tmp_path / name).mkdir()
+        places.append(Path(shutil.copy2(library, tmp_path / name / "libx.so")))
+    own, theirs, written = places
+    found = targets.Interpreter(
+        sys.executable, sys.executable, str(own), [str(theirs.parent), str(written.parent)]
+    )
+    monkeypatch.setattr(targets, "interpreter", lambda _: found)
+    give(theirs.parent)
+    written.chmod(0o777)
+    assert cli.main(["align", "--libraries"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith(f"{theirs}: refused: ") and lines[1].startswith(f"{written}: ref")
+    assert lines[2].startswith("page-primer: 2 files left as found: others") and len(lines) == 3
+    assert cli.main(["align", "--libraries", "--json"]) == 0 and capsys.readouterr().err == ""
+    give(theirs.parent, 0)
+    written.chmod(0o755)
+    assert cli.main(["align", "--libraries"]) == 0 and capsys.readouterr().err == ""
 
 
 @as_root
@@ -81,7 +169,10 @@ def test_root_aligns_nothing_where_others_can_write(above: bool, file: Path) -> 
     directory.chmod(0o775)
     which = f"{directory} above it" if above else "it"
     refused(file, f"others could exchange it: its directory is not ours alone: others can write "
-                  f"to {which} (mode 0775)")  # fmt: skip
+                  f"to {which} (mode 0775); `chmod go-w {directory}`, then `page-primer ...` as "
+                  "root")  # fmt: skip
+    subprocess.run(["chmod", "go-w", directory], check=True)
+    assert align(file).returncode == 0
 
 
 @as_root
@@ -97,7 +188,7 @@ def test_root_executes_nothing_that_others_write(file: Path) -> None:
     give(file)
     refused(file, f"it would be executed, and user {USER} can write to it; {OWNER}")
     give(file, 0).chmod(0o775)
-    refused(file, "it would be executed, and others can write to it; ")
+    refused(file, f"it would be executed, and others can write to it; `chmod go-w {file}`, then")
 
 
 @as_root

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from harness.privileges import has_images, locks_fit
+from harness.service import public
 
 if sys.platform != "linux":
     pytest.skip("page-primer's doctor examines Linux", allow_module_level=True)
@@ -38,6 +39,8 @@ from page_primer.kernel.memory import Memory
 from page_primer.kernel.mounts import Mount, mount_of, parse
 from page_primer.options import Options
 from page_primer.survey import Survey
+
+__all__ = ["public"]
 
 ROOT = os.geteuid() == 0
 MIB = 1 << 20
@@ -896,6 +899,30 @@ def test_who_may_align_a_file(tmp_path: Path) -> None:
         assert alignment._by("/bin/sh") == "root"
     finally:
         os.setresuid(0, 0, 0)
+
+
+@needs_root
+@pytest.mark.parametrize("user", [0, 4002])
+def test_what_comes_before_root_aligns_a_file(public: Path, user: int) -> None:
+    """No command that root refuses, whoever asks."""
+    (below := public / "lib").mkdir()
+    path = Path(shutil.copy2("/bin/sh", below / "libpython3.so"))
+
+    def read() -> Alignment:
+        os.setresuid(user, user, 0)
+        try:
+            return alignment.read(str(path), [], huge=False, program=False, merge=True)
+        finally:
+            os.setresuid(0, 0, 0)
+
+    assert read().first == ""
+    os.chown(public, 4002, 4002)
+    first = f"`chown 0 {public}`, then `page-primer ...` as root; or `chown -R 4002:4002 {public}`"
+    assert read().first.startswith(first)
+    for listed in (False, True):
+        found = judge_file(replace(UNALIGNED, by="root", first=first, listed=listed), share=0.5)
+        assert (found.status, found.fix) == ("warning", None)
+        assert found.found.endswith(f"; to align it: {first}")
 
 
 def test_alignment_of_this_interpreter(tmp_path: Path) -> None:

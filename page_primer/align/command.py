@@ -15,7 +15,7 @@ from page_primer.align import aligned, owners, targets
 from page_primer.align import files as align
 from page_primer.align.files import CAN_BE, REFUSED, TOO_SMALL, State
 from page_primer.align.original import Refused
-from page_primer.words import mib, percent
+from page_primer.words import counted, mib, percent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -97,6 +97,9 @@ def run(given: argparse.Namespace, show_table: Table) -> int:
         print(json.dumps(rows, indent=2))
     elif not given.verb_changes:
         _show(rows, show_table)
+    elif left := sum(owners.is_exposed(row["reason"]) and not row["named"] for row in rows):
+        text = f"{counted(left, 'file')} left as found: others could exchange or write to them"
+        print(f"page-primer: {text}; the lines above say what to do", file=sys.stderr)
     return _status(given, rows)
 
 
@@ -179,7 +182,7 @@ def _one(given: argparse.Namespace, file: File) -> Row:
     except OSError as error:
         row["state"], row["reason"] = FAILED, error.strerror or str(error)
         if isinstance(error, PermissionError) and os.geteuid():
-            row["reason"] += "; do it as a user who may replace the file, mostly root"
+            row["reason"] += f"; {owners.instead(path)}"
     return row
 
 

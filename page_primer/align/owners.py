@@ -8,6 +8,7 @@ trial has to be root's own, or the user's.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import shlex
@@ -25,15 +26,24 @@ _PLACE = os.O_PATH | os.O_CLOEXEC
 _MOST_LINKS = 40  # on one way, as in the kernel (path_resolution(7))
 
 
-def check_place(file: int, directory: int) -> None:
-    """Raise Refused where others could exchange a file. A user other than root may have their own
+class Exposed(Refused):
+    """Others could exchange the file, or write to it; `remedy` says what to do, and as whom."""
+
+    def __init__(self, reason: str, remedy: str) -> None:
+        super().__init__(f"{reason}; {remedy}")
+        self.remedy = remedy
+
+
+def check_place(file: int, directory: int, who: credentials.Credentials | None = None) -> None:
+    """Raise Exposed where others could exchange a file. A user other than root may have their own
     file where they like: nobody there makes them do more than they can be made to do anyway.
 
     Args:
         file: open.
         directory: the one that it is in, open.
+        who: is to rewrite it: by default this process.
     """
-    who, status = credentials.read(), os.fstat(file)
+    who, status = who or credentials.read(), os.fstat(file)
     if _is_own(who, status):
         return
     # In a sticky one (/tmp) nobody can rename what belongs to root or to us.
@@ -41,18 +51,56 @@ def check_place(file: int, directory: int) -> None:
     try:
         trust.check_directory(directory, who, above=bool(sticky))
     except trust.Unusable as why:
-        text = f"others could exchange it: its directory is {why}; {_remedy(who, status)}"
-        raise Refused(text) from why
+        text = f"others could exchange it: its directory is {why}"
+        raise Exposed(text, _remedy(who, status, why.remedy)) from why
 
 
-def check_code(file: int) -> None:
-    """Raise Refused where executing an open file would execute what others write."""
-    who, status = credentials.read(), os.fstat(file)
+def check_code(file: int, who: credentials.Credentials | None = None) -> None:
+    """Raise Exposed where executing an open file would execute what others write.
+
+    Args:
+        file: open.
+        who: is to execute it: by default this process.
+    """
+    who, status = who or credentials.read(), os.fstat(file)
     if _is_own(who, status) or trust.is_trusted(status, who.trusted):
         return
     others = "others" if status.st_uid in who.trusted else f"user {status.st_uid}"
     text = f"it would be executed, and {others} can write to it"
-    raise Refused(f"{text}; {_remedy(who, status)}")
+    raise Exposed(text, _remedy(who, status, f"chmod go-w {_path(file)}"))
+
+
+def is_exposed(reason: str) -> bool:
+    """Whether a refusal is one of those above."""
+    return reason.startswith(("others could exchange it", "it would be executed, and"))
+
+
+def before_root(path: str) -> str:
+    """What is to be done before root aligns a file; nothing where root would, or where this user
+    cannot see that."""
+    root = credentials.Credentials(credentials.ROOT)
+    above, name = os.path.split(os.path.realpath(path))
+    with contextlib.suppress(OSError), contextlib.ExitStack() as opened:
+        directory = os.open(above, os.O_DIRECTORY | _PLACE)
+        opened.callback(os.close, directory)
+        file = os.open(name, os.O_NOFOLLOW | _PLACE, dir_fd=directory)
+        opened.callback(os.close, file)
+        try:
+            check_place(file, directory, root)
+            check_code(file, root)
+        except Exposed as why:
+            return why.remedy
+    return ""
+
+
+def instead(path: str) -> str:
+    """How a file can be replaced that this user, not root, cannot replace."""
+    try:
+        if os.stat(path).st_uid == os.geteuid():
+            return "its directory must be its owner's, too, or the file root's"
+    except OSError:
+        pass
+    return before_root(path) or "run this as root"
 
 
 def check_program(path: str) -> None:
@@ -116,12 +164,33 @@ def _is_own(who: credentials.Credentials, status: os.stat_result) -> bool:
     return who.user not in (credentials.ROOT, -1) and status.st_uid == who.user
 
 
-def _remedy(who: credentials.Credentials, status: os.stat_result) -> str:
-    owner = status.st_uid
-    if owner in who.trusted:
-        return "a file of root's belongs where root alone can write"
+def _remedy(who: credentials.Credentials, status: os.stat_result, command: str | None) -> str:
+    """What to do about a file.
+
+    Args:
+        who: is to rewrite it.
+        status: the file's.
+        command: `chmod go-w PATH` or `chown USER PATH`, of what is not as it should be.
+    """
+    if status.st_uid not in who.trusted:
+        return f"run this as its owner: {_as(status.st_uid)}"
+    verb, _, path = (command or "").partition(" ")
+    path = path.partition(" ")[2]
+    as_root = "then `page-primer ...` as root"
+    if verb == "chmod":
+        return f"`{command}`, {as_root}"
+    if verb == "chown":
+        with contextlib.suppress(OSError):
+            place = os.stat(path)
+            # With its group, which that user could not keep otherwise.
+            give = f"chown -R {place.st_uid}:{place.st_gid} {path}"
+            return f"`chown 0 {path}`, {as_root}; or `{give}`, then `{_as(place.st_uid)}`"
+    return "a file of root's belongs where root alone can write"
+
+
+def _as(owner: int) -> str:
     try:
         name = pwd.getpwuid(owner).pw_name
     except KeyError:
         name = f"#{owner}"
-    return f"run this as its owner: sudo -u {shlex.quote(name)} page-primer ..."
+    return f"sudo -u {shlex.quote(name)} page-primer ..."

@@ -208,7 +208,13 @@ def copy_attributes(old: int, new: int) -> None:
             os.fchown(new, status.st_uid, status.st_gid)
         os.fchmod(new, stat.S_IMODE(status.st_mode))
     except PermissionError as error:
-        raise Refused("its owner cannot be kept: run this as its owner, or as root") from error
+        if here.st_uid == status.st_uid:
+            text = f"its group {status.st_gid} cannot be kept: run this as a member of it"
+        else:
+            text = (
+                f"its owner cannot be kept; {owners.instead(os.readlink(f'/proc/self/fd/{old}'))}"
+            )
+        raise Refused(text) from error
     for name in _attributes(old):
         value = os.getxattr(old, name)
         try:

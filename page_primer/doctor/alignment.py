@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from page_primer.align import files
+from page_primer.align import files, owners
 from page_primer.align.aligned import listed
 from page_primer.doctor.findings import INFO, OK, WARNING, Check
 from page_primer.words import counted, mib
@@ -33,6 +33,7 @@ class Alignment:
     libc: str = ""  # "glibc", "musl"
     version: tuple[int, int] = (0, 0)  # of glibc
     by: str = ""  # who may replace it, if that is not who asks: "root", "its owner"
+    first: str = ""  # what to do before root does it, who refuses to as it is
 
 
 def read(path: str, loaded: list[str], *, huge: bool, program: bool, merge: bool) -> Alignment:
@@ -49,9 +50,11 @@ def read(path: str, loaded: list[str], *, huge: bool, program: bool, merge: bool
     state = files.look(path, merge=merge)
     libc, version = _libc(loaded)
     share = state.after / state.code if state.code else 0.0
+    by = _by(path)
+    first = owners.before_root(path) if by == "root" or (not by and os.geteuid() == 0) else ""
     return Alignment(
         path, state.state, state.reason, state.chunks, share, listed(path), huge, program,
-        libc, version, _by(path),
+        libc, version, by, first,
     )  # fmt: skip
 
 
@@ -97,7 +100,7 @@ def judge_alignment(found: Alignment, kernel: tuple[int, int], pmd: int, share: 
     if found.listed:
         why = f" ({found.reason})" if found.reason else ""
         text = f"{name} is no longer aligned: an upgrade has replaced it{why}"
-        fix = f"page-primer align --again{_as(found)}"
+        text, fix = _mended(found, text, "page-primer align --again")
         return _check(WARNING, text, fix, code="no-longer-aligned")
     if found.state != files.CAN_BE:
         text = f"{name} cannot be aligned: {found.reason or found.state}"
@@ -109,8 +112,8 @@ def judge_alignment(found: Alignment, kernel: tuple[int, int], pmd: int, share: 
         return _check(INFO, text, code="musl")
     text += ", in every process and without a copy"
     status = INFO if found.share - share < _MUCH else WARNING
-    fix = _align(found.path) + _as(found)
-    return _check(status, text + _hints(found, kernel), fix, code="not-aligned")
+    text, fix = _mended(found, text + _hints(found, kernel), _align(found.path))
+    return _check(status, text, fix, code="not-aligned")
 
 
 def _check(status: str, text: str, fix: str | None = None, code: str | None = None) -> Check:
@@ -141,8 +144,11 @@ def _hints(found: Alignment, kernel: tuple[int, int]) -> str:
     return "".join(f"; {hint}" for hint in hints)
 
 
-def _as(found: Alignment) -> str:
-    return f"  # as {found.by}" if found.by else ""
+def _mended(found: Alignment, text: str, command: str) -> tuple[str, str | None]:
+    """What to say, and the command, with who runs it: none where that would be refused."""
+    if found.first:
+        return f"{text}; to align it: {found.first}", None
+    return text, f"{command}  # as {found.by}" if found.by else command
 
 
 def _align(path: str) -> str:
