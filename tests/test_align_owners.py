@@ -4,6 +4,7 @@ other users can exchange meanwhile is refused, or is not what is written."""
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -288,6 +289,58 @@ def test_root_asks_no_python_that_is_not_there(tmp_path: Path) -> None:
         done = align("--python", path)
         assert done.returncode == 2 and f"--python {path}: {why}" in done.stderr
         assert done.stderr.count("\n") == 1
+
+
+@as_root
+def test_another_user_undoes_what_root_has_aligned(
+    library: Path, public: Path, public_python: str
+) -> None:
+    """Root's list names the file until root strikes it, of which both are told."""
+    (place := public / "place").mkdir()
+    file = Path(shutil.copy2(library, place / "libx.so"))
+    give(public)
+    env = {**os.environ, "HOME": str(public), "XDG_STATE_HOME": str(public)}
+    env.pop("PAGE_PRIMER_ALIGNED", None)
+    align = f"{public_python} -m page_primer align"
+    user = " ".join(become(USER))
+    steps = [
+        ("chown 0 PUBLIC", 0, ""),
+        (f"{align} FILE", 0, "FILE: aligned: "),
+        ("chown -R USER:USER PUBLIC", 0, ""),
+        (f"{align} --undo FILE", 1, "FILE: refused: others could exchange it"),
+        (f"{user} {align} --undo FILE", 0, "FILE: undone (root's list still names it: "
+         "`page-primer align --undo FILE` as root)"),
+        (f"{user} {align} --undo FILE", 1, "FILE: not aligned by page-primer (root's list still"),
+        (f"{align} --again", 1, "FILE: refused: "),
+        (f"{align} --undo --dry-run --json FILE", 0, "can be struck from the list"),
+        (f"{align} --undo FILE", 0, "FILE: not aligned any more, struck from the list\n"),
+        (f"{align} --again", 0, ""),
+        (f"{align} --undo FILE", 1, "FILE: not aligned by page-primer\n"),
+        ("echo FILE >/var/lib/page-primer/aligned; mv FILE FILE.moved", 0, ""),
+        (f"{align} --undo FILE", 0, "FILE: not aligned any more, struck from the list\n"),
+        ("cat /var/lib/page-primer/aligned", 0, ""),
+    ]  # fmt: skip
+    with subprocess.Popen(
+        ["unshare", "--mount", "sh"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, env=env,
+    ) as shell:  # fmt: skip
+        names = {"FILE": str(file), "PUBLIC": str(public), "USER": str(USER)}
+        script = ["mount -t tmpfs -o mode=755 tmpfs /var/lib || exit"]
+        script += [f'{step}; echo "=$?="' for step, _, _ in steps]
+        said, _ = shell.communicate(filled("\n".join(script), names))
+    outputs = re.findall(r"(.*?)=(\d+)=\n", said, re.DOTALL)
+    if not outputs:
+        pytest.skip(f"no tmpfs can be mounted here: {said}")
+    assert len(outputs) == len(steps), said
+    for (step, status, text), (output, ended) in zip(steps, outputs, strict=True):
+        assert int(ended) == status, (step, output)
+        assert filled(text, names) in output and bool(text) == bool(output), (step, output)
+
+
+def filled(text: str, names: dict[str, str]) -> str:
+    for name, value in names.items():
+        text = text.replace(name, value)
+    return text
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import os
 from page_primer._lean import ours
 
 VARIABLE = "PAGE_PRIMER_ALIGNED"
-_SYSTEM_LIST = "/var/lib/page-primer/aligned"
+SYSTEM_LIST = "/var/lib/page-primer/aligned"
 _PAGE = 4096  # the smallest; what ends in one can be followed by what begins in the next
 
 
@@ -62,7 +62,7 @@ def list_file() -> str:
     if named := os.environ.get(VARIABLE):
         return named
     if os.geteuid() == 0:
-        return _SYSTEM_LIST
+        return SYSTEM_LIST
     state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
     return os.path.join(state, "page-primer", "aligned")
 
@@ -72,7 +72,7 @@ def all_listed(name: str | None = None) -> list[str]:
 
     Without a name the system's list and the user's are read as one.
     """
-    names = [name] if name else list(dict.fromkeys([list_file(), _SYSTEM_LIST]))
+    names = [name] if name else list(dict.fromkeys([list_file(), SYSTEM_LIST]))
     if not name and os.environ.get(VARIABLE):
         names = [list_file()]
     found: list[str] = []

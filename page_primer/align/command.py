@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 NO_LONGER = "no longer aligned"
 NOT_ALIGNED = "not aligned by page-primer"  # nothing to undo
+UNLISTED = "not aligned any more, struck from the list"
 DONE, UNDONE, FAILED = "aligned now", "undone", "failed"
 _SHARED = "a link leads there, and others may use it (a cache?); name it to have it done"
 
@@ -194,18 +195,35 @@ def _undo(state: State, row: Row, *, change: bool) -> None:
         else:
             align.check_place(state.path)
         row["state"], row["reason"] = UNDONE if change else "can be undone", ""
+    elif _is_listed_for_nothing(state.path):
+        row["state"], row["reason"] = "not aligned any more, can be struck from the list", ""
+        if change:
+            written = _record(state.path, row, listed=False)
+            row["state"] = UNLISTED if written else NOT_ALIGNED
     elif state.state != REFUSED:
         row["state"] = NOT_ALIGNED
-        if change and state.path in aligned.all_listed():
-            _record(state.path, row, listed=False)
+    if change and os.geteuid() and state.path in aligned.all_listed(aligned.SYSTEM_LIST):
+        _note(row, f"root's list still names it: `page-primer align --undo {state.path}` as root")
 
 
-def _record(path: str, row: Row, *, listed: bool) -> None:
+def _is_listed_for_nothing(path: str) -> bool:
+    """Whether a file without a record is in this user's list: undone by another user, replaced by
+    an upgrade, or gone."""
+    seen = os.access(path, os.R_OK) or not os.access(path, os.F_OK)
+    return seen and path in aligned.all_listed(aligned.list_file())
+
+
+def _record(path: str, row: Row, *, listed: bool) -> bool:
     try:
         aligned.change_list(path, listed=listed)
     except OSError as error:
-        text = f"{aligned.list_file()} not written ({error.strerror})"
-        row["note"] = "; ".join(filter(None, [row["note"], text]))
+        _note(row, f"{aligned.list_file()} not written ({error.strerror})")
+        return False
+    return True
+
+
+def _note(row: Row, text: str) -> None:
+    row["note"] = "; ".join(filter(None, [row["note"], text]))
 
 
 @contextlib.contextmanager
