@@ -6,6 +6,8 @@ import errno
 import fcntl
 import os
 import stat
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -72,6 +74,27 @@ def test_what_a_killed_process_has_left_is_replaced(tmp_path: Path) -> None:
         assert os.path.samestat(os.fstat(fd), new.stat())
     finally:
         os.close(fd)
+
+
+@pytest.mark.parametrize("stale", [False, True], ids=["new", "stale"])
+def test_where_files_cannot_be_locked(stale: bool, tmp_path: Path) -> None:
+    """As on NFS for want of a file that is open for writing: nothing of ours stays behind."""
+    if stale:
+        (tmp_path / "new").write_bytes(b"left")
+    program = (
+        "import errno, os, sys\n"
+        "from harness.refused import refuse\n"
+        "from page_primer.align import original, replace\n"
+        "refuse({'x86_64': 73, 'aarch64': 32}[os.uname().machine], errno.EBADF)\n"
+        "try:\n    replace._create(sys.argv[1])\n"
+        "except original.Refused as why:\n    print(why)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, tmp_path / "new"], text=True,
+                          capture_output=True, cwd=Path(__file__).parent)  # fmt: skip
+    if "no seccomp filter" in done.stderr:
+        pytest.skip("no seccomp filter can be put up here")
+    assert done.stdout == "a new file cannot be locked here (Bad file descriptor)\n", done.stderr
+    assert os.listdir(tmp_path) == ["new"] * stale
 
 
 @pytest.fixture

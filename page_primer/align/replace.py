@@ -160,15 +160,27 @@ def _create(new: str) -> int:
             _remove_stale(new)
             continue
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            _lock(fd)
+        except Refused as why:
+            if str(why) != BUSY and _is_at(fd, new):  # else whoever took it for stale removes it
+                os.unlink(new)
             os.close(fd)
-            # Whoever took it for stale removes it.
-            raise Refused(BUSY) from error
+            raise
         if _is_at(fd, new):
             return fd
         os.close(fd)  # somebody took it for stale, and removed it, before it had its lock
     raise Refused(BUSY)
+
+
+def _lock(fd: int) -> None:
+    """Lock a file, or raise Refused: another has; or there is no such lock, as NFS has none for a
+    file that is open for reading (flock(2)), and one that is open for writing cannot be tried."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise Refused(BUSY) from error
+    except OSError as error:
+        raise Refused(f"a new file cannot be locked here ({error.strerror})") from error
 
 
 def _remove_stale(new: str) -> None:
@@ -184,13 +196,11 @@ def _remove_stale(new: str) -> None:
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise Refused(f"{new} is in the way")
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(fd)
         # Since it was opened another may have removed it, or renamed it into place, and one more be
         # at work on a file of its own.
         if _is_at(fd, new):
             os.unlink(new)
-    except BlockingIOError as error:
-        raise Refused(BUSY) from error
     finally:
         os.close(fd)
 
