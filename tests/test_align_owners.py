@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from harness import recipes
 from harness.elves import digest, link
 from harness.service import USER, become, public, public_python
 
@@ -289,6 +290,41 @@ def test_root_asks_no_python_that_is_not_there(tmp_path: Path) -> None:
         done = align("--python", path)
         assert done.returncode == 2 and f"--python {path}: {why}" in done.stderr
         assert done.stderr.count("\n") == 1
+
+
+@as_root
+def test_one_list_of_root_and_a_service_user(
+    library: Path, public: Path, public_python: str
+) -> None:
+    """As in docs/deploy/containers.md: root aligns, then the user, and the user's page-primer-warm
+    reads what both have recorded in a directory of the user's."""
+    recipe = recipes.block("containers.md", "FROM python", 1)
+    home = recipe.partition("ENV PAGE_PRIMER_ALIGNED=")[2].partition("/aligned\n")[0]
+    root, _, behind = recipe.partition("USER shop\n")
+    assert home == "/home/shop" and f"WORKDIR {home}\n" in behind
+    assert "page-primer align" in root and "page-primer align" in behind
+    env = {**os.environ, "HOME": "/nonexistent", "PAGE_PRIMER_ALIGNED": str(public / "aligned")}
+    files_ = []
+    for user in (0, USER):
+        (place := public.with_name(f"{public.name}-{user}")).mkdir()
+        place.chmod(0o755)
+        files_.append(give(Path(shutil.copy2(library, give(place, user) / "libx.so")), user))
+    give(public)
+    try:
+        for user, file in zip((0, USER), files_, strict=True):
+            done = subprocess.run(
+                [*become(user), public_python, "-m", "page_primer", "align", file],
+                capture_output=True, text=True, check=False, env=env,
+            )  # fmt: skip
+            assert (done.returncode, done.stderr) == (0, "") and "not written" not in done.stdout
+        warm = Path(sys.executable).with_name("page-primer-warm")
+        done = subprocess.run([*become(USER), warm], capture_output=True, text=True, env=env)
+        assert [line.partition(": ")[0] for line in done.stdout.splitlines()] == [
+            str(file) for file in files_
+        ], done.stdout + done.stderr
+    finally:
+        for file in files_:
+            shutil.rmtree(file.parent)
 
 
 @as_root
