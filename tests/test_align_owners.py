@@ -25,7 +25,7 @@ from page_primer.launcher import rewrite
 __all__ = ["public", "public_python"]
 
 as_root = pytest.mark.root("have files of several users")
-OWNER = f"run this as its owner: sudo -u '#{USER}' page-primer ..."
+OWNER = f"run this as its owner: sudo -u '#{USER}' page-primer ... (in a Dockerfile: USER {USER})"
 CREATE = replace._create
 
 
@@ -191,6 +191,23 @@ def test_root_executes_nothing_that_others_write(file: Path) -> None:
     refused(file, f"it would be executed, and user {USER} can write to it; {OWNER}")
     give(file, 0).chmod(0o775)
     refused(file, f"it would be executed, and others can write to it; `chmod go-w {file}`, then")
+
+
+@as_root
+def test_an_owner_without_a_name(file: Path) -> None:
+    """In a user namespace all whom it does not map look like one, whom `nobody` is mostly."""
+    give(file)
+    namespace = ["unshare", "--user", "--map-root-user"]
+    if subprocess.run([*namespace, "true"], capture_output=True).returncode:
+        pytest.skip("no user namespaces here")
+    done = align(file, wrapper=namespace)
+    nameless = "its owner has no name here (65534 is anybody's): run this where it has one"
+    text = f"{file}: refused: it would be executed, and user 65534 can write to it; {nameless}\n"
+    assert (done.returncode, done.stderr) == (1, text)
+    give(give(file, 0).parent)
+    done = align(file, wrapper=namespace)
+    assert done.returncode == 1 and done.stderr.endswith("; a file of root's belongs where root "
+                                                         "alone can write\n")  # fmt: skip
 
 
 @as_root

@@ -22,6 +22,7 @@ from page_primer.kernel import credentials
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+_ROOTS = "a file of root's belongs where root alone can write"
 _PLACE = os.O_PATH | os.O_CLOEXEC
 _MOST_LINKS = 40  # on one way, as in the kernel (path_resolution(7))
 
@@ -173,7 +174,10 @@ def _remedy(who: credentials.Credentials, status: os.stat_result, command: str |
         command: `chmod go-w PATH` or `chown USER PATH`, of what is not as it should be.
     """
     if status.st_uid not in who.trusted:
-        return f"run this as its owner: {_as(status.st_uid)}"
+        owner = status.st_uid
+        if not _is_one_user(owner):
+            return f"its owner has no name here ({owner} is anybody's): run this where it has one"
+        return f"run this as its owner: {_as(owner)} (in a Dockerfile: USER {owner})"
     verb, _, path = (command or "").partition(" ")
     path = path.partition(" ")[2]
     as_root = "then `page-primer ...` as root"
@@ -182,10 +186,17 @@ def _remedy(who: credentials.Credentials, status: os.stat_result, command: str |
     if verb == "chown":
         with contextlib.suppress(OSError):
             place = os.stat(path)
+            if not _is_one_user(place.st_uid):
+                return _ROOTS
             # With its group, which that user could not keep otherwise.
             give = f"chown -R {place.st_uid}:{place.st_gid} {path}"
             return f"`chown 0 {path}`, {as_root}; or `{give}`, then `{_as(place.st_uid)}`"
-    return "a file of root's belongs where root alone can write"
+    return _ROOTS
+
+
+def _is_one_user(user: int) -> bool:
+    """Whether an id is one user's here, who could do something (user_namespaces(7))."""
+    return user in credentials.Credentials(user).trusted
 
 
 def _as(owner: int) -> str:
