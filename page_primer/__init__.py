@@ -138,7 +138,8 @@ def status(*, measure: bool = False) -> dict[str, Any]:
             raise
         refused, shown = _refusal(error), _process.shown if _process else None
         objects = shown.objects if shown else ()
-        primed = any(obj.backing or obj.locked_bytes for obj in objects)
+        locked = _process is not None and _process.mlocks.in_force  # a fork inherits none
+        primed = any(obj.backing or (locked and obj.locked_bytes) for obj in objects)
         return {
             "pid": os.getpid(), "primed": primed, "reason": refused.reason, "detail": refused.detail
         }  # fmt: skip

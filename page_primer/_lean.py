@@ -224,6 +224,8 @@ def let_go(error: BaseException) -> None:
             with suppress(RuntimeError):  # one that is still executed
                 trace.tb_frame.clear()
         trace = trace.tb_next
+    if error.__context__ is not None:  # it came while another one was dealt with
+        let_go(error.__context__)
 
 
 _NEW_LOCALS = 2  # inspect.CO_NEWLOCALS

@@ -4,6 +4,7 @@ other users can exchange meanwhile is refused, or is not what is written."""
 from __future__ import annotations
 
 import os
+import pwd
 import re
 import shutil
 import stat
@@ -194,6 +195,15 @@ def test_root_executes_nothing_that_others_write(file: Path) -> None:
 
 
 @as_root
+def test_nobody_is_an_owner_where_every_id_is_one_users(file: Path) -> None:
+    nobody = pwd.getpwnam("nobody")
+    os.chown(file, nobody.pw_uid, nobody.pw_gid)
+    what = f"it would be executed, and user {nobody.pw_uid} can write to it"
+    where = f"(in a Dockerfile: USER {nobody.pw_uid})"
+    refused(file, f"{what}; run this as its owner: sudo -u nobody page-primer ... {where}")
+
+
+@as_root
 def test_an_owner_without_a_name(file: Path) -> None:
     """In a user namespace all whom it does not map look like one, whom `nobody` is mostly."""
     give(file)
@@ -342,6 +352,25 @@ def test_one_list_of_root_and_a_service_user(
     finally:
         for file in files_:
             shutil.rmtree(file.parent)
+
+
+@as_root
+def test_a_file_that_cannot_be_looked_at_stays_in_the_list(
+    file: Path, public: Path, public_python: str
+) -> None:
+    """It may be aligned as before: closed is not gone."""
+    listed = public / "listed"
+    listed.write_text(f"{file}\n")
+    give(listed)
+    give(public)
+    file.parent.chmod(0o700)
+    done = subprocess.run(
+        [*become(USER), public_python, "-m", "page_primer", "align", "--undo", file],
+        capture_output=True, text=True, check=False,
+        env={**os.environ, "PAGE_PRIMER_ALIGNED": str(listed)},
+    )  # fmt: skip
+    assert done.returncode == 1 and "struck" not in done.stdout + done.stderr
+    assert listed.read_text() == f"{file}\n"
 
 
 @as_root

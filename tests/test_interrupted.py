@@ -76,10 +76,10 @@ def test_what_a_signal_handler_raises_reaches_its_host(python, images, backing, 
     assert count > 30
     assert set(reasons) <= {"None"}, reasons
     assert after[:3] == before[:3]
-    # Beside arenas of the interpreter's own.
-    assert after[3] <= before[3] + 2
-    assert after[4] <= before[4] + (2 << 20)
-    assert after[5] <= before[5] + (2 << 20)
+    # Beside arenas of the interpreter's own, which hold hundreds of exceptions with their frames.
+    assert after[3] <= before[3] + 4
+    assert after[4] <= before[4] + (8 << 20)
+    assert after[5] <= before[5] + (8 << 20)
 
 
 # What a process holds, and whether it is more.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import stat
 import subprocess
@@ -891,3 +892,14 @@ def test_content_is_on_disk_before_it_is_executed(python, images):
     # An anchor is written after the image, and executed never.
     assert calls[:2] == ["sync", "name"]
     assert "execute" in calls
+
+
+@pytest.mark.parametrize("name", ["plain-1.2", "with space", "it's", "x;id", "$(id)", "a\nb"])
+def test_a_path_in_a_remedy_is_one_word_of_a_shell(tmp_path: Path, name: str) -> None:
+    """Whoever may name a directory does not choose what root pastes."""
+    directory = tmp_path / name
+    directory.mkdir()
+    directory.chmod(0o777)
+    with pytest.raises(trust.Unusable) as refused, Store(str(directory)):
+        pass
+    assert shlex.split(refused.value.remedy or "") == ["chmod", "go-w", str(directory)]

@@ -209,8 +209,7 @@ def _undo(state: State, row: Row, *, change: bool) -> None:
 def _is_listed_for_nothing(path: str) -> bool:
     """Whether a file without a record is in this user's list: undone by another user, replaced by
     an upgrade, or gone."""
-    seen = os.access(path, os.R_OK) or not os.access(path, os.F_OK)
-    return seen and path in aligned.all_listed(aligned.list_file())
+    return align.has_no_record(path) and path in aligned.all_listed(aligned.list_file())
 
 
 def _record(path: str, row: Row, *, listed: bool) -> bool:

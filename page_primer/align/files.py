@@ -215,6 +215,17 @@ def can_be_undone(path: str) -> bool:
         return False
 
 
+def has_no_record(path: str) -> bool:
+    """Whether a file was looked at, or is gone, and there is no record of an original."""
+    try:
+        with replace.opened(path) as fd:
+            return rewrite.read_record(fd) is None
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except (Refused, OSError):
+        return False
+
+
 def undo(path: str) -> None:
     """Put the original back.
 

@@ -68,7 +68,7 @@ def check_code(file: int, who: credentials.Credentials | None = None) -> None:
         return
     others = "others" if status.st_uid in who.trusted else f"user {status.st_uid}"
     text = f"it would be executed, and {others} can write to it"
-    raise Exposed(text, _remedy(who, status, f"chmod go-w {_path(file)}"))
+    raise Exposed(text, _remedy(who, status, f"chmod go-w {shlex.quote(_path(file))}"))
 
 
 def is_exposed(reason: str) -> bool:
@@ -178,8 +178,7 @@ def _remedy(who: credentials.Credentials, status: os.stat_result, command: str |
         if not _is_one_user(owner):
             return f"its owner has no name here ({owner} is anybody's): run this where it has one"
         return f"run this as its owner: {_as(owner)} (in a Dockerfile: USER {owner})"
-    verb, _, path = (command or "").partition(" ")
-    path = path.partition(" ")[2]
+    verb, *_, path = shlex.split(command or "") or ("", "")
     as_root = "then `page-primer ...` as root"
     if verb == "chmod":
         return f"`{command}`, {as_root}"
@@ -189,14 +188,16 @@ def _remedy(who: credentials.Credentials, status: os.stat_result, command: str |
             if not _is_one_user(place.st_uid):
                 return _ROOTS
             # With its group, which that user could not keep otherwise.
-            give = f"chown -R {place.st_uid}:{place.st_gid} {path}"
-            return f"`chown 0 {path}`, {as_root}; or `{give}`, then `{_as(place.st_uid)}`"
+            give = f"chown -R {place.st_uid}:{place.st_gid} {shlex.quote(path)}"
+            return (
+                f"`chown 0 {shlex.quote(path)}`, {as_root}; or `{give}`, then `{_as(place.st_uid)}`"
+            )
     return _ROOTS
 
 
 def _is_one_user(user: int) -> bool:
     """Whether an id is one user's here, who could do something (user_namespaces(7))."""
-    return user in credentials.Credentials(user).trusted
+    return credentials.has_all_ids() or user in credentials.Credentials(user).trusted
 
 
 def _as(owner: int) -> str:

@@ -205,13 +205,13 @@ class Registry:
 
     def forget(self, key: Key) -> None:
         """Give up what a moved object holds: its image and its anchors."""
-        self._mapped.pop(key, None)
         primed = self.primed[key]
         with suppress(OSError):
             primed.anchors.unmap()
         if primed.prepared.image is not None:
             primed.prepared.image.close()
-        del self.primed[key]  # last: a signal handler may raise
+        self._mapped.pop(key, None)  # last: a signal handler may raise
+        del self.primed[key]
 
     # ---------------------------------------------------------------------------- reporting ---
 

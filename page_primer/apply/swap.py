@@ -127,16 +127,16 @@ def _carry_out(
         except BaseException as error:
             if not isinstance(error, OSError) or not is_ours(error):
                 if not begun:  # otherwise whether it was swapped, smaps will tell
-                    del registry[key]
                     prepared.discard()
+                    del registry[key]
                 raise
             step = getattr(error, "step", "")
             wrong = step == "compare" and _is_wrong(prepared, move.object, error)
             if step == "undo":  # it stays in the registry, to be put back another time
                 notes.append(f"swap: {reason_of(error)}")
                 raise NotMoved(reasons.SWAP_FAILED, notes) from error
-            del registry[key]
             prepared.discard()
+            del registry[key]  # last: a signal handler may raise
             if step == "compare":
                 if fresh or not wrong:
                     raise NotMoved(reasons.MODIFIED, notes) from error

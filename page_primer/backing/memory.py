@@ -64,18 +64,17 @@ def _memory_file(name: str, move: Move, pmd: int, flags: int) -> Iterator[Attemp
             _fill_shared(fd, offsets[region], region, move.object, pmd)
         fcntl.fcntl(fd, _F_ADD_SEALS, _SEALS)
 
-        def place_region(region: Region) -> Piece:
-            # Of hugetlb pages a private mapping would reserve as many again.
-            kind = _core.MAP_PRIVATE | _core.MAP_NORESERVE
-            return place(region, move.object, pmd, fd, offsets[region], kind)
-
-        pieces = tuple(map(place_region, move.memory))
+        # Of hugetlb pages a private mapping would reserve as many again.
+        kind = _core.MAP_PRIVATE | _core.MAP_NORESERVE
+        pieces = []
+        for region in move.memory:  # no closure: its frame would keep the descriptor (let_go())
+            pieces.append(place(region, move.object, pmd, fd, offsets[region], kind))
         for piece in pieces:
             bring_in(piece.source, piece.size, pmd)
     except ours(OSError) as error:
         yield Refused(name, reason_of(error))
         return
-    yield Prepared(name, name, pieces, pmd, written=end, keep=(fd,))
+    yield Prepared(name, name, tuple(pieces), pmd, written=end, keep=(fd,))
 
 
 def small(obj: Object, regions: Sequence[Region], pmd: int) -> Prepared:

@@ -166,8 +166,8 @@ class Anchors:
         try:
             _core.map(address, page_size(), _core.PROT_READ, _core.MAP_PRIVATE, file.fd, 0)
         except ours(OSError):
-            del self._mapped[which]
             file.close()
+            del self._mapped[which]
             raise
         file.close_file()
 

@@ -272,25 +272,24 @@ class Store:
         name = os.path.basename(wanted.object.path)
         # Another container may have a process of the same number.
         draft = f"{DRAFT}{os.getpid()}-{time.time_ns():x}-{next(_counter)}"
-        original = _core.opened(os.open, source.path, os.O_RDONLY | os.O_CLOEXEC)
-        room = quota.make_room(self.fd, wanted, original, limit=self._limit, spare=self._spare)
-        target = _core.opened(os.open, draft, _NEW, 0o600, dir_fd=folder)
-        try:
-            written = wanted.write(original, target, room)
-            if type(source).of(source.path, os.fstat(original)) != source:
-                raise OSError(errno.ESTALE, "the file changed while it was read")
-            os.fchmod(target, trust.mode_for(original, target))
-            # Before anybody executes it: pages whose write-back fails later (a thin volume that is
-            # full) could be dropped, and would be gone.
-            os.fdatasync(target)
-            os.replace(draft, name, src_dir_fd=folder, dst_dir_fd=folder)
-        except BaseException:
-            with suppress(OSError):
-                os.unlink(draft, dir_fd=folder)
-            raise
-        # Its pages cannot be made huge while it is open for writing (CONFIG_READ_ONLY_THP_FOR_FS).
-        original.close()
-        target.close()
+        with _core.opened(os.open, source.path, os.O_RDONLY | os.O_CLOEXEC) as original:
+            room = quota.make_room(self.fd, wanted, original, limit=self._limit, spare=self._spare)
+            # Closed before it is mapped: what is open for writing cannot be made huge with
+            # CONFIG_READ_ONLY_THP_FOR_FS.
+            with _core.opened(os.open, draft, _NEW, 0o600, dir_fd=folder) as target:
+                try:
+                    written = wanted.write(original, target, room)
+                    if type(source).of(source.path, os.fstat(original)) != source:
+                        raise OSError(errno.ESTALE, "the file changed while it was read")
+                    os.fchmod(target, trust.mode_for(original, target))
+                    # Before anybody executes it: pages whose write-back fails later (a thin volume
+                    # that is full) could be dropped, and would be gone.
+                    os.fdatasync(target)
+                    os.replace(draft, name, src_dir_fd=folder, dst_dir_fd=folder)
+                except BaseException:
+                    with suppress(OSError):
+                        os.unlink(draft, dir_fd=folder)
+                    raise
         found = self._open(folder, wanted, lock, written)
         if found is None:
             raise OSError(errno.ESTALE, "somebody changed the image as soon as it was written")

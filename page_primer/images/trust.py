@@ -128,6 +128,14 @@ def _path(fd: int) -> str:
     return ""
 
 
+def _quoted(path: str) -> str:
+    """A path in a command for a shell: its names may be somebody else's choice. As shlex.quote()
+    has it, which takes milliseconds to import."""
+    if path and all(letter.isalnum() or letter in "/._-+,:@%=" for letter in path):
+        return path
+    return "'" + path.replace("'", "'\"'\"'") + "'"
+
+
 def _refusal(
     fd: int, status: os.stat_result, who: credentials.Credentials, above: bool
 ) -> Unusable:
@@ -135,11 +143,15 @@ def _refusal(
     it = f"{path} above it" if above else "it"
     if status.st_uid in who.trusted:
         mode = f"mode {stat.S_IMODE(status.st_mode):04o}"
-        return Unusable(f"not ours alone: others can write to {it} ({mode})", f"chmod go-w {path}")
+        return Unusable(
+            f"not ours alone: others can write to {it} ({mode})", f"chmod go-w {_quoted(path)}"
+        )
     owner = f"{it} belongs to user {status.st_uid}"
     if status.st_uid != who.user:
         mine = f", this process runs as {who.user}" if who.user >= 0 else ""
-        return Unusable(f"not ours alone: {owner}{mine}", f"chown {max(who.user, 0)} {path}")
+        return Unusable(
+            f"not ours alone: {owner}{mine}", f"chown {max(who.user, 0)} {_quoted(path)}"
+        )
     why = who.privilege or "that may be anybody's name (user_namespaces(7))"
     return Unusable(f"not root's alone: {owner}, and of this process {why}", BUILD)
 
