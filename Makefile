@@ -2,6 +2,7 @@
 # make demo-celery    a real Celery worker, likewise
 # make test    the whole test suite (TESTS=tests/test_plan.py: a part of it)
 # make test-fast    without the tests that take long
+# make guests  the tests that boot another kernel, in qemu, where there is a runner for them
 # make coverage    the suite with coverage of Python and C; build/coverage/report.md names the rest
 # make trixie  make demo and make test in a Debian 13 (root; COMMAND=... for something else);
 #              make bookworm, make sid: in a Debian 12, in Debian unstable
@@ -42,7 +43,7 @@ PARALLEL := $(BIN)/pytest --numprocesses $(shell expr 2 "*" $$(nproc)) --maxproc
     --dist loadfile
 SOURCES := pyproject.toml setup.py $(wildcard page_primer/*.[ch] page_primer/launcher/*.[ch])
 
-.PHONY: demo demo-celery test test-fast coverage bookworm trixie sid lint wheel wheel-check wheel-debian changelog docs bench bench-pressure environments drawing sanitize fuzz packages tools-matrix kernels clean
+.PHONY: demo demo-celery test test-fast guests coverage bookworm trixie sid lint wheel wheel-check wheel-debian changelog docs bench bench-pressure environments drawing sanitize fuzz packages tools-matrix kernels clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/gunicorn/demo.py
@@ -53,10 +54,14 @@ demo-celery: $(VENV)/.demo-celery
 
 test: $(VENV)/.test
 	tools/system-packages $(TEST_PACKAGES)
-	$(PARALLEL) $(TESTS)
+	$(PARALLEL) -m "not guest" $(TESTS)
 
 test-fast: $(VENV)/.test
 	$(PARALLEL) -m "not slow" $(TESTS)
+
+guests: $(VENV)/.test
+	tools/system-packages $(GUEST_PACKAGES)
+	$(BIN)/python -m pytest -m guest
 
 coverage: $(VENV)/.dev
 	$(BIN)/python tools/coverage_report.py
@@ -149,6 +154,7 @@ DEBIAN = $(notdir $(realpath /usr/bin/python3))
 ARCHIVE = $(DEBIAN:python%=config-%)-$(shell uname -m)-linux-gnu/lib$(DEBIAN)-pic.a
 PIE = $(if $(DEBIAN),/usr/lib/$(DEBIAN)/$(ARCHIVE):lib$(DEBIAN)-dev)
 
+GUEST_PACKAGES = qemu-system-x86_64:qemu-system-x86 zstd:zstd
 TEST_PACKAGES = gdb:gdb ps:procps setpriv:util-linux readelf:binutils \
     redis-server:redis-server perf:linux-perf valgrind:valgrind nsenter:util-linux $(PIE) \
     ld.lld:lld ld.gold:binutils-gold mold:mold musl-gcc:musl-tools eu-addr2line:elfutils \
@@ -166,7 +172,7 @@ tools-matrix: $(VENV)/.test
 # Of Debian's own Python, whatever $(PYTHON) is; the runner is named by KERNEL_BOOT.
 ARM64 = 6.12 7.2 7.3
 kernels:
-	tools/system-packages qemu-system-x86_64:qemu-system-x86 zstd:zstd mkfs.xfs:xfsprogs $(PIE) \
+	tools/system-packages $(GUEST_PACKAGES) mkfs.xfs:xfsprogs $(PIE) \
 	    qemu-system-aarch64:qemu-system-arm aarch64-linux-gnu-gcc:gcc-aarch64-linux-gnu
 	$(MAKE) PYTHON=/usr/bin/python3 VENV=.venv-debian .venv-debian/.demo
 	tools/kernels --python .venv-debian/bin/python --write docs/kernels.md $(KERNELS)

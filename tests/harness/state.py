@@ -33,7 +33,7 @@ def file_mappings(pid: int) -> list[tuple[int, int, str, int, str]]:
 
 # How often what is tried is repeated between two looks at a process: a mapping, descriptor or lock
 # that stays after each call is then more than what assert_nothing_left() lets an interpreter have.
-CYCLES = 5
+CYCLES = 4
 
 
 class State(NamedTuple):
