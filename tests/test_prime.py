@@ -601,16 +601,20 @@ def test_modified_code_is_left_alone(python, images):
         process.run("import ssl, ctypes, mmap")
         path, start = process.run(
             textwrap.dedent("""
-            line = next(l for l in open("/proc/self/maps") if "libcrypto" in l and "r-xp" in l)
-            start = int(line.split("-")[0], 16)
+            lines = [l.split() for l in open("/proc/self/maps") if "libcrypto" in l]
+            spans = [[int(end, 16) for end in line[0].split("-")] for line in lines]
+            code = [line[1] for line in lines].index("r-xp")
             libc = ctypes.CDLL(None, use_errno=True)
             libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-            page = (start + (1 << 20)) & -4096
+            # In the first whole huge page of it, wherever it is loaded.
+            chunk = (spans[0][0] + (1 << 21) - 1) & -(1 << 21)
+            page = max(chunk, spans[code][0])
+            assert chunk + (1 << 21) <= spans[code + 1][1] and page < chunk + (1 << 21)
             assert libc.mprotect(page, 4096, 7) == 0
             where = (ctypes.c_ubyte * 4096).from_address(page)
             where[100] ^= 0xFF
             assert libc.mprotect(page, 4096, 5) == 0
-            result = [line.split()[5], page]
+            result = [lines[code][5], page]
             """)
         )
         report = process.prime(image_dir=str(images))
