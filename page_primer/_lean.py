@@ -218,14 +218,20 @@ def is_ours(error: BaseException) -> bool:
 def let_go(error: BaseException) -> None:
     """Have an exception hold nothing that this package's functions had in their hands: whoever
     catches it may keep it for long, with its frames."""
-    trace = error.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_code.co_filename.startswith(_HERE):
-            with suppress(RuntimeError):  # one that is still executed
-                trace.tb_frame.clear()
-        trace = trace.tb_next
-    if error.__context__ is not None:  # it came while another one was dealt with
-        let_go(error.__context__)
+    left: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while left:
+        one = left.pop()
+        if one is None or id(one) in seen:  # whoever sets them may make a circle
+            continue
+        seen.add(id(one))
+        left += one.__context__, one.__cause__  # it came while these were dealt with
+        trace = one.__traceback__
+        while trace is not None:
+            if trace.tb_frame.f_code.co_filename.startswith(_HERE):
+                with suppress(RuntimeError):  # one that is still executed
+                    trace.tb_frame.clear()
+            trace = trace.tb_next
 
 
 _NEW_LOCALS = 2  # inspect.CO_NEWLOCALS

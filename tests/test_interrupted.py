@@ -342,6 +342,34 @@ ROOMS = ["apply", "backing", "elf", "heap", "images", "kernel", "survey.py", "al
          "__init__.py", "health.py"]  # fmt: skip
 
 
+def test_exceptions_in_a_circle_are_the_hosts(python, images):
+    """Whoever sets __context__ may make one, and gets it back as it was."""
+    code = f"""
+        import os, signal, threading, time, page_primer
+        from page_primer import _core
+        class Limit(Exception): pass
+        first, second = Limit("first"), Limit("second")
+        first.__context__, second.__context__ = second, first
+        def handler(*_): raise first
+        signal.signal(signal.SIGALRM, handler)
+        threading.Thread(target=threading.Event().wait, daemon=True).start()
+        lock = _core.lock
+        def interrupted(*args):
+            os.kill(os.getpid(), signal.SIGALRM)
+            until = time.monotonic() + 30
+            while time.monotonic() < until:
+                pass
+            return lock(*args)
+        _core.lock = interrupted
+        try:
+            result = str(page_primer.prime(image_dir={str(images)!r}))
+        except BaseException as error:
+            result = repr(error)
+    """
+    with Process(python) as process:
+        assert process.run(textwrap.dedent(code)) == "Limit('first')"
+
+
 def files_of(rooms):
     package = Path(page_primer.__file__).parent
     files = [f for room in rooms for f in ([package / room] if room.endswith(".py") else
