@@ -127,7 +127,7 @@ bench: $(VENV)/.test
 	test $$(id -u) != 0 || \
 	    $(BIN)/python benchmarks/pressure.py --rounds 12 $(if $(MGLRU),--mglru $(MGLRU)) \
 	    --json $(RESULTS)/pressure.json
-	test -z "$(GUEST)" || { tools/system-packages qemu-system-x86_64:qemu-system-x86 zstd:zstd \
+	test -z "$(GUEST)" || { tools/system-packages $(GUEST_PACKAGES) \
 	    mkfs.xfs:xfsprogs && $(BIN)/python benchmarks/pressure.py --guest $(GUEST) --mglru both \
 	    --variants unprimed,both --rounds 8 --json $(RESULTS)/pressure-mglru-$(GUEST).json; }
 	$(BIN)/python benchmarks/throughput.py --minutes 6 --json $(RESULTS)

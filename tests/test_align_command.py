@@ -16,7 +16,17 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-from harness.elves import SOURCE, answers, digest, link, loaded, loads, same_in_memory
+from harness.elves import (
+    SOURCE,
+    answers,
+    digest,
+    file,
+    library,
+    link,
+    loaded,
+    loads,
+    same_in_memory,
+)
 from harness.interpreters import INTERPRETERS, KINDS, is_shared
 from harness.outside import PMD
 from hypothesis import HealthCheck, given, settings
@@ -28,6 +38,8 @@ from page_primer.align.files import ALIGNED, CAN_BE
 from page_primer.align.original import Refused
 from page_primer.cli import main as cli
 
+__all__ = ["file", "library"]
+
 ROOT = os.geteuid() == 0
 needs_root = pytest.mark.root("have other users and file capabilities")
 
@@ -38,18 +50,6 @@ def own_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "state" / "aligned"
     monkeypatch.setenv(aligned.VARIABLE, str(path))
     return path
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A library to be copied."""
-    return link(tmp_path_factory.mktemp("library") / "libx.so", "-Wl,-z,separate-code")
-
-
-@pytest.fixture
-def file(library: Path, tmp_path: Path) -> Path:
-    (tmp_path / "place").mkdir()
-    return Path(shutil.copy2(library, tmp_path / "place" / "libx.so"))
 
 
 def command(

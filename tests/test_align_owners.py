@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from harness import recipes
-from harness.elves import digest, link
+from harness.elves import digest, file, library
 from harness.service import USER, become, public, public_python
 
 from page_primer.align import files, replace, targets
@@ -23,23 +23,11 @@ from page_primer.align.original import Refused
 from page_primer.cli import main as cli
 from page_primer.launcher import rewrite
 
-__all__ = ["public", "public_python"]
+__all__ = ["file", "library", "public", "public_python"]
 
 as_root = pytest.mark.root("have files of several users")
 OWNER = f"run this as its owner: sudo -u '#{USER}' page-primer ... (in a Dockerfile: USER {USER})"
 CREATE = replace._create
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A library to be copied."""
-    return link(tmp_path_factory.mktemp("library") / "libx.so", "-Wl,-z,separate-code")
-
-
-@pytest.fixture
-def file(library: Path, tmp_path: Path) -> Path:
-    (tmp_path / "place").mkdir()
-    return Path(shutil.copy2(library, tmp_path / "place" / "libx.so"))
 
 
 def give(path: Path, user: int = USER) -> Path:

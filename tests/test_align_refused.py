@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness.elves import SOURCE, answers, digest, link
+from harness.elves import HEADERS_APART, SOURCE, answers, digest, link
 from harness.outside import PMD
 
 from page_primer.align import files, original, replace, rewrite, trial, verify
@@ -139,21 +139,7 @@ def test_headers_that_contradict_each_other(
 @pytest.fixture
 def apart(tmp_path: Path) -> Path:
     """A library whose headers no segment has, so that every offset changes."""
-    script = """
-        PHDRS { text PT_LOAD FLAGS(5); data PT_LOAD FLAGS(6); dynamic PT_DYNAMIC FLAGS(6);
-                stack PT_GNU_STACK FLAGS(6); }
-        SECTIONS {
-            . = 0;
-            .hash : { *(.hash) *(.gnu.hash) } :text
-            .dynsym : { *(.dynsym) } .dynstr : { *(.dynstr) } .rela : { *(.rela*) }
-            .text : { *(.text*) } .rodata : { *(.rodata*) *(.eh_frame*) *(.note*) }
-            . = ALIGN(0x1000);
-            .dynamic : { *(.dynamic) } :data :dynamic
-            .got : { *(.got*) } :data
-            .data : { *(.data*) } .bss : { *(.bss*) }
-        }
-    """
-    (tmp_path / "script").write_text(script)
+    (tmp_path / "script").write_text(HEADERS_APART)
     (tmp_path / "apart").mkdir()
     source = SOURCE.replace("static __thread", "static")
     options = ["-fuse-ld=bfd", "-nostdlib", f"-Wl,-T,{tmp_path}/script"]

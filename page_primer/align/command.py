@@ -42,6 +42,7 @@ class Row(TypedDict):
     after: int
     note: str
     named: bool  # asked for by name, or the interpreter
+    exposed: bool  # others could exchange it, or write to it
 
 
 _HELP = """
@@ -98,7 +99,7 @@ def run(given: argparse.Namespace, show_table: Table) -> int:
         print(json.dumps(rows, indent=2))
     elif not given.verb_changes:
         _show(rows, show_table)
-    elif left := sum(owners.is_exposed(row["reason"]) and not row["named"] for row in rows):
+    elif left := sum(row["exposed"] and not row["named"] for row in rows):
         text = f"{counted(left, 'file')} left as found: others could exchange or write to them"
         print(f"page-primer: {text}; the lines above say what to do", file=sys.stderr)
     return _status(given, rows)
@@ -159,7 +160,7 @@ def _of_interpreter(given: argparse.Namespace) -> Iterator[File]:
 def _one(given: argparse.Namespace, file: File) -> Row:
     path = file.path
     state = align.look(path, merge=not given.no_merge)
-    row = cast(Row, {**state.as_dict(), "note": "", "named": file.named})
+    row = cast(Row, {**state.as_dict(), "note": "", "named": file.named, "exposed": False})
     if given.check and state.state in (CAN_BE, REFUSED) and path in aligned.all_listed():
         row["state"] = NO_LONGER
         return row
@@ -180,6 +181,7 @@ def _one(given: argparse.Namespace, file: File) -> Row:
             _record(path, row, listed=True)
     except Refused as why:
         row["state"], row["reason"] = REFUSED, str(why)
+        row["exposed"] = isinstance(why, owners.Exposed)
     except OSError as error:
         row["state"], row["reason"] = FAILED, error.strerror or str(error)
         if isinstance(error, PermissionError) and os.geteuid():

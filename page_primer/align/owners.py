@@ -71,11 +71,6 @@ def check_code(file: int, who: credentials.Credentials | None = None) -> None:
     raise Exposed(text, _remedy(who, status, f"chmod go-w {shlex.quote(_path(file))}"))
 
 
-def is_exposed(reason: str) -> bool:
-    """Whether a refusal is one of those above."""
-    return reason.startswith(("others could exchange it", "it would be executed, and"))
-
-
 def before_root(path: str) -> str:
     """What is to be done before root aligns a file; nothing where root would, or where this user
     cannot see that."""

@@ -56,6 +56,37 @@ LAYOUTS = {
 }
 
 
+# For bfd's -T: no segment has the headers, so that all offsets change.
+HEADERS_APART = """
+PHDRS { text PT_LOAD FLAGS(5); data PT_LOAD FLAGS(6); dynamic PT_DYNAMIC FLAGS(6);
+        stack PT_GNU_STACK FLAGS(6); }
+SECTIONS {
+    . = 0;
+    .hash : { *(.hash) *(.gnu.hash) } :text
+    .dynsym : { *(.dynsym) } .dynstr : { *(.dynstr) } .rela : { *(.rela*) }
+    .text : { *(.text*) } .rodata : { *(.rodata*) *(.eh_frame*) *(.note*) }
+    . = ALIGN(0x1000);
+    .dynamic : { *(.dynamic) } :data :dynamic
+    .got : { *(.got*) } :data
+    .data : { *(.data*) }
+    .bss : { *(.bss*) }
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A library to be copied."""
+    return link(tmp_path_factory.mktemp("library") / "libx.so", "-Wl,-z,separate-code")
+
+
+@pytest.fixture
+def file(library: Path, tmp_path: Path) -> Path:
+    """A copy of it, in a directory of its own."""
+    (tmp_path / "place").mkdir()
+    return Path(shutil.copy2(library, tmp_path / "place" / "libx.so"))
+
+
 def link(target: Path, *options: str, source: str = SOURCE) -> Path:
     """Link a library, or skip where this toolchain cannot."""
     if shutil.which("gcc") is None:

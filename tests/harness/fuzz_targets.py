@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from harness.elves import HEADERS_APART
 from page_primer import _core, options, plan, processes, reasons, survey
 from page_primer._lean import replace
 from page_primer.align import aligned, files, layout, original, rewrite, verify
@@ -57,21 +58,6 @@ _LINKS = {
     # No segment has the headers, so that all offsets change.
     "headers apart": ["-Wl,-z,separate-code", "-Wl,-T,{folder}/script"],
 }
-_SCRIPT = """
-PHDRS { text PT_LOAD FLAGS(5); data PT_LOAD FLAGS(6); dynamic PT_DYNAMIC FLAGS(6);
-        stack PT_GNU_STACK FLAGS(6); }
-SECTIONS {
-    . = 0;
-    .hash : { *(.hash) *(.gnu.hash) } :text
-    .dynsym : { *(.dynsym) } .dynstr : { *(.dynstr) } .rela : { *(.rela*) }
-    .text : { *(.text*) } .rodata : { *(.rodata*) *(.eh_frame*) *(.note*) }
-    . = ALIGN(0x1000);
-    .dynamic : { *(.dynamic) } :data :dynamic
-    .got : { *(.got*) } :data
-    .data : { *(.data*) }
-    .bss : { *(.bss*) }
-}
-"""
 
 
 @functools.cache
@@ -81,7 +67,7 @@ def libraries() -> tuple[bytes, ...]:
         return ()
     found = []
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "script").write_text(_SCRIPT)
+        Path(folder, "script").write_text(HEADERS_APART)
         for options_ in _LINKS.values():
             target = Path(folder, "small.so")
             options_ = [option.format(folder=folder) for option in options_]

@@ -12,7 +12,6 @@ LONG = (
     "tests/test_tools.py",
     "tests/test_refused.py",
     "tests/test_refused.py::test_each_call_refused_with_all_options",
-    "tests/test_hostile_guests.py",
     "tests/test_gunicorn.py::test_twenty_thousand_requests_under_churn",
     "tests/test_leaks.py::test_prime_and_restore_are_flat_for_long",
     "tests/test_gunicorn.py",
